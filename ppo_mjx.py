@@ -1,46 +1,31 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "jax==0.9.2",
-#     "mujoco==3.17.0",
-#     "mujoco-mjx==3.17.0",
-#     "flax==0.12.6",
-#     "optax==0.2.8",
-#     "orbax-checkpoint==0.12.8",
-#     "tyro==1.0.17",
-#     "tensorboard==2.21.0",
-#     "tensorboardX==2.6.5",
-#     "tqdm==4.68.4",
-#     "imageio[ffmpeg]==2.38.1",
-# ]
+#   "flax==0.12.6", "imageio[ffmpeg]==2.38.1", "jax==0.9.2", "mujoco==3.17.0", "mujoco-mjx==3.17.0", "optax==0.2.8",
+#   "orbax-checkpoint==0.12.8", "tensorboard==2.21.0", "tensorboardX==2.6.5", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 """PPO on Gymnasium's locomotion tasks, on MuJoCo XLA (MJX): one file, one jitted program per iteration.
 
-    python ppo_mjx.py --num-envs 256                  train HalfCheetah, watch it in TensorBoard under runs/
-    python ppo_mjx.py --env-id Walker2d               ... or Hopper
-    python ppo_mjx.py --resume runs/NAME              go on, bit for bit, where a run stopped
-    python ppo_mjx.py --evaluate runs/NAME            judge its policy in MJX, in C MuJoCo and in Gymnasium
-    python ppo_mjx.py --smoke                         check this machine's set-up
+    python ppo_mjx.py --num-envs 256              train HalfCheetah; watch it with: tensorboard --logdir runs
+    python ppo_mjx.py --resume runs/NAME          go on, bit for bit, where a run stopped
+    python ppo_mjx.py --evaluate runs/NAME        judge its policy in MJX, in C MuJoCo and in Gymnasium
+    python ppo_mjx.py --smoke                     check the set-up of this machine
 
 The map: 1 settings, 2 models, 3 environment, 4 statistics, 5 networks, 6 training state, 7 rollout, 8 advantages,
-9 loss and update, 10 one training iteration; then the bookkeeping: 11 evaluation, 12 video, 13 saving, 14 command line,
-15 main, 16 smoke test. What PPO *is* stands in 2 to 10.
-
-Shapes: T = num_steps, N = worlds on this device, B = T * N, O = observation, A = action. A record's fields are
-[T, N, ...] in a rollout, [B, ...] in a batch and [B / num_minibatches, ...] in a minibatch.
-Sources: Schulman et al., arXiv:1707.06347 (PPO) and arXiv:1506.02438 (GAE); details by the names of CleanRL's
-ppo_continuous_action.py; tasks by gymnasium 1.4.0. docs/ppo_mjx.md says more, with measurements.
+9 loss and update, 10 the iteration; then the bookkeeping: 11 evaluation, 12 saving, 13 command line, 14 main.
+Shapes: T = num_steps, N = worlds on this device, B = T * N, O = observation, A = action, E = episodes. A record's
+fields are [T, N, ...] in a rollout, [B, ...] in a batch, [B / num_minibatches, ...] in a minibatch.
+Details and names follow CleanRL's ppo_continuous_action.py, tasks gymnasium 1.4.0; docs/ppo_mjx.md has all metrics.
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import importlib
+import importlib.metadata
+import importlib.util
 import io
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -48,7 +33,11 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Literal
 from unittest import mock
+
+START = time.perf_counter()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else XLA prints pages of CPU features on a compile cache hit
 
 import flax.linen as nn
 import imageio
@@ -60,103 +49,57 @@ import optax
 import orbax.checkpoint as ocp
 import tyro
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from mujoco import mjx
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from mujoco.rendering.classic import gl_context
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+with contextlib.redirect_stdout(io.StringIO()):  # it tells everyone that the optional Warp backend is missing
+    from mujoco import mjx
+
 # ---- 1. Settings ----------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Args:
     """PPO on Gymnasium's locomotion tasks, on MuJoCo XLA."""
-
     # The run
-    exp_name: str = "ppo_mjx"
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """every random number of a run follows from it"""
-    num_devices: int | None = None
-    """devices that share the worlds; by default all GPUs, or on a CPU as many XLA devices as it has cores"""
-    runs_dir: str = "runs"
-    """folder for the run folders"""
-    track: bool = False
-    """log to Weights & Biases too"""
-    wandb_project_name: str = "mjx-rl"
-    """project on Weights & Biases"""
-    wandb_entity: str | None = None
-    """team on Weights & Biases"""
-    capture_video: bool = False
-    """write an mp4 of one C MuJoCo episode when the run ends, or of the policy that --evaluate judges"""
-    checkpoint_every: int = 50
-    """iterations between two checkpoints; the last three are kept"""
-    log_every: int = 10
-    """iterations between two printed lines where the output is no terminal"""
-    compile_cache: bool = True
-    """keep compiled programs in the user's cache folder (or JAX_COMPILATION_CACHE_DIR), for a quicker next start"""
-    resume: str | None = None
-    """run folder to go on with; its own settings hold"""
-    evaluate: str | None = None
-    """run folder whose policy to judge, without training"""
-    smoke: bool = False
-    """check the set-up: build, train, save, resume and evaluate in short, one line a stage"""
-
+    exp_name: str = "ppo_mjx"  # name of the experiment, part of the run folder's name
+    seed: int = 1  # every random number of a run follows from it
+    num_devices: int | None = None  # devices that share the worlds; by default all GPUs, or one XLA device per CPU core
+    runs_dir: str = "runs"  # where the run folders are made
+    track: bool = False  # log to Weights & Biases too; its project is WANDB_PROJECT
+    capture_video: bool = False  # write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate
+    checkpoint_every: int = 50  # iterations between checkpoints; the last three are kept
+    compile_cache: bool = True  # keep compiled programs in the user's cache folder, for a quicker start next time
+    resume: str | None = None  # run folder to go on with, by the settings that it was started with
+    evaluate: str | None = None  # run folder whose policy to judge; nothing is trained
+    smoke: bool = False  # build, train, save, resume and evaluate in short, and tell what works
     # The environment
-    env_id: str = "HalfCheetah"
-    """task, equal to Gymnasium's v5: HalfCheetah, Hopper or Walker2d"""
-    physics: str = "fast"
-    """fast: settings of the TASKS table, measured in docs/ppo_mjx.md; exact: the original's integrator and solver"""
-    eval_every: int = 100
-    """iterations between two evaluations in MJX; 0 for none"""
-    eval_episodes: int = 20
-    """episodes of each evaluation"""
-
-    # The algorithm; names are CleanRL's
-    total_timesteps: int = 2_000_000
-    """environment steps of the run, over all worlds"""
-    learning_rate: float = 1e-3
-    """Adam's step size at the start"""
-    num_envs: int = 256
-    """worlds stepped at once, over all devices"""
-    num_steps: int = 16
-    """steps of each world in one rollout"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly to 0"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimate"""
-    num_minibatches: int = 32
-    """minibatches of one epoch"""
-    update_epochs: int = 5
-    """passes over a rollout"""
-    norm_adv: bool = True
-    """normalise advantages, over the whole rollout"""
-    clip_coef: float = 0.2
-    """clipping range of the probability ratio"""
-    clip_vloss: bool = False
-    """clip the value loss as well"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest norm of the gradient"""
-    target_kl: float | None = None
-    """end an update after the epoch whose mean KL divergence exceeds this"""
-    norm_obs: bool = True
-    """normalise observations by their running mean and variance"""
-    norm_reward: bool = True
-    """divide rewards by the running standard deviation of the discounted return"""
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """widths of the tanh layers, of the actor and of the critic"""
-    init_log_std: float = -0.5
-    """logarithm of the policy's standard deviation at the start"""
-    stagger_episodes: bool = True
-    """start the worlds' clocks at random times, so that time limits do not all fall into one rollout"""
+    env_id: Literal["HalfCheetah", "Hopper", "Walker2d"] = "HalfCheetah"  # task, equal to Gymnasium's v5
+    physics: Literal["fast", "exact"] = "fast"  # fast: see load_model; exact: the original's integrator and solver
+    eval_every: int = 100  # iterations between evaluations in MJX; 0 for none
+    eval_episodes: int = 20  # episodes of each evaluation
+    # The algorithm, by CleanRL's names
+    total_timesteps: int = 2_000_000  # environment steps, over all worlds
+    learning_rate: float = 1e-3  # Adam's step size at the start
+    num_envs: int = 256  # worlds, over all devices
+    num_steps: int = 16  # steps of each world in one rollout
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    num_minibatches: int = 32  # minibatches of one epoch
+    update_epochs: int = 5  # passes over a rollout
+    norm_adv: bool = True  # normalise the advantages, over the whole rollout
+    clip_coef: float = 0.2  # clipping range of the probability ratio
+    clip_vloss: bool = False  # clip the value loss as well
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # gradients are scaled down to this norm
+    target_kl: float | None = None  # end an update after the epoch whose mean KL divergence exceeds this
+    norm_obs: bool = True  # normalise observations by their running mean and variance
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
+    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the tanh layers, of the actor and of the critic
+    init_log_std: float = -0.5  # log of the policy's standard deviation at the start
 
     @property
     def batch_size(self) -> int:
@@ -166,241 +109,150 @@ class Args:
     def num_iterations(self) -> int:
         return self.total_timesteps // self.batch_size
 
-
-# ---- 2. Models ------------------------------------------------------------------------------------------------------
-# Written for this file; a test holds the compiled models equal to Gymnasium's. Units are SI, angles radians.
-
-MJCF = """
-<mujoco model="{name}">
+# ---- 2. Models (SI units and radians; a test holds the compiled models equal to Gymnasium's) ------------------------
+MJCF = """<mujoco model="{name}">
   <compiler angle="radian"/>
-  <option timestep="{timestep}" integrator="{integrator}"/>
+  <option {option}/>
   <default>
     {default}
     <motor ctrllimited="true" ctrlrange="-1 1"/>
-    <default class="root"><joint type="slide" limited="false" armature="0" damping="0" pos="{root}"/></default>
+    <default class="root"><joint type="slide" limited="false" armature="0" damping="0" pos="0 0 -{origin}"/></default>
   </default>
   <asset>
-    <texture name="sky" type="skybox" builtin="gradient" rgb1=".4 .6 .8" rgb2="0 0 0" width="100" height="100"/>
-    <texture name="grid" type="2d" builtin="checker" rgb1=".2 .3 .4" rgb2=".1 .2 .3" width="100" height="100"/>
-    <material name="grid" texture="grid" texrepeat="60 60"/>
+    <texture name="grid" type="2d" builtin="checker" rgb1=".5 .6 .7" rgb2=".3 .4 .5" width="64" height="64"/>
+    <material name="grid" texture="grid" texrepeat="40 40"/>
   </asset>
   <worldbody>
-    <light directional="true" pos="0 0 3" dir="0 0 -1"/>
-    {floor}
+    <geom name="floor" type="plane" material="grid" conaffinity="1" condim="3" {floor}/>
     <body name="torso" pos="0 0 {height}">
-      <camera name="track" mode="trackcom" pos="0 -3 {camera}" xyaxes="1 0 0 0 0 1"/>
+      <camera name="track" mode="trackcom" pos="0 -4 .3" xyaxes="1 0 0 0 0 1"/>
       <joint class="root" name="rootx" axis="1 0 0"/>
-      <joint class="root" name="rootz" axis="0 0 1" ref="{ref}"/>
+      <joint class="root" name="rootz" axis="0 0 1" ref="{origin}"/>
       <joint class="root" name="rooty" axis="0 1 0" type="hinge" pos="0 0 0"/>
-      {body}
+      {bodies}
     </body>
   </worldbody>
   <actuator>{motors}</actuator>
-</mujoco>
-"""
+</mujoco>"""
 
+def link(name: str, pos: str, joint: str, geom: str, child: str = "") -> str:
+    """A body with one joint and one capsule of the same name."""
+    return f'<body name="{name}" pos="{pos}"><joint name="{name}" {joint}/><geom name="{name}" {geom}/>{child}</body>'
 
 def cheetah_mjcf() -> str:
-    """HalfCheetah: 9 degrees of freedom, 14 kg (hence the odd density), six sprung joints."""
-    segments = dict(  # joint range, stiffness, damping; capsule position, pitch, half length; motor gear
-        bthigh=("-.5 0 0", "-.52 1.05", 240, 6, ".1 0 -.13", -3.8, 0.145, 120),
-        bshin=(".16 0 -.25", "-.785 .785", 180, 4.5, "-.14 0 -.07", -2.03, 0.15, 90),
-        bfoot=("-.28 0 -.14", "-.4 .785", 120, 3, ".03 0 -.097", -0.27, 0.094, 60),
-        fthigh=(".5 0 0", "-1 .7", 180, 4.5, "-.07 0 -.12", 0.52, 0.133, 120),
-        fshin=("-.14 0 -.24", "-1.2 .87", 120, 3, ".065 0 -.09", -0.6, 0.106, 60),
-        ffoot=(".13 0 -.18", "-.5 .5", 60, 1.5, ".045 0 -.07", -0.6, 0.07, 30),
-    )
-    body = '<geom name="torso" fromto="-.5 0 0 .5 0 0"/><geom name="head" pos=".6 0 .1" euler="0 .87 0" size=".046 .15"/>'
-    for name, (pos, limits, stiffness, damping, geom_pos, pitch, length, _) in segments.items():
-        body += f"""<body name="{name}" pos="{pos}">
-            <joint name="{name}" range="{limits}" stiffness="{stiffness}" damping="{damping}"/>
-            <geom name="{name}" pos="{geom_pos}" euler="0 {pitch} 0" size=".046 {length}"/>"""
-        body += "</body></body></body>" if name.endswith("foot") else ""  # each leg is a chain of three bodies
-    return MJCF.format(
-        name="half_cheetah",
-        timestep=0.01,
-        integrator="Euler",
-        default="""<joint axis="0 1 0" armature=".1" limited="true" solimplimit="0 .8 .03"/>
-            <geom type="capsule" size=".046" conaffinity="0" friction=".4 .1 .1" solimp="0 .8 .01"
-                density="660.8849500774735" rgba=".8 .6 .4 1"/>""",
-        floor='<geom name="floor" type="plane" size="40 40 40" conaffinity="1" material="grid"/>',
-        height=0.7,
-        root="0 0 0",
-        ref=0,
-        camera=0.3,
-        body=body,
-        motors="".join(f'<motor name="{name}" joint="{name}" gear="{s[-1]}"/>' for name, s in segments.items()),
-    )
+    """9 degrees of freedom; the odd density makes 14 kg."""
+    legs = chain = ""
+    for name, pos, limits, stiffness, damping, center, pitch, half_length in (  # each leg from its foot upwards
+        ("bfoot", "-.28 0 -.14", "-.4 .785", 120, 3, ".03 0 -.097", -0.27, 0.094),
+        ("bshin", ".16 0 -.25", "-.785 .785", 180, 4.5, "-.14 0 -.07", -2.03, 0.15),
+        ("bthigh", "-.5 0 0", "-.52 1.05", 240, 6, ".1 0 -.13", -3.8, 0.145),
+        ("ffoot", ".13 0 -.18", "-.5 .5", 60, 1.5, ".045 0 -.07", -0.6, 0.07),
+        ("fshin", "-.14 0 -.24", "-1.2 .87", 120, 3, ".065 0 -.09", -0.6, 0.106),
+        ("fthigh", ".5 0 0", "-1 .7", 180, 4.5, "-.07 0 -.12", 0.52, 0.133)):
+        joint = f'range="{limits}" stiffness="{stiffness}" damping="{damping}"'
+        chain = link(name, pos, joint, f'pos="{center}" euler="0 {pitch} 0" size=".046 {half_length}"', chain)
+        if name.endswith("thigh"):
+            legs, chain = legs + chain, ""
+    torso = """<geom name="torso" fromto="-.5 0 0 .5 0 0" size=".046"/>
+      <geom name="head" pos=".6 0 .1" euler="0 .87 0" size=".046 .15"/>"""
+    default = """<joint axis="0 1 0" armature=".1" limited="true" solimplimit="0 .8 .03"/>
+    <geom type="capsule" conaffinity="0" friction=".4 .1 .1" solimp="0 .8 .01" density="660.8849500774735"/>"""
+    gears = {"bthigh": 120, "bshin": 90, "bfoot": 60, "fthigh": 120, "fshin": 60, "ffoot": 30}  # Nm
+    motors = "".join(f'<motor joint="{joint}" gear="{gear}"/>' for joint, gear in gears.items())
+    return MJCF.format(name="half_cheetah", option='timestep=".01" integrator="Euler"', default=default, height=0.7,
+                       origin=0, floor='size="40 40 40"', bodies=torso + legs, motors=motors)
 
-
-def upright_mjcf(name: str, legs: list[str], default: str, floor: str, heel: float, foot: str, gear: int) -> str:
-    """Hopper or Walker2d: a torso on one or two legs of thigh, shin and foot.
-
-    legs: suffix of each leg's names. heel: distance in m from the foot's origin back to the ankle.
-    foot: position, size and friction of the foot's capsule. Lengths in m, gear in Nm.
-    """
-    body = '<geom name="torso_geom" size=".05 .2"/>'
+def upright_mjcf(name: str, legs: list[str], default: str, floor: str, ankle: float, foot: str, gear: int) -> str:
+    """Hopper (one leg) or Walker2d (two in one plane). ankle: its distance behind the foot's origin; gear in Nm."""
+    bodies, motors, bend = '<geom name="torso" size=".05 .2"/>', "", 'range="-2.6179938779914944 0"'
     for leg in legs:
-        body += f"""<body name="thigh{leg}" pos="0 0 -.2">
-            <joint name="thigh{leg}_joint" range="-2.6179938779914944 0"/>
-            <geom name="thigh{leg}_geom" pos="0 0 -.225" size=".05 .225"/>
-            <body name="leg{leg}" pos="0 0 -.7">
-              <joint name="leg{leg}_joint" pos="0 0 .25" range="-2.6179938779914944 0"/>
-              <geom name="leg{leg}_geom" size=".04 .25"/>
-              <body name="foot{leg}" pos="{heel} 0 -.35">
-                <joint name="foot{leg}_joint" pos="-{heel} 0 .1" range="-.7853981633974483 .7853981633974483"/>
-                <geom name="foot{leg}_geom" quat=".7071067811865475 0 -.7071067811865475 0" {foot}/>
-              </body>
-            </body>
-          </body>"""
-    joints = [f"{part}{leg}_joint" for leg in legs for part in ("thigh", "leg", "foot")]
-    return MJCF.format(
-        name=name,
-        timestep=0.002,
-        integrator="RK4",
-        default=default,
-        floor=floor,
-        height=1.25,
-        root="0 0 -1.25",
-        ref=1.25,
-        camera=-0.25,
-        body=body,
-        motors="".join(f'<motor joint="{joint}" gear="{gear}"/>' for joint in joints),
-    )
-
+        flex = f'pos="-{ankle} 0 .1" range="-.7853981633974483 .7853981633974483"'
+        toes = link("foot" + leg, f"{ankle} 0 -.35", flex, f'quat=".7071067811865475 0 -.7071067811865475 0" {foot}')
+        shin = link("leg" + leg, "0 0 -.7", f'pos="0 0 .25" {bend}', 'size=".04 .25"', toes)
+        bodies += link("thigh" + leg, "0 0 -.2", bend, 'pos="0 0 -.225" size=".05 .225"', shin)
+        motors += "".join(f'<motor joint="{part}{leg}" gear="{gear}"/>' for part in ("thigh", "leg", "foot"))
+    return MJCF.format(name=name, option='timestep=".002" integrator="RK4"', default=default, height=1.25, origin=1.25,
+                       floor=floor, bodies=bodies, motors=motors)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What tells one task from another: the numbers of Gymnasium's v5, then the settings of `--physics fast`."""
-
+    """What tells one task from another: Gymnasium's numbers, then what `--physics fast` changes."""
     mjcf: str
-    frame_skip: int  # physics steps per environment step
-    ctrl_cost: float  # weight of the squared action
-    healthy_reward: float  # per step, while healthy
-    healthy_z: tuple[float, float]  # height of the torso in m
-    healthy_pitch: tuple[float, float]  # rad
-    healthy_state: float  # bound on every coordinate but x, and on every velocity
-    velocity_clip: float  # bound on the observed velocities
-    reset_noise: float
-    gaussian_velocity: bool  # reset velocities normal instead of uniform
-    fast_timestep: float  # s; frame_skip changes with it, the control step stays
-    fast_iterations: tuple[int, int]  # Newton steps, line search steps
-    fast_max_contacts: int  # deepest contacts that are kept; 0 keeps all
-    fast_feet_only: bool  # only the feet collide with the floor
-    time_limit: int = 1000  # steps of an episode
-
+    healthy: tuple[float, float, float, float]  # bounds: height min and max in m, pitch in rad, all but x and z
+    frame_skip: int = 4  # physics steps in one environment step
+    ctrl_cost: float = 1e-3  # weight of the squared action
+    healthy_reward: float = 1.0  # of each step
+    velocity_clip: float = 10.0  # bound of the observed velocities
+    reset_noise: float = 5e-3
+    gaussian_velocity: bool = False  # at reset; else uniform
+    fast_shapes: tuple[str, ...] = ("leg", "foot")  # nothing else reaches the floor before the episode ends
+    fast_max_contacts: int = 4  # keep only so many contacts, the deepest
+    time_limit: int = 1000  # steps
 
 INF = math.inf
 TASKS = {
     "HalfCheetah": Task(
-        mjcf=cheetah_mjcf(), frame_skip=5, ctrl_cost=0.1, healthy_reward=0.0,
-        healthy_z=(-INF, INF), healthy_pitch=(-INF, INF), healthy_state=INF,
-        velocity_clip=INF, reset_noise=0.1, gaussian_velocity=True,
-        fast_timestep=0.01, fast_iterations=(3, 6), fast_max_contacts=6, fast_feet_only=False,
-    ),
-    "Hopper": Task(
-        mjcf=upright_mjcf(
-            "hopper", [""],
-            default="""<joint axis="0 -1 0" armature="1" damping="1" limited="true"/>
-                <geom type="capsule" condim="1" margin=".001" friction=".9" solimp=".8 .8 .01" rgba=".8 .6 .4 1"/>""",
-            floor='<geom name="floor" type="plane" size="20 20 .125" condim="3" friction="1" material="grid"/>',
-            heel=0.13, foot='pos="-.065 0 .1" size=".06 .195" friction="2"', gear=200,
-        ),
-        frame_skip=4, ctrl_cost=1e-3, healthy_reward=1.0,
-        healthy_z=(0.7, INF), healthy_pitch=(-0.2, 0.2), healthy_state=100.0,
-        velocity_clip=10.0, reset_noise=5e-3, gaussian_velocity=False,
-        fast_timestep=0.002, fast_iterations=(3, 6), fast_max_contacts=0, fast_feet_only=True,
-    ),
-    "Walker2d": Task(
-        mjcf=upright_mjcf(
-            "walker2d", ["", "_left"],
-            default="""<joint axis="0 -1 0" armature=".01" damping=".1" limited="true"/>
-                <geom type="capsule" conaffinity="0" friction=".9 .1 .1" rgba=".8 .6 .4 1"/>""",
-            floor='<geom name="floor" type="plane" size="40 40 40" conaffinity="1" friction=".7 .1 .1" material="grid"/>',
-            heel=0.2, foot='pos="-.1 0 .1" size=".06 .1" friction="1.9 .1 .1"', gear=100,
-        ),
-        frame_skip=4, ctrl_cost=1e-3, healthy_reward=1.0,
-        healthy_z=(0.8, 2.0), healthy_pitch=(-1.0, 1.0), healthy_state=INF,
-        velocity_clip=10.0, reset_noise=5e-3, gaussian_velocity=False,
-        fast_timestep=0.002, fast_iterations=(3, 6), fast_max_contacts=0, fast_feet_only=True,
-    ),
-}  # fmt: skip
-
+        cheetah_mjcf(), (-INF, INF, INF, INF), frame_skip=5, ctrl_cost=0.1, healthy_reward=0.0, velocity_clip=INF,
+        reset_noise=0.1, gaussian_velocity=True, fast_shapes=("",), fast_max_contacts=6),
+    "Hopper": Task(healthy=(0.7, INF, 0.2, 100.0), mjcf=upright_mjcf(
+        "hopper", [""], """<joint axis="0 -1 0" armature="1" damping="1" limited="true"/>
+    <geom type="capsule" condim="1" margin=".001" friction=".9" solimp=".8 .8 .01"/>""",
+        'size="20 20 .125" friction="1"', 0.13, 'pos="-.065 0 .1" size=".06 .195" friction="2"', 200)),
+    "Walker2d": Task(healthy=(0.8, 2.0, 1.0, INF), mjcf=upright_mjcf(
+        "walker2d", ["", "_left"], """<joint axis="0 -1 0" armature=".01" damping=".1" limited="true"/>
+    <geom type="capsule" conaffinity="0" friction=".9 .1 .1"/>""",
+        'size="40 40 40" friction=".7 .1 .1"', 0.2, 'pos="-.1 0 .1" size=".06 .1" friction="1.9 .1 .1"', 100)),
+}
 
 def load_model(task: Task, physics: str = "exact") -> mujoco.MjModel:
-    """Compile a task's model. physics: exact, or fast with the table's settings (docs/ppo_mjx.md has their price)."""
-    mjcf = task.mjcf
-    if physics == "fast" and task.fast_max_contacts:
-        cap = f'<custom><numeric name="max_contact_points" data="{task.fast_max_contacts}"/></custom></mujoco>'
-        mjcf = mjcf.replace("</mujoco>", cap)
-    model = mujoco.MjModel.from_xml_string(mjcf)
-    if physics == "fast":
-        model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
-        model.opt.timestep = task.fast_timestep
-        model.opt.iterations, model.opt.ls_iterations = task.fast_iterations
-        if task.fast_feet_only:  # before another shape can reach the floor or itself, the episode has ended
-            for geom in range(model.ngeom):
-                name = model.geom(geom).name
-                model.geom_contype[geom] = name.startswith("foot")
-                model.geom_conaffinity[geom] = name == "floor"
+    """The task's model: Gymnasium's, or the fast one (docs/ppo_mjx.md measures the price of each change)."""
+    if physics == "exact":
+        return mujoco.MjModel.from_xml_string(task.mjcf)
+    cap = f'<custom><numeric name="max_contact_points" data="{task.fast_max_contacts}"/></custom></mujoco>'
+    model = mujoco.MjModel.from_xml_string(task.mjcf.replace("</mujoco>", cap))
+    model.opt.iterations, model.opt.ls_iterations = 3, 6  # of Newton's method, and of its line search
+    for geom in range(1, model.ngeom):  # 0 is the floor
+        model.geom_contype[geom] = model.geom(geom).name.startswith(task.fast_shapes)
+        model.geom_conaffinity[geom] = 0
     return model
 
-
 # ---- 3. Environment -------------------------------------------------------------------------------------------------
-
-
 @struct.dataclass
 class Physics:
-    """The smallest state that determines the future; everything else in mjx.Data is recomputed by each step."""
-
-    qpos: jax.Array  # [nq] m, rad
-    qvel: jax.Array  # [nv] m/s, rad/s
+    """The smallest state that determines the future; each step computes everything else in mjx.Data anew."""
+    qpos: jax.Array  # [nq] m and rad
+    qvel: jax.Array  # [nv] m/s and rad/s
     qacc_warmstart: jax.Array  # [nv] where the constraint solver starts
-
 
 @struct.dataclass
 class State:
-    """One world between two steps; the fields are those of MuJoCo Playground."""
-
+    """One world between two steps; names are MuJoCo Playground's."""
     data: Physics
     obs: jax.Array  # [O]
     reward: jax.Array
-    done: jax.Array  # float32, 1 where the episode terminated (a time limit is no termination)
-    metrics: dict[str, jax.Array]  # the terms of the reward
-    info: dict[str, jax.Array]  # elapsed steps, truncated by the time limit, broken physics
-
+    done: jax.Array  # float, 1 if the episode terminated; the time limit is told apart, in info
+    metrics: dict[str, jax.Array]  # the reward's terms
+    info: dict[str, jax.Array]  # elapsed: steps since the reset; truncated: by the time limit; broken: see Env
 
 def observe(task: Task, qpos, qvel, xp=jnp):
-    """Observation: all coordinates but x, then all velocities (clipped in Hopper and Walker2d).
-
-    qpos [..., nq], qvel [..., nv] -> [..., nq - 1 + nv]; xp is the array library, jax.numpy or numpy.
-    """
+    """All coordinates but x, all velocities: [..., nq], [..., nv] -> [..., O]. xp is jax.numpy or numpy."""
     return xp.concatenate([qpos[..., 1:], xp.clip(qvel, -task.velocity_clip, task.velocity_clip)], axis=-1)
 
-
 def is_healthy(task: Task, qpos, qvel, xp=jnp):
-    """Whether the episode goes on; always so in HalfCheetah. qpos [..., nq], qvel [..., nv] -> bool [...]."""
-    z, pitch = qpos[..., 1], qpos[..., 2]
-    state = xp.concatenate([qpos[..., 2:], qvel], axis=-1)
-    healthy = (task.healthy_z[0] < z) & (z < task.healthy_z[1])
-    healthy &= (task.healthy_pitch[0] < pitch) & (pitch < task.healthy_pitch[1])
-    return healthy & (xp.abs(state) < task.healthy_state).all(axis=-1)
-
+    """Whether the episode goes on: [..., nq], [..., nv] -> bool [...]."""
+    (min_z, max_z, max_pitch, bound), z, pitch = task.healthy, qpos[..., 1], qpos[..., 2]
+    bounded = (xp.abs(xp.concatenate([qpos[..., 2:], qvel], axis=-1)) < bound).all(axis=-1)
+    return bounded & (min_z < z) & (z < max_z) & (xp.abs(pitch) < max_pitch)
 
 def reward_terms(task: Task, x_velocity, action, healthy, xp=jnp) -> dict:
-    """The reward is the sum of these. x_velocity in m/s [...]; action [..., A], clipped to [-1, 1]; healthy [...]."""
-    return {
-        "reward_forward": x_velocity,
-        "reward_ctrl": -task.ctrl_cost * xp.square(action).sum(axis=-1),
-        "reward_survive": task.healthy_reward * healthy,
-    }
-
+    """The reward is their sum. x_velocity [...] in m/s, action [..., A] after clipping, healthy bool [...]."""
+    ctrl = -task.ctrl_cost * xp.square(action).sum(axis=-1)
+    return {"reward_forward": x_velocity, "reward_ctrl": ctrl, "reward_survive": task.healthy_reward * healthy}
 
 def cho_factor(matrix: jax.Array, lower: bool = False) -> tuple[jax.Array, bool]:
-    """Cholesky factor of one small matrix [n, n], unrolled; its diagonal holds the reciprocals.
+    """Cholesky factor of one small matrix [n, n], unrolled, its diagonal inverted. Returns [n, n].
 
-    Under vmap each scalar below is a vector over worlds, where LAPACK (CPU) or cuSOLVER (GPU) would factor one
-    small matrix after the other.
+    Under vmap each entry is a vector over the worlds; LAPACK or cuSOLVER would take one world after the other.
     """
     n = matrix.shape[-1]
     factor = [[jnp.zeros_like(matrix[0, 0])] * n for _ in range(n)]
@@ -410,853 +262,638 @@ def cho_factor(matrix: jax.Array, lower: bool = False) -> tuple[jax.Array, bool]
             factor[i][j] = jax.lax.rsqrt(rest) if i == j else rest * factor[j][j]
     return jnp.array(factor), lower
 
-
 def cho_solve(factor_and_lower: tuple[jax.Array, bool], vector: jax.Array) -> jax.Array:
-    """Solve with the factor of `cho_factor`: matrix @ result = vector [n], by forward and backward substitution."""
-    factor = factor_and_lower[0]
-    n = factor.shape[-1]
-    x = [vector[i] for i in range(n)]
+    """Solve matrix @ x = vector [n] by the factor of `cho_factor`: forwards, then backwards."""
+    factor, n, x = factor_and_lower[0], len(vector), list(vector)
     for i in range(n):
         x[i] = (x[i] - sum(factor[i, k] * x[k] for k in range(i))) * factor[i, i]
     for i in reversed(range(n)):
         x[i] = (x[i] - sum(factor[k, i] * x[k] for k in range(i + 1, n))) * factor[i, i]
     return jnp.array(x)
 
-
 class Env:
-    """One world of a Gymnasium v5 task on MJX: `reset(key)` and `step(state, action)` are pure, batch them by vmap.
+    """One world of a task; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes.
 
-    Only constants live in the object. Faster than MAX_SPEED, or not finite, is no physics any more: such a step is
-    `info["broken"]`, earns nothing and shows the observation before it.
+    A world that is not finite or exceeds MAX_SPEED is broken: its step ends the episode, earns nothing and shows the
+    observation before it.
     """
-
-    MAX_SPEED = 200.0  # m/s and rad/s; trained policies stay below 60
+    MAX_SPEED = 200.0  # m/s and rad/s
 
     def __init__(self, env_id: str, physics: str = "fast"):
         self.task = TASKS[env_id]
         model = load_model(self.task, physics)
-        original = load_model(self.task)
-        self.control_dt = original.opt.timestep * self.task.frame_skip  # s
-        self.frame_skip = round(self.control_dt / model.opt.timestep)
-        self.action_size = model.nu
-        self.observation_size = model.nq - 1 + model.nv
-        self.model = mjx.put_model(model, impl="jax")
+        self.control_dt = model.opt.timestep * self.task.frame_skip  # s
+        self.action_size, self.observation_size = model.nu, model.nq - 1 + model.nv
+        self.one_step = physics == "fast" and model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
+        self.init_qpos, self.model = np.array(model.qpos0), mjx.put_model(model, impl="jax")
         self.template = mjx.make_data(self.model)
-        self.init_qpos = np.array(model.qpos0)
 
     def reset(self, key: jax.Array) -> State:
-        """The start of an episode, with Gymnasium's reset noise. key: one PRNG key."""
-        task, noise = self.task, self.task.reset_noise
+        """A new episode, with Gymnasium's noise. key: one PRNG key."""
         qpos_key, qvel_key = jax.random.split(key)
-        qpos = self.init_qpos + jax.random.uniform(qpos_key, (self.model.nq,), minval=-noise, maxval=noise)
-        if task.gaussian_velocity:
-            qvel = noise * jax.random.normal(qvel_key, (self.model.nv,))
-        else:
-            qvel = jax.random.uniform(qvel_key, (self.model.nv,), minval=-noise, maxval=noise)
-        zero, no = jnp.zeros(()), jnp.array(False)
-        return State(
-            data=Physics(qpos, qvel, jnp.zeros_like(qvel)),
-            obs=observe(task, qpos, qvel),
-            reward=zero,
-            done=zero,
-            metrics={"reward_forward": zero, "reward_ctrl": zero, "reward_survive": zero},
-            info={"elapsed": jnp.zeros((), jnp.int32), "truncated": no, "broken": no},
-        )
+        noise = partial(jax.random.uniform, minval=-self.task.reset_noise, maxval=self.task.reset_noise)
+        qpos = self.init_qpos + noise(qpos_key, (self.model.nq,))
+        gaussian = self.task.reset_noise * jax.random.normal(qvel_key, (self.model.nv,))
+        qvel = gaussian if self.task.gaussian_velocity else noise(qvel_key, (self.model.nv,))
+        data, zero, no = Physics(qpos, qvel, jnp.zeros_like(qvel)), jnp.zeros(()), jnp.array(False)
+        metrics = {"reward_forward": zero, "reward_ctrl": zero, "reward_survive": zero}
+        info = {"elapsed": jnp.zeros((), jnp.int32), "truncated": no, "broken": no}
+        return State(data, observe(self.task, qpos, qvel), reward=zero, done=zero, metrics=metrics, info=info)
+
+    def advance(self, data: Physics, action: jax.Array) -> Physics:
+        """One control step of physics: frame_skip steps like the original's, or all of it as one step of Runge-Kutta 4.
+
+        Gymnasium's four Runge-Kutta steps evaluate the dynamics 16 times, one does so 4 times. Four steps of Euler's
+        method cost the same and err far more: what learnt to hop on them falls in the original.
+        """
+        def substep(data: Physics, _):
+            full = mjx.step(self.model, self.template.replace(**vars(data), ctrl=action))
+            return Physics(full.qpos, full.qvel, full.qacc_warmstart), None
+        def stage(carry, tableau):
+            (slope, change, warmstart), (fraction, weight) = carry, tableau
+            qpos, qvel = start + fraction * slope
+            full = self.template.replace(qpos=qpos, qvel=qvel, qacc_warmstart=warmstart, ctrl=action)
+            qacc = mjx.forward(self.model, full).qacc
+            slope = self.control_dt * jnp.stack([qvel, qacc])
+            return (slope, change + weight * slope, qacc), None
+        if not self.one_step:
+            return jax.lax.scan(substep, data, None, length=self.task.frame_skip)[0]
+        start = jnp.stack([data.qpos, data.qvel])  # every coordinate is a hinge or a slide, so qpos changes by qvel
+        tableau = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
+        (_, change, warmstart), _ = jax.lax.scan(stage, (0 * start, 0 * start, data.qacc_warmstart), tableau)
+        return Physics(*(start + change), warmstart)
 
     def step(self, state: State, action: jax.Array) -> State:
-        """One control step. action [A] in [-1, 1], the motors' torques as shares of their largest."""
-
-        def substep(data: Physics, _):
-            full = self.template.replace(
-                qpos=data.qpos, qvel=data.qvel, qacc_warmstart=data.qacc_warmstart, ctrl=action
-            )
-            # TF32, a GPU's default, spoils dynamics; MJX looks its Cholesky up while it is traced, so ours is put there.
-            with (
-                jax.default_matmul_precision("highest"),
-                mock.patch.multiple(jax.scipy.linalg, cho_factor=cho_factor, cho_solve=cho_solve),
-            ):
-                full = mjx.step(self.model, full)
-            return Physics(full.qpos, full.qvel, full.qacc_warmstart), None
-
-        data, _ = jax.lax.scan(substep, state.data, None, length=self.frame_skip)
+        """One control step. action [A] in [-1, 1]: the motors' torques as shares of their gear."""
+        unrolled = mock.patch.multiple(jax.scipy.linalg, cho_factor=cho_factor, cho_solve=cho_solve)
+        with jax.default_matmul_precision("highest"), unrolled:  # while MJX is traced; TF32 would be too rough
+            data = self.advance(state.data, action)
         sane = jnp.isfinite(data.qpos).all() & (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN, too
         healthy = is_healthy(self.task, data.qpos, data.qvel)
         x_velocity = (data.qpos[0] - state.data.qpos[0]) / self.control_dt
         terms = reward_terms(self.task, x_velocity, action, healthy)
         terms = {name: jnp.where(sane, term, 0.0) for name, term in terms.items()}
-        elapsed = state.info["elapsed"] + 1
-        return State(
-            data=data,
-            obs=jnp.where(sane, observe(self.task, data.qpos, data.qvel), state.obs),
-            reward=sum(terms.values()),
-            done=(~(healthy & sane)).astype(jnp.float32),
-            metrics=terms,
-            info={"elapsed": elapsed, "truncated": elapsed >= self.task.time_limit, "broken": ~sane},
-        )
-
+        obs = jnp.where(sane, observe(self.task, data.qpos, data.qvel), state.obs)
+        done, elapsed = jnp.where(healthy & sane, 0.0, 1.0), state.info["elapsed"] + 1
+        info = {"elapsed": elapsed, "truncated": elapsed >= self.task.time_limit, "broken": ~sane}
+        return State(data, obs, reward=sum(terms.values()), done=done, metrics=terms, info=info)
 
 # ---- 4. Running statistics ------------------------------------------------------------------------------------------
-
-
 @struct.dataclass
 class RunningStats:
     """Mean and variance of all that was seen so far."""
-
     count: jax.Array
     mean: jax.Array
     var: jax.Array
 
-
-def init_stats(shape: tuple[int, ...]) -> RunningStats:
-    return RunningStats(count=jnp.array(1e-4), mean=jnp.zeros(shape), var=jnp.ones(shape))
-
-
 def update_stats(stats: RunningStats, batch: jax.Array) -> RunningStats:
-    """Merge a batch [T, N, ...] of every device into the statistics (Chan et al.'s parallel variance)."""
+    """Merge in all devices' batches [T, N, ...]. Source: Chan, Golub and LeVeque's parallel variance."""
     count = batch.shape[0] * batch.shape[1] * jax.lax.axis_size("devices")
     mean = jax.lax.pmean(batch.mean(axis=(0, 1)), "devices")
     var = jax.lax.pmean(jnp.square(batch - mean).mean(axis=(0, 1)), "devices")
-    total = stats.count + count
-    share = count / total
-    delta = mean - stats.mean
-    return RunningStats(
-        count=total,
-        mean=stats.mean + share * delta,
-        var=stats.var + share * (var - stats.var) + share * (1 - share) * jnp.square(delta),
-    )
-
+    share, delta = count / (stats.count + count), mean - stats.mean
+    merged_var = (1 - share) * stats.var + share * var + share * (1 - share) * jnp.square(delta)
+    return RunningStats(stats.count + count, stats.mean + share * delta, merged_var)
 
 def normalize(stats: RunningStats, obs: jax.Array) -> jax.Array:
     return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
 
-
 # ---- 5. Networks ----------------------------------------------------------------------------------------------------
-
-
-def orthogonal(width: int, gain: float) -> nn.Dense:
-    return nn.Dense(width, kernel_init=nn.initializers.orthogonal(gain))
-
-
-class Actor(nn.Module):
-    """Gaussian policy: normalised observation [..., O] -> mean [..., A], and log-std [A] that no state changes."""
-
-    action_size: int
+class MLP(nn.Module):
+    """Tanh layers with orthogonal weights: [..., O] -> [..., out]. gain scales the weights of the last layer."""
     hidden_sizes: tuple[int, ...]
-    init_log_std: float
-
+    out: int
+    gain: float
     @nn.compact
-    def __call__(self, obs):
-        x = obs
+    def __call__(self, x):
         for width in self.hidden_sizes:
-            x = jnp.tanh(orthogonal(width, math.sqrt(2))(x))
-        mean = orthogonal(self.action_size, 0.01)(x)  # small, so that the first actions are all noise
-        log_std = self.param("log_std", nn.initializers.constant(self.init_log_std), (self.action_size,))
-        return mean, log_std
+            x = jnp.tanh(nn.Dense(width, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))(x))
+        return nn.Dense(self.out, kernel_init=nn.initializers.orthogonal(self.gain))(x)
 
-
-class Critic(nn.Module):
-    """Value of a normalised observation [..., O] -> [...], in units of the scaled reward."""
-
-    hidden_sizes: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, obs):
-        x = obs
-        for width in self.hidden_sizes:
-            x = jnp.tanh(orthogonal(width, math.sqrt(2))(x))
-        return orthogonal(1, 1.0)(x)[..., 0]
-
+def make_networks(args: Args, env: Env) -> tuple[MLP, MLP]:
+    """Actor and critic; they share nothing. The actor's first means are near 0, so its first actions are all noise."""
+    return MLP(args.hidden_sizes, env.action_size, gain=0.01), MLP(args.hidden_sizes, 1, gain=1.0)
 
 def log_prob(mean: jax.Array, log_std: jax.Array, action: jax.Array) -> jax.Array:
-    """Log density of a diagonal Gaussian. mean, action [..., A]; log_std [A] -> [...]."""
+    """Log density of a diagonal Gaussian. mean, action [..., A], log_std [A] -> [...]."""
     z = (action - mean) * jnp.exp(-log_std)
     return (-0.5 * jnp.square(z) - log_std - 0.5 * math.log(2 * math.pi)).sum(axis=-1)
 
-
-def entropy(log_std: jax.Array) -> jax.Array:
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(axis=-1)
-
-
-def make_networks(args: Args, env: Env) -> tuple[Actor, Critic]:
-    return Actor(env.action_size, args.hidden_sizes, args.init_log_std), Critic(args.hidden_sizes)
-
-
 # ---- 6. Training state ----------------------------------------------------------------------------------------------
-
-
 @struct.dataclass
 class Learner:
-    """What is learnt; every device holds the same."""
-
-    params: dict  # {"actor": ..., "critic": ...}
-    opt_state: optax.OptState
+    """What is learnt; the same on every device."""
+    params: dict  # actor and critic (Flax parameters), log_std [A] (the same in every state)
+    opt_state: optax.OptState  # of the parameters as one vector
     obs_stats: RunningStats  # [O]
     return_stats: RunningStats  # [], of the discounted return
-    key: jax.Array  # for the shuffles
+    key: jax.Array  # of the shuffles
     iteration: jax.Array  # int32, iterations done
-
 
 @struct.dataclass
 class Worlds:
-    """What belongs to one world; every field is [N, ...] and split over the devices.
-
-    Each world draws from its own key, so a rollout does not depend on how many devices share the worlds.
-    """
-
+    """What belongs to one world: [N, ...], split over the devices; its own key makes it the same on any device."""
     env_state: State
     key: jax.Array
-    discounted_return: jax.Array  # of the rewards so far, for the reward's scale
+    discounted_return: jax.Array  # of the rewards so far
     episode_return: jax.Array
     episode_length: jax.Array  # int32
-    broken: jax.Array  # int32, how often the physics of this world broke
-
+    broken: jax.Array  # int32, how often this world broke
 
 @struct.dataclass
 class TrainState:
     """All that a run's future depends on; a checkpoint is this and the settings."""
-
     learner: Learner
     worlds: Worlds
-
-
 STATE_SPEC = TrainState(learner=P(), worlds=P("devices"))
 
-
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    # One flat vector instead of a dozen small arrays: far fewer operations for each of the many small updates.
-    return optax.flatten(optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5)))
-
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
 
 def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     actor_key, critic_key, shuffle_key, reset_key, clock_key, world_key = jax.random.split(key, 6)
     actor, critic = make_networks(args, env)
-    obs = jnp.zeros(env.observation_size)
+    obs, n = jnp.zeros(env.observation_size), args.num_envs
     params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
-    env_state = jax.vmap(env.reset)(jax.random.split(reset_key, args.num_envs))
-    if args.stagger_episodes:
-        env_state.info["elapsed"] = jax.random.randint(clock_key, (args.num_envs,), 0, env.task.time_limit)
-    zeros, none = jnp.zeros(args.num_envs), jnp.zeros(args.num_envs, jnp.int32)
-    return TrainState(
-        learner=Learner(
-            params=params,
-            opt_state=make_optimizer(args).init(params),
-            obs_stats=init_stats((env.observation_size,)),
-            return_stats=init_stats(()),
-            key=shuffle_key,
-            iteration=jnp.zeros((), jnp.int32),
-        ),
-        worlds=Worlds(env_state, jax.random.split(world_key, args.num_envs), zeros, zeros, none, none),
-    )
-
+    params["log_std"] = jnp.full(env.action_size, args.init_log_std, jnp.float32)  # with a type, as a checkpoint has it
+    opt_state = make_optimizer(args).init(ravel_pytree(params)[0])
+    env_state = jax.vmap(env.reset)(jax.random.split(reset_key, n))
+    # The worlds' clocks start at random, so that their time limits do not come all at once.
+    env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.task.time_limit)
+    stats = [RunningStats(jnp.float32(1e-4), jnp.zeros(shape), jnp.ones(shape)) for shape in (obs.shape, ())]
+    learner = Learner(params, opt_state, *stats, shuffle_key, jnp.zeros((), jnp.int32))
+    zeros, counts = jnp.zeros(n), jnp.zeros(n, jnp.int32)
+    return TrainState(learner, Worlds(env_state, jax.random.split(world_key, n), zeros, zeros, counts, counts))
 
 # ---- 7. Rollout -----------------------------------------------------------------------------------------------------
-
-
 @struct.dataclass
 class Transition:
-    """One step of the worlds; `terminated`, `done` and `next_obs` are the outcome of `action`."""
-
+    """One step of the worlds: what was seen and done, and what came of it."""
     obs: jax.Array  # [O]
-    next_obs: jax.Array  # [O], that the step ended on, before any reset
     action: jax.Array  # [A], as sampled; the environment gets it clipped to [-1, 1]
     logprob: jax.Array
-    reward: jax.Array
+    end: Worlds  # where the step ended, before any reset, with its reward, observation, episode return, ...
     terminated: jax.Array  # bool
-    done: jax.Array  # bool, terminated or at the time limit
-    discounted_return: jax.Array
-    episode_return: jax.Array  # of the episode so far
-    episode_length: jax.Array
-    finished: jax.Array  # bool, a whole episode has just ended: neither broken nor begun with a staggered clock
-    reward_terms: dict[str, jax.Array]
-
+    done: jax.Array  # bool: terminated, or at the time limit
+    finished: jax.Array  # bool: done after a whole episode, neither broken nor started on a staggered clock
 
 def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Worlds, Transition]:
-    """Let the policy act for num_steps steps in all worlds. Returns the worlds and transitions [T, N, ...]."""
-    actor, _ = make_networks(args, env)
-
+    """num_steps steps of the policy in all worlds, each episode from a fresh reset. Returns transitions [T, N, ...]."""
+    (actor, _), log_std = make_networks(args, env), learner.params["log_std"]
     def step(worlds: Worlds, _):
         key, action_key, reset_key = jnp.unstack(jax.vmap(partial(jax.random.split, num=3))(worlds.key), axis=1)
-        state = worlds.env_state
-        mean, log_std = actor.apply(learner.params["actor"], normalize(learner.obs_stats, state.obs))
-        noise = jax.vmap(partial(jax.random.normal, shape=(env.action_size,)))(action_key)
+        obs = worlds.env_state.obs
+        mean = actor.apply(learner.params["actor"], normalize(learner.obs_stats, obs))
+        noise = jax.vmap(partial(jax.random.normal, shape=log_std.shape))(action_key)
         action = mean + jnp.exp(log_std) * noise
-        next_state = jax.vmap(env.step)(state, jnp.clip(action, -1.0, 1.0))
-
-        broken = next_state.info["broken"]
-        terminated = next_state.done > 0
-        done = terminated | next_state.info["truncated"]
-        episode_return = worlds.episode_return + next_state.reward
-        episode_length = worlds.episode_length + 1
-        discounted_return = args.gamma * worlds.discounted_return + next_state.reward
-        transition = Transition(
-            obs=state.obs,
-            next_obs=next_state.obs,
-            action=action,
-            logprob=log_prob(mean, log_std, action),
-            reward=next_state.reward,
-            terminated=terminated,
-            done=done,
-            discounted_return=discounted_return,
-            episode_return=episode_return,
-            episode_length=episode_length,
-            finished=done & ~broken & (episode_length == next_state.info["elapsed"]),
-            reward_terms=next_state.metrics,
-        )
-        next_worlds = Worlds(next_state, key, discounted_return, episode_return, episode_length, worlds.broken + broken)
-        zeros, none = jnp.zeros_like(episode_return), jnp.zeros_like(episode_length)
-        fresh = Worlds(jax.vmap(env.reset)(reset_key), key, zeros, zeros, none, next_worlds.broken)
-        return where_done(done, fresh, next_worlds), transition
-
+        state = jax.vmap(env.step)(worlds.env_state, jnp.clip(action, -1.0, 1.0))
+        terminated, broken = state.done > 0, state.info["broken"]
+        done = terminated | state.info["truncated"]
+        end = Worlds(
+            state, key, discounted_return=args.gamma * worlds.discounted_return + state.reward,
+            episode_return=worlds.episode_return + state.reward, episode_length=worlds.episode_length + 1,
+            broken=worlds.broken + broken)
+        finished = done & ~broken & (end.episode_length == state.info["elapsed"])
+        zeros, counts = jnp.zeros_like(end.episode_return), jnp.zeros_like(end.episode_length)
+        fresh = Worlds(jax.vmap(env.reset)(reset_key), key, zeros, zeros, counts, end.broken)
+        select = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
+        transition = Transition(obs, action, log_prob(mean, log_std, action), end, terminated, done, finished)
+        return select(done, fresh, end), transition
     return jax.lax.scan(step, worlds, None, length=args.num_steps)
 
-
-def where_done(done: jax.Array, fresh: Worlds, going_on: Worlds) -> Worlds:
-    """Take each world [N, ...] from `fresh` where its episode is done [N]."""
-    return jax.tree.map(
-        lambda new, old: jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new, old), fresh, going_on
-    )
-
-
 # ---- 8. Advantages --------------------------------------------------------------------------------------------------
-
-
 def compute_gae(args: Args, reward, value, next_value, terminated, done) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimates of a rollout, from its last step to its first.
+    """Generalised advantage estimates (arXiv:1506.02438, equation 16) and value targets of a rollout; all are [T, N].
 
-    All arguments are [T, N]. next_value is the value of the state that each step ended on, before any reset: a
-    terminated episode is worth nothing beyond its end, one cut by the time limit as much as that state promised.
-    Returns advantage and value target, [T, N], in units of the scaled reward.
-    Source: Schulman et al., arXiv:1506.02438, equation 16.
+    next_value is that of the state where the step ended, before any reset: after a termination nothing is to come, but
+    an episode that the time limit cuts keeps what that state promised. All but the flags are in scaled reward.
     """
-
     def backwards(next_advantage, step):
         reward, value, next_value, terminated, done = step
         delta = reward + args.gamma * jnp.where(terminated, 0.0, next_value) - value
         advantage = delta + args.gamma * args.gae_lambda * jnp.where(done, 0.0, next_advantage)
         return advantage, advantage
-
     steps = (reward, value, next_value, terminated, done)
     _, advantage = jax.lax.scan(backwards, jnp.zeros_like(reward[0]), steps, reverse=True)
     return advantage, advantage + value
 
-
 # ---- 9. Loss and update ---------------------------------------------------------------------------------------------
-
-
 @struct.dataclass
 class Batch:
     """What the loss needs of each transition."""
-
     obs: jax.Array  # [O], normalised
     action: jax.Array  # [A]
     logprob: jax.Array  # under the policy that acted
     value: jax.Array  # by the critic before the update
     advantage: jax.Array
-    target: jax.Array  # for the value
-
+    target: jax.Array  # of the value
 
 def ppo_loss(args: Args, env: Env, params: dict, mb: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """PPO's clipped loss of one minibatch, and what to log of it.
-
-    Source: Schulman et al., arXiv:1707.06347, equations 7 and 9; approx_kl by http://joschu.net/blog/kl-approx.html.
-    """
-    actor, critic = make_networks(args, env)
-    mean, log_std = actor.apply(params["actor"], mb.obs)
-    value = critic.apply(params["critic"], mb.obs)
-
-    logratio = log_prob(mean, log_std, mb.action) - mb.logprob
+    """PPO's loss (arXiv:1707.06347, equations 7 and 9) and metrics; approx_kl: joschu.net/blog/kl-approx.html."""
+    (actor, critic), log_std = make_networks(args, env), params["log_std"]
+    value = critic.apply(params["critic"], mb.obs)[..., 0]
+    logratio = log_prob(actor.apply(params["actor"], mb.obs), log_std, mb.action) - mb.logprob
     ratio = jnp.exp(logratio)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio).mean()
-
     value_error = jnp.square(value - mb.target)
     if args.clip_vloss:
         clipped_value = mb.value + jnp.clip(value - mb.value, -args.clip_coef, args.clip_coef)
         value_error = jnp.maximum(value_error, jnp.square(clipped_value - mb.target))
     value_loss = 0.5 * value_error.mean()
-
-    loss = policy_loss - args.ent_coef * entropy(log_std) + args.vf_coef * value_loss
+    entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
     return loss, {
-        "losses/loss": loss,
-        "losses/policy_loss": policy_loss,
-        "losses/value_loss": value_loss,
-        "losses/entropy": entropy(log_std),
-        "losses/old_approx_kl": (-logratio).mean(),
-        "losses/approx_kl": ((ratio - 1) - logratio).mean(),
-        "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
-    }
-
+        "losses/loss": loss, "losses/policy_loss": policy_loss, "losses/value_loss": value_loss,
+        "losses/entropy": entropy, "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
+        "losses/old_approx_kl": -logratio.mean(), "losses/approx_kl": (ratio - 1 - logratio).mean()}
 
 def update_epochs(args: Args, env: Env, learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
-    """All epochs of minibatch updates on a batch [B, ...]; metrics are means over the minibatches that were used.
-
-    Every device shuffles its own worlds' share; gradients are averaged over the devices, so their networks stay equal.
-    """
-    optimizer = make_optimizer(args)
-    learning_rate = args.learning_rate * (1 - learner.iteration / args.num_iterations if args.anneal_lr else 1)
-    loss_gradient = jax.grad(ppo_loss, argnums=2, has_aux=True)
-
+    """All epochs over a batch [B, ...], each device on its share. Metrics are means over all minibatches in use."""
+    learning_rate = args.learning_rate * (1 - learner.iteration / args.num_iterations if args.anneal_lr else 1.0)
+    # As one vector the gradient takes one exchange between devices, not one a layer: 5x on two CPU cores.
+    vector, unravel = ravel_pytree(learner.params)
     def minibatch_step(carry, mb: Batch):
-        params, opt_state, stopped = carry
-        gradient, metrics = loss_gradient(args, env, params, mb)
-        gradient = jax.lax.pmean(gradient, "devices")
-        metrics["losses/grad_norm"] = optax.global_norm(gradient)
-        updates, next_opt_state = optimizer.update(gradient, opt_state)
-        next_params = jax.tree.map(lambda param, update: param - learning_rate * update, params, updates)
+        vector, opt_state, stopped = carry
+        gradient, metrics = jax.grad(ppo_loss, argnums=2, has_aux=True)(args, env, unravel(vector), mb)
+        gradient = jax.lax.pmean(ravel_pytree(gradient)[0], "devices")
+        direction, next_opt_state = make_optimizer(args).update(gradient, opt_state)
+        updated = (vector - learning_rate * direction, next_opt_state)
         if args.target_kl is not None:
-            keep = partial(jax.tree.map, lambda old, new: jnp.where(stopped, old, new))
-            next_params, next_opt_state = keep(params, next_params), keep(opt_state, next_opt_state)
-        return (next_params, next_opt_state, stopped), (metrics, ~stopped)
-
+            updated = jax.tree.map(partial(jnp.where, stopped), (vector, opt_state), updated)
+        return (*updated, stopped), (metrics | {"losses/grad_norm": jnp.linalg.norm(gradient)}, ~stopped)
     def epoch(carry, key):
-        order = jax.random.permutation(key, batch.advantage.shape[0])
+        order = jax.random.permutation(key, len(batch.obs))
         shuffled = jax.tree.map(lambda x: x[order].reshape(args.num_minibatches, -1, *x.shape[1:]), batch)
-        (params, opt_state, stopped), (metrics, used) = jax.lax.scan(minibatch_step, carry, shuffled)
+        (vector, opt_state, stopped), (metrics, used) = jax.lax.scan(minibatch_step, carry, shuffled)
         if args.target_kl is not None:
             stopped |= jax.lax.pmean(metrics["losses/approx_kl"].mean(), "devices") > args.target_kl
-        return (params, opt_state, stopped), (metrics, used)
-
+        return (vector, opt_state, stopped), (metrics, used)
     key = jax.random.fold_in(jax.random.fold_in(learner.key, learner.iteration), jax.lax.axis_index("devices"))
-    carry = (learner.params, learner.opt_state, jnp.array(False))
-    carry, (metrics, used) = jax.lax.scan(epoch, carry, jax.random.split(key, args.update_epochs))
+    carry, keys = (vector, learner.opt_state, jnp.array(False)), jax.random.split(key, args.update_epochs)
+    (vector, opt_state, _), (metrics, used) = jax.lax.scan(epoch, carry, keys)
     metrics = {tag: (values * used).sum() / used.sum() for tag, values in metrics.items()}
-    metrics["charts/learning_rate"] = jnp.asarray(learning_rate, jnp.float32)
-    return learner.replace(params=carry[0], opt_state=carry[1], iteration=learner.iteration + 1), metrics
-
+    metrics |= {"charts/learning_rate": jnp.asarray(learning_rate)}
+    return learner.replace(params=unravel(vector), opt_state=opt_state, iteration=learner.iteration + 1), metrics
 
 # ---- 10. One training iteration -------------------------------------------------------------------------------------
-
-
 def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Rollout, advantages, update on one device's worlds; metrics by tag, averaged over the devices."""
-    learner = state.learner
-    _, critic = make_networks(args, env)
+    """Rollout, advantages and update with one device's worlds. Returns metrics over all devices, by tag."""
+    learner, mean = state.learner, partial(jax.lax.pmean, axis_name="devices")
     worlds, steps = rollout(args, env, learner, state.worlds)
-
-    reward, return_stats = steps.reward, learner.return_stats
+    reward, return_stats = steps.end.env_state.reward, learner.return_stats
     if args.norm_reward:
-        return_stats = update_stats(return_stats, steps.discounted_return)
+        return_stats = update_stats(return_stats, steps.end.discounted_return)
         reward = jnp.clip(reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
-    obs = normalize(learner.obs_stats, steps.obs)
-    value = critic.apply(learner.params["critic"], obs)
-    next_value = critic.apply(learner.params["critic"], normalize(learner.obs_stats, steps.next_obs))
+    _, critic = make_networks(args, env)
+    obs, end_obs = normalize(learner.obs_stats, jnp.stack([steps.obs, steps.end.env_state.obs]))
+    value, next_value = critic.apply(learner.params["critic"], jnp.stack([obs, end_obs]))[..., 0]
     advantage, target = compute_gae(args, reward, value, next_value, steps.terminated, steps.done)
-    mean = partial(jax.lax.pmean, axis_name="devices")
-    explained = 1 - mean(jnp.square(target - value).mean()) / mean(jnp.square(target - mean(target.mean())).mean())
+    target_var = mean(jnp.square(target - mean(target.mean())).mean())
+    explained_variance = 1 - mean(jnp.square(target - value).mean()) / (target_var + 1e-8)
     if args.norm_adv:
         advantage -= mean(advantage.mean())
         advantage /= jnp.sqrt(mean(jnp.square(advantage).mean())) + 1e-8
-
     batch = Batch(obs, steps.action, steps.logprob, value, advantage, target)
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)  # [T, N, ...] -> [B, ...]
     learner, metrics = update_epochs(args, env, learner, batch)
-
-    # The statistics change only now: the policy that acted and the one that learns must see the same observation.
+    # Only now, since the policy that acted and the one that learns must see the same normalised observations.
     obs_stats = update_stats(learner.obs_stats, steps.obs) if args.norm_obs else learner.obs_stats
-    metrics |= {name.replace("_", "/", 1): term.mean() for name, term in steps.reward_terms.items()}
-    metrics = mean(metrics)
-    metrics["losses/explained_variance"] = explained
-    metrics |= jax.lax.psum(
-        {
-            "charts/episodes_finished": steps.finished.sum(),
-            "charts/episodic_return": (steps.episode_return * steps.finished).sum(),  # divided below
-            "charts/episodic_length": (steps.episode_length * steps.finished).sum(),
-            "charts/nan_resets": worlds.broken.sum(),
-        },
-        "devices",
-    )
-    episodes = jnp.maximum(metrics["charts/episodes_finished"], 1)
-    metrics["charts/episodic_return"] /= episodes
-    metrics["charts/episodic_length"] /= episodes
+    metrics |= {name.replace("_", "/"): term.mean() for name, term in steps.end.env_state.metrics.items()}
+    returns, lengths = steps.finished * steps.end.episode_return, steps.finished * steps.end.episode_length
+    sums = (steps.finished.sum(), returns.sum(), lengths.sum(), worlds.broken.sum())
+    episodes, returns, lengths, broken = jax.lax.psum(sums, "devices")
+    metrics = mean(metrics) | {
+        "losses/explained_variance": explained_variance, "charts/nan_resets": broken,
+        "charts/episodic_return": returns / episodes,  # NaN, and not logged, where no episode has finished
+        "charts/episodic_length": lengths / episodes, "charts/episodes_finished": episodes}
     return TrainState(learner.replace(obs_stats=obs_stats, return_stats=return_stats), worlds), metrics
-
 
 @partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state")
 def train_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The whole iteration as one program over the mesh's devices; `state` is donated."""
-    iteration = partial(device_iteration, args, env)
-    return jax.shard_map(
-        iteration, mesh=mesh, in_specs=(STATE_SPEC,), out_specs=(STATE_SPEC, P()), check_vma=False
-    )(state)
-
+    """One iteration as one program over the mesh's devices; `state` is donated, its memory is used again."""
+    run = partial(device_iteration, args, env)
+    return jax.shard_map(run, mesh=mesh, in_specs=(STATE_SPEC,), out_specs=(STATE_SPEC, P()), check_vma=False)(state)
 
 # ---- 11. Evaluation -------------------------------------------------------------------------------------------------
-
-
 def export_policy(learner: Learner) -> dict[str, np.ndarray]:
-    """All that a deterministic policy needs, as plain arrays: layers w0, b0, w1, ... and the normaliser."""
-    layers = learner.params["actor"]["params"]
-    arrays = {"obs_mean": learner.obs_stats.mean, "obs_var": learner.obs_stats.var}
-    for i in range(len(layers) - 1):  # the rest is log_std
-        arrays |= {f"w{i}": layers[f"Dense_{i}"]["kernel"], f"b{i}": layers[f"Dense_{i}"]["bias"]}
-    return jax.device_get(arrays)
-
+    """All that the deterministic policy needs: the normaliser's mean and variance, and layers w0, b0, w1, ..."""
+    policy = {"obs_mean": learner.obs_stats.mean, "obs_var": learner.obs_stats.var}
+    for name, layer in learner.params["actor"]["params"].items():  # Dense_0, Dense_1, ...
+        policy |= {name.replace("Dense_", "w"): layer["kernel"], name.replace("Dense_", "b"): layer["bias"]}
+    return jax.device_get(policy)
 
 def act(policy: dict, obs, xp=np):
-    """The policy's mean action, clipped: observation [..., O], raw -> [..., A]. Works with numpy alone."""
+    """The policy's mean action for raw observations: [..., O] -> [..., A] in [-1, 1]. NumPy is enough to run it."""
     x = xp.clip((obs - policy["obs_mean"]) / xp.sqrt(policy["obs_var"] + 1e-8), -10.0, 10.0)
-    layers = (len(policy) - 2) // 2
-    for i in range(layers):
-        x = x @ policy[f"w{i}"] + policy[f"b{i}"]
-        x = xp.tanh(x) if i < layers - 1 else x
-    return xp.clip(x, -1.0, 1.0)
-
+    last = len(policy) // 2 - 2
+    for i in range(last):
+        x = xp.tanh(x @ policy[f"w{i}"] + policy[f"b{i}"])
+    return xp.clip(x @ policy[f"w{last}"] + policy[f"b{last}"], -1.0, 1.0)
 
 @partial(jax.jit, static_argnames="env")
 def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
-    """Returns of one deterministic episode for each key [E] -> [E], with the physics that `env` was made with."""
-
+    """Returns of one episode for each key, in MJX with the physics of `env`: [E] keys -> [E]."""
     def step(carry, _):
         state, alive, total = carry
         state = jax.vmap(env.step)(state, act(policy, state.obs, jnp))
         return (state, alive & (state.done == 0), total + alive * state.reward), None
-
-    state = jax.vmap(env.reset)(keys)
-    start = (state, state.done == 0, jnp.zeros(keys.shape[0]))
+    start = (jax.vmap(env.reset)(keys), jnp.full(len(keys), True), jnp.zeros(len(keys)))
     return jax.lax.scan(step, start, None, length=env.task.time_limit)[0][2]
 
+class CMujocoEnv:
+    """The task in C MuJoCo, on the original model, with the interface of Gymnasium."""
+    def __init__(self, env: Env):
+        self.env, self.task, self.model = env, env.task, load_model(env.task)
+        self.data = mujoco.MjData(self.model)
 
-def evaluate_c(task: Task, policy: dict, episodes: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The same in C MuJoCo on the original model. Returns the returns [E], and qpos at each step of the first episode."""
-    model, rng, returns, path = load_model(task), np.random.default_rng(seed), [], []
-    data, dt = mujoco.MjData(model), model.opt.timestep * task.frame_skip
+    def reset(self, seed: int):
+        start = jax.device_get(self.env.reset(jax.random.key(seed)).data)
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos, self.data.qvel, self.elapsed = start.qpos, start.qvel, 0
+        return observe(self.task, self.data.qpos, self.data.qvel, np), {}
+
+    def step(self, action):
+        task, data, x = self.task, self.data, self.data.qpos[0]
+        data.ctrl, self.elapsed = action, self.elapsed + 1
+        mujoco.mj_step(self.model, data, nstep=task.frame_skip)
+        healthy = is_healthy(task, data.qpos, data.qvel, np)
+        reward = sum(reward_terms(task, (data.qpos[0] - x) / self.env.control_dt, action, healthy, np).values())
+        return observe(task, data.qpos, data.qvel, np), reward, not healthy, self.elapsed >= task.time_limit, {}
+
+def evaluate_on_host(env, policy: dict, episodes: int, seed: int, on_step=lambda: None) -> np.ndarray:
+    """Returns of deterministic episodes [E], in an environment with the interface of Gymnasium."""
+    returns = np.zeros(episodes)
     for episode in range(episodes):
-        mujoco.mj_resetData(model, data)
-        noise = task.reset_noise
-        data.qpos += rng.uniform(-noise, noise, model.nq)
-        data.qvel = noise * rng.standard_normal(model.nv) if task.gaussian_velocity else rng.uniform(-noise, noise, model.nv)
-        total, healthy, step = 0.0, True, 0
-        while healthy and step < task.time_limit:
-            x, action = data.qpos[0], act(policy, observe(task, data.qpos, data.qvel, np))
-            data.ctrl = action
-            mujoco.mj_step(model, data, nstep=task.frame_skip)
-            healthy = is_healthy(task, data.qpos, data.qvel, np)
-            total += sum(reward_terms(task, (data.qpos[0] - x) / dt, action, healthy, np).values())
-            step += 1
-            if episode == 0:
-                path.append(data.qpos.copy())
-        returns.append(total)
-    return np.array(returns), path
+        (obs, _), over = env.reset(seed=seed + episode), False
+        while not over:
+            obs, reward, terminated, truncated, _ = env.step(act(policy, obs))
+            returns[episode], over = returns[episode] + reward, terminated or truncated
+            on_step()
+    return returns
 
-
-def evaluate_gymnasium(env_id: str, policy: dict, episodes: int, seed: int) -> np.ndarray:
-    """The same in Gymnasium's own environment, where that is installed. Returns the returns [E]."""
-    import gymnasium
-
-    returns = []
-    with gymnasium.make(env_id + "-v5") as env:
-        for episode in range(episodes):
-            obs, total, over = env.reset(seed=seed + episode)[0], 0.0, False
-            while not over:
-                obs, reward, terminated, truncated, _ = env.step(act(policy, obs))
-                total, over = total + reward, terminated or truncated
-            returns.append(total)
-    return np.array(returns)
-
-
-def judge(args: Args, env: Env, policy: dict) -> tuple[dict[str, dict], list[np.ndarray]]:
-    """Evaluate in every simulator at hand, print a table; returns it, and the path of an episode for the video."""
-    c_returns, path = evaluate_c(env.task, policy, args.eval_episodes, args.seed)
-    rows = {
-        f"MJX ({args.physics})": evaluate_mjx(env, policy, jax.random.split(jax.random.key(args.seed), args.eval_episodes)),
-        "C MuJoCo": c_returns,
-    }
-    with contextlib.suppress(ImportError):
-        rows[f"Gymnasium {args.env_id}-v5"] = evaluate_gymnasium(args.env_id, policy, args.eval_episodes, args.seed)
-    table = {}
-    print(f"{'return of ' + str(args.eval_episodes) + ' episodes':<28}{'mean':>9}{'std':>9}{'min':>9}{'max':>9}")
-    for name, returns in rows.items():
-        table[name] = {k: float(getattr(np, k)(np.asarray(returns))) for k in ("mean", "std", "min", "max")}
-        print(f"{name:<28}" + "".join(f"{value:9.1f}" for value in table[name].values()))
-    return table, path
-
-
-# ---- 12. Video ------------------------------------------------------------------------------------------------------
-
+def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
+    """Evaluate in each simulator at hand; print mean, std, min and max of the returns, and return them."""
+    keys, table = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes)), {}
+    returns = {"MJX": np.asarray(evaluate_mjx(env, policy, keys))}  # from the same starts as C MuJoCo
+    returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, args.eval_episodes, args.seed)
+    if importlib.util.find_spec("gymnasium"):
+        original = importlib.import_module("gymnasium").make(args.env_id + "-v5")
+        returns["Gymnasium"] = evaluate_on_host(original, policy, args.eval_episodes, args.seed)
+    print(f"return of {args.eval_episodes:3} episodes     mean      std      min      max")
+    for name, values in returns.items():
+        table[name] = {key: float(getattr(values, key)()) for key in ("mean", "std", "min", "max")}
+        print(f"{name:<22}" + "".join(f"{value:9.1f}" for value in table[name].values()))
+    return table
 
 def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
-    """A renderer by MUJOCO_GL, or else by what this machine can load: EGL, OSMesa, a window."""
-    libraries = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"} if platform.system() == "Linux" else {}
-    backend = os.environ.get("MUJOCO_GL")
-    for name, library in libraries.items():
-        with contextlib.suppress(OSError):
-            backend = backend or (ctypes.CDLL(library) and name)
-    try:
-        if backend:
-            os.environ["PYOPENGL_PLATFORM"] = backend
-            gl_context.GLContext = importlib.import_module(f"mujoco.{backend}").GLContext
+    """By MUJOCO_GL; without it by EGL on Linux, which needs no display."""
+    with or_fail("--capture-video: no OpenGL; on Linux install libegl1, or libosmesa6 and set MUJOCO_GL=osmesa"):
+        if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
+            gl_context.GLContext = importlib.import_module("mujoco.egl").GLContext
         return mujoco.Renderer(model, height=480, width=640)
-    except Exception as error:  # each backend has errors of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fail(f"--capture-video finds no OpenGL ({reason}); install libosmesa6 or libegl1 and set MUJOCO_GL=osmesa or egl")
 
-
-def write_video(env: Env, path: list[np.ndarray], file: Path) -> None:
-    """Render qpos of each step of an episode into an mp4 in real time."""
-    model = load_model(env.task)
-    data, renderer = mujoco.MjData(model), make_renderer(model)
-    every = max(1, round(1 / 50 / env.control_dt))  # about 50 frames a second
+def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
+    """Film one episode in C MuJoCo at its real speed, with about 50 frames a second."""
+    original, path = CMujocoEnv(env), []
+    evaluate_on_host(original, policy, 1, seed, lambda: path.append(original.data.qpos.copy()))
+    renderer, every = make_renderer(original.model), max(1, round(0.02 / env.control_dt))
     file.parent.mkdir(exist_ok=True)
-    with imageio.get_writer(file, fps=1 / (env.control_dt * every)) as video:
-        for qpos in path[::every]:
-            data.qpos = qpos
-            mujoco.mj_forward(model, data)
-            renderer.update_scene(data, camera="track")
+    with imageio.get_writer(file, fps=1 / (every * env.control_dt)) as video:
+        for original.data.qpos in path[::every]:
+            mujoco.mj_forward(original.model, original.data)
+            renderer.update_scene(original.data, camera="track")
             video.append_data(renderer.render())
+    print(f"video: {file}")
 
-
-# ---- 13. Saving -----------------------------------------------------------------------------------------------------
-
-
-def open_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=3)
-    return ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
-
-
-def save(args: Args, checkpoints: ocp.CheckpointManager, run_dir: Path, state: TrainState, iteration: int) -> None:
-    """Write a checkpoint of the whole state and settings, and the policy as policy.npz (whole or not at all)."""
-    settings = ocp.args.JsonSave(dataclasses.asdict(args))
-    checkpoints.save(iteration, args=ocp.args.Composite(state=ocp.args.StandardSave(state), args=settings))
+# ---- 12. Saving -----------------------------------------------------------------------------------------------------
+def save(args: Args, run_dir: Path, checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
+    """Write a checkpoint (the whole state, and the settings) and policy.npz, each whole or not at all."""
+    items = {"state": ocp.args.StandardSave(state), "args": ocp.args.JsonSave(dataclasses.asdict(args))}
+    checkpoints.save(int(state.learner.iteration), args=ocp.args.Composite(**items))
+    checkpoints.wait_until_finished()
     np.savez(run_dir / "policy.tmp.npz", **export_policy(state.learner))
     os.replace(run_dir / "policy.tmp.npz", run_dir / "policy.npz")
-    checkpoints.wait_until_finished()
-
 
 def restore(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """Read the newest checkpoint into the form and onto the devices of `state`."""
+    """The newest checkpoint, in the form and on the devices of `state`."""
+    newest = checkpoints.latest_step()
+    require(newest is not None, f"--resume: {checkpoints.directory} holds no checkpoint")
     form = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
-    return checkpoints.restore(checkpoints.latest_step(), args=ocp.args.Composite(state=form))["state"]
+    with or_fail(f"--resume: checkpoint {newest} is broken; remove it to go on from the one before"):
+        return checkpoints.restore(newest, args=ocp.args.Composite(state=form))["state"]
 
+def write_run(run_dir: Path, content: dict) -> None:
+    (run_dir / "run.tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(run_dir / "run.tmp", run_dir / "run.json")
 
-def write_json(file: Path, content: dict) -> None:
-    file.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(file.with_suffix(".tmp"), file)
+def read_run(run_dir: Path) -> Args:
+    """The settings of a run."""
+    with or_fail(f"{run_dir} is no run folder of this script"):
+        saved = json.loads((run_dir / "run.json").read_text())["args"]
+        return Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"])})
 
+# ---- 13. Command line -----------------------------------------------------------------------------------------------
+def require(condition, message: str) -> None:
+    """Where the condition does not hold, end with one line and exit code 2."""
+    if not condition:
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(2)
 
-# ---- 14. Command line -----------------------------------------------------------------------------------------------
-
-
-def fail(message: str):
-    """End with one line and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_args(argv: list[str], default: Args | None = None) -> Args:
-    errors = io.StringIO()
+@contextlib.contextmanager
+def or_fail(message: str):
+    """End with one line and exit code 2 where the body raises, whatever it raises."""
     try:
-        with contextlib.redirect_stderr(errors):
+        yield
+    except Exception as error:
+        require(False, f"{message} ({type(error).__name__}: {error!s:.200})")
+
+def parse_args(argv: list[str], default: Args = Args()) -> Args:
+    box = io.StringIO()  # tyro draws one around its errors; the first paragraph tells
+    try:
+        with contextlib.redirect_stderr(box):
             return tyro.cli(Args, args=argv, default=default)
     except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        lines = [line.strip("│ \n") for line in errors.getvalue().splitlines()[1:]]
-        fail(" ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), 1)]))
-
+        require(not stop.code, box.getvalue().split("\n", 1)[-1].split("──")[0].replace("│", ""))
+        raise
 
 def check_args(args: Args) -> None:
-    """Refuse what cannot be run, in one line, before anything is built."""
-    at_least = dict.fromkeys(["num_envs", "num_steps", "num_minibatches", "update_epochs", "total_timesteps"], 1)
-    at_least |= dict.fromkeys(["checkpoint_every", "log_every", "eval_episodes"], 1) | {"eval_every": 0, "seed": 0}
-    at_least |= dict.fromkeys(["learning_rate", "ent_coef", "vf_coef", "clip_coef", "max_grad_norm"], 0)
-    for name, least in at_least.items():
-        value = getattr(args, name)
-        if not least <= value < INF:
-            fail(f"--{name.replace('_', '-')} {value}: must be {least} or more")
-    if args.env_id not in TASKS:
-        fail(f"--env-id {args.env_id}: unknown; one of {', '.join(TASKS)}")
-    if args.physics not in ("fast", "exact"):
-        fail(f"--physics {args.physics}: must be fast or exact")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 0 and 1")
-    if args.target_kl is not None and not args.target_kl > 0:
-        fail(f"--target-kl {args.target_kl}: must be above 0")
-    if not args.hidden_sizes or min(args.hidden_sizes) < 1:
-        fail("--hidden-sizes: must be positive widths, for instance 64 64")
-    if not math.isfinite(args.init_log_std):
-        fail(f"--init-log-std {args.init_log_std}: must be finite")
-    if args.num_iterations < 1:
-        fail(f"--total-timesteps {args.total_timesteps}: less than one rollout of {args.num_envs} x {args.num_steps}")
-    if args.num_devices is not None and args.num_devices < 1:
-        fail(f"--num-devices {args.num_devices}: must be 1 or more")
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track needs Weights & Biases: pip install wandb")
-
+    """Refuse what cannot run, before anything is built."""
+    bounds = {"gamma": (0, 1), "gae_lambda": (0, 1), "init_log_std": (-20, 20), "total_timesteps": (1, 2**62)}
+    zero_up = "seed eval_every learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl"
+    one_up = "num_devices num_envs num_steps num_minibatches update_epochs eval_episodes checkpoint_every"
+    bounds |= dict.fromkeys(zero_up.split(), (0, 1e9)) | dict.fromkeys(one_up.split(), (1, 1e9))
+    for name, (least, most) in bounds.items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        require(value is None or least <= value <= most, f"{flag} {value}: must be between {least} and {most}")
+    sizes, rollout = args.hidden_sizes, f"{args.num_envs} worlds x {args.num_steps} steps"
+    require(sizes and min(sizes) > 0, f"--hidden-sizes {sizes}: must be one or more widths, for instance 64 64")
+    require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: less than one rollout, {rollout}")
+    require(not args.track or importlib.util.find_spec("wandb"), "--track: wandb is missing; pip install wandb")
 
 def choose_devices(args: Args) -> list[jax.Device]:
-    """The devices that share the worlds: all GPUs, or one XLA CPU device per core, since one leaves cores idle."""
+    """The devices that share the worlds. One XLA device leaves the cores of a CPU idle, so there each is a device."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(RuntimeError):  # the backend runs already, with the devices that it has
-        jax.config.update("jax_num_cpu_devices", max(cores, args.num_devices or 1))
-    devices = jax.local_devices()
-    fits = [
-        n
-        for n in range(1, len(devices) + 1)
-        if args.num_envs % n == 0 and args.batch_size // n % args.num_minibatches == 0
-    ]
-    if not fits:
-        fail(f"--num-minibatches {args.num_minibatches}: does not divide a rollout of {args.batch_size} steps")
+    with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices that it has
+        jax.config.update("jax_num_cpu_devices", min(args.num_devices or cores, 64))
+    devices, batch = jax.local_devices(), args.batch_size
+    fits = [n for n in range(1, len(devices) + 1) if args.num_envs % n == 0 and batch // n % args.num_minibatches == 0]
+    require(fits, f"--num-minibatches {args.num_minibatches}: must divide the {batch} steps of a rollout")
     count = args.num_devices or fits[-1]
-    if count > len(devices):
-        fail(f"--num-devices {count}: this machine has {len(devices)}")
-    if count not in fits:
-        fail(f"--num-devices {count}: does not divide {args.num_envs} worlds into equal minibatches; {fits} would")
+    require(count in fits, f"--num-devices {count}: these worlds, minibatches and devices allow {fits}")
     return devices[:count]
 
+# ---- 14. Main and smoke test ----------------------------------------------------------------------------------------
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
 
-# ---- 15. Main -------------------------------------------------------------------------------------------------------
+class Log:
+    """TensorBoard, and a progress bar or, without a terminal, plain lines."""
+    def __init__(self, args: Args, run_dir: Path, first: int):
+        self.args, self.first, self.start, self.shown = args, first * args.batch_size, time.time(), "-"
+        self.writer = SummaryWriter(str(run_dir), purge_step=self.first + 1 if first else None)
+        rows = "".join(f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows)
+        self.total = args.num_iterations * args.batch_size
+        self.bar = tqdm(total=self.total, initial=self.first, unit=" steps", unit_scale=True, disable=None)
 
+    def write(self, iteration: int, metrics: dict[str, jax.Array]) -> None:
+        step, values = iteration * self.args.batch_size, jax.device_get(metrics)
+        sps = values["charts/SPS"] = (step - self.first) / (time.time() - self.start)
+        for tag, value in values.items():
+            if math.isfinite(value):
+                self.writer.add_scalar(tag, float(value), step)
+        self.shown = f"{values['charts/episodic_return']:.0f}" if values["charts/episodes_finished"] else self.shown
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(f"return {self.shown}")
+        if self.bar.disable and (iteration % 10 == 0 or step == self.total):
+            say(f"step {step}  return {self.shown}  SPS {sps:.0f}  time left {(self.total - step) / sps:.0f} s")
 
-class Stage:
-    """Print what is done now, and how long it took."""
-
-    def __init__(self, text: str):
-        print(f"{text} ...", end=" ", flush=True)
-        self.start = time.perf_counter()
-
-    def done(self, text: str = "") -> float:
-        seconds = time.perf_counter() - self.start
-        print(f"{seconds:.1f} s{text}", flush=True)
-        return seconds
-
-
-def use_compile_cache() -> None:
-    """Keep compiled programs in a folder that only this user can write."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mjx-rl"
-    if not jax.config.jax_compilation_cache_dir:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-CACHE_EVENTS = []  # names of JAX's own events, hits and misses among them
-jax.monitoring.register_event_listener(lambda event, **_: CACHE_EVENTS.append(event))
-
-
-def build(args: Args) -> tuple[Env, Mesh, TrainState]:
-    """The environment, the mesh of devices and the state at the start of a run."""
-    stage = Stage(f"building {args.env_id} ({args.physics} physics), {args.num_envs} worlds")
-    mesh = Mesh(np.array(choose_devices(args)), ("devices",))
-    env = Env(args.env_id, args.physics)
-    sharding = jax.tree.map(lambda spec: NamedSharding(mesh, spec), STATE_SPEC)
-    state = jax.jit(init_train_state, static_argnums=(0, 1), out_shardings=sharding)(args, env, jax.random.key(args.seed))
-    stage.done(f" on {mesh.size} {mesh.devices[0].device_kind} device(s)")
-    return env, mesh, state
-
-
-def compile_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState):
-    """Compile `train_iteration`; returns it and what to note in run.json."""
-    stage = Stage("compiling the training iteration")
-    CACHE_EVENTS.clear()
-    compiled = train_iteration.lower(args, env, mesh, state).compile()
-    cache = "off" if not args.compile_cache else "hit" if any("cache_hits" in e for e in CACHE_EVENTS) else "miss"
-    memory = compiled.memory_analysis()
-    world = sum(x.nbytes for x in jax.tree.leaves(state.worlds)) // args.num_envs
-    peak = mesh.size * (memory.argument_size_in_bytes + memory.temp_size_in_bytes) if memory else 0
-    seconds = stage.done(f" (cache {cache}); {world} bytes per world, {peak / 2**20:.0f} MiB at most while it runs")
-    return compiled, {"compile_s": seconds, "compile_cache": cache, "bytes_per_world": world, "peak_bytes": peak}
-
-
-def train(args: Args, run_dir: Path | None = None) -> Path:
-    """Train from the start, or from the newest checkpoint in run_dir; returns the run's folder."""
-    start = time.time()
-    env, mesh, state = build(args)
-    resuming = run_dir is not None
-    if not resuming:
-        run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start)}"
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as error:
-            fail(f"--runs-dir {args.runs_dir}: {error.strerror}")
-    checkpoints = open_checkpoints(run_dir)
-    if resuming:
-        state = restore(checkpoints, state)
-    iteration = first = int(state.learner.iteration)
-    compiled, notes = compile_iteration(args, env, mesh, state)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "mujoco", "mujoco-mjx", "flax", "optax")}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    devices = [f"{device.platform}: {device.device_kind}" for device in mesh.devices]
-    run = {"args": dataclasses.asdict(args), "versions": versions, "devices": devices, "commit": git.stdout.strip()}
-    write_json(run_dir / "run.json", run | notes)
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, config=run["args"],
-            sync_tensorboard=True, resume="allow", id=run_dir.name,
-        )  # fmt: skip
-    writer = SummaryWriter(str(run_dir), purge_step=first * args.batch_size + 1 if resuming else None)
-    table = "\n".join(f"|{name}|{value}|" for name, value in run["args"].items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    print(f"{args.num_iterations} iterations of {args.batch_size} steps, {args.num_iterations * args.batch_size} in all,"
-          f" {args.total_timesteps - args.num_iterations * args.batch_size} left over; tensorboard --logdir {run_dir}")  # fmt: skip
-
-    stopped_by = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
-    bar = tqdm(total=args.num_iterations * args.batch_size, initial=first * args.batch_size, unit="step", unit_scale=True,
-               disable=not sys.stderr.isatty())  # fmt: skip
-    loop_start, shown, pending = time.time(), "-", None
-    while pending or iteration < args.num_iterations:
-        metrics = None
-        if iteration < args.num_iterations and not stopped_by:
-            state, metrics = compiled(state)
-            iteration += 1
-        if pending:  # read one iteration late, so that the device always has work
-            number, values = pending
-            values = {tag: float(value) for tag, value in values.items()}
-            step = number * args.batch_size
-            values["charts/SPS"] = (step - first * args.batch_size) / (time.time() - loop_start)
-            if values["charts/episodes_finished"]:
-                shown = f"{values['charts/episodic_return']:.1f}"
-            else:
-                del values["charts/episodic_return"], values["charts/episodic_length"]
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, step)
-            bar.update(step - bar.n)
-            bar.set_postfix_str(f"return {shown}")
-            if bar.disable and (number % args.log_every == 0 or number == args.num_iterations):
-                left = (args.num_iterations * args.batch_size - step) / values["charts/SPS"]
-                print(f"step {step}  return {shown}  kl {values['losses/approx_kl']:.4f}  SPS {values['charts/SPS']:.0f}"
-                      f"  left {left:.0f} s", flush=True)  # fmt: skip
-        pending = (iteration, metrics) if metrics else None
-        if args.eval_every and metrics and iteration % args.eval_every == 0:
-            keys = jax.random.split(jax.random.key(args.seed), args.eval_episodes)
-            value = evaluate_mjx(env, export_policy(state.learner), keys).mean()
-            writer.add_scalar("eval/episodic_return", float(value), iteration * args.batch_size)
-        if metrics and iteration % args.checkpoint_every == 0 and iteration < args.num_iterations:
-            save(args, checkpoints, run_dir, state, iteration)
-        if stopped_by and not pending:
-            break
-    bar.close()
-    if iteration != checkpoints.latest_step():
-        save(args, checkpoints, run_dir, state, iteration)
-    checkpoints.close()
-    if stopped_by:
-        writer.close()
-        print(f"stopped after {iteration} iterations; go on with: python {sys.argv[0]} --resume {run_dir}")
-        raise SystemExit(128 + stopped_by[0])
-    seconds = time.time() - loop_start
-    print(f"trained in {seconds:.1f} s; the policy is {run_dir / 'policy.npz'}")
-    table, path = judge(args, env, export_policy(state.learner))
-    writer.add_scalar("eval/c_mujoco_return", table["C MuJoCo"]["mean"], iteration * args.batch_size)
-    writer.close()
-    write_json(run_dir / "run.json", run | notes | {"train_s": seconds, "total_s": time.time() - start, "evaluation": table})
+def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
+    """Train from the start, or on from the newest checkpoint of run_dir. Returns the run's folder and its policy."""
+    start, resuming, stops = time.time(), run_dir is not None, []
+    for number in signal.SIGINT, signal.SIGTERM:  # the first ends the loop after its iteration, a second one at once
+        signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
     if args.capture_video:
-        write_video(env, path, run_dir / "videos" / "c_mujoco.mp4")
-    return run_dir
+        make_renderer(load_model(TASKS[args.env_id])).close()  # better to fail now than after training
+    mesh = Mesh(np.array(choose_devices(args)), ("devices",))
+    args = dataclasses.replace(args, num_devices=mesh.size)
+    run_dir = run_dir or Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start)}"
+    with or_fail(f"--runs-dir {args.runs_dir}"):
+        run_dir.mkdir(parents=True, exist_ok=resuming)
+    checkpoints = ocp.CheckpointManager(
+        (run_dir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=3))
+    say(f"building {args.env_id}, {args.physics} physics, for {mesh.size} x {mesh.devices[0].device_kind}")
+    env, shardings = Env(args.env_id, args.physics), jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
+    init = jax.jit(init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
+    state = init(args, env, jax.random.key(args.seed))
+    state = restore(checkpoints, state) if resuming else state
+    first = iteration = int(state.learner.iteration)
+    say("compiling the training iteration")
+    events, compile_start = [], time.perf_counter()
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    compiled = train_iteration.lower(args, env, mesh, state).compile()
+    seconds, memory = time.perf_counter() - compile_start, compiled.memory_analysis()  # of one device
+    facts = {
+        "compile_s": round(seconds, 2), "compile_cache": "hit" if any("cache_hits" in e for e in events) else "miss",
+        "bytes_per_world": sum(leaf.nbytes for leaf in jax.tree.leaves(state.worlds)) // args.num_envs,
+        "peak_bytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) * mesh.size}
+    say("compiled: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "mujoco", "mujoco-mjx", "flax", "optax")}
+    run = {"args": dataclasses.asdict(args), "versions": versions, "commit": git.stdout.strip(), **facts,
+           "devices": [device.device_kind for device in mesh.devices]}
+    write_run(run_dir, run)
+    if args.track:
+        wandb = importlib.import_module("wandb")
+        wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
+    rest = args.total_timesteps % args.batch_size
+    say(f"{args.num_iterations} iterations of {args.batch_size} steps; {rest} steps left out; run: {run_dir}")
+    log, pending = Log(args, run_dir, first), None
+    while iteration < args.num_iterations and not stops:
+        state, metrics = compiled(state)
+        iteration += 1
+        if pending:  # read one iteration late, so that the device never waits for Python
+            log.write(*pending)
+        pending = (iteration, metrics)
+        if args.eval_every and iteration % args.eval_every == 0:
+            keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
+            value = evaluate_mjx(env, export_policy(state.learner), keys).mean()
+            log.writer.add_scalar("eval/episodic_return", float(value), iteration * args.batch_size)
+        if iteration % args.checkpoint_every == 0:
+            save(args, run_dir, checkpoints, state)
+    if pending:
+        log.write(*pending)
+    log.bar.close()
+    run["train_s"], policy = time.time() - log.start, export_policy(state.learner)
+    if checkpoints.latest_step() != iteration:
+        save(args, run_dir, checkpoints, state)
+    if stops:
+        log.writer.close()
+        say(f"stopped after iteration {iteration}; to go on: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(128 + stops[0])
+    say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
+    run["evaluation"] = judge(args, env, policy)
+    log.writer.add_scalar("eval/c_mujoco_return", run["evaluation"]["C MuJoCo"]["mean"], iteration * args.batch_size)
+    log.writer.close()
+    write_run(run_dir, run)
+    if args.capture_video:
+        write_video(env, policy, args.seed, run_dir / "videos" / "c_mujoco.mp4")
+    return run_dir, policy
 
-
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    run_dir = args.resume or args.evaluate
-    if args.compile_cache:
-        use_compile_cache()
+    if args.compile_cache and not jax.config.jax_compilation_cache_dir:
+        folder = Path.home() / ".cache" / "mjx-rl"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever can write there can run code here
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     check_args(args)
-    train(args)
+    if args.smoke:
+        raise SystemExit(smoke(args))
+    if args.evaluate:
+        run_dir = Path(args.evaluate)
+        args = dataclasses.replace(args, env_id=read_run(run_dir).env_id)
+        with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
+            policy = dict(file)
+        env = Env(args.env_id, args.physics)
+        judge(args, env, policy)
+        if args.capture_video:
+            write_video(env, policy, args.seed, run_dir / "videos" / "c_mujoco.mp4")
+    elif args.resume:
+        saved = read_run(Path(args.resume))
+        unchanged = parse_args(argv, saved) == dataclasses.replace(saved, resume=args.resume)
+        require(unchanged, "--resume: the run keeps its own settings; leave the other flags out, or start a new run")
+        train(saved, Path(args.resume))
+    else:
+        train(args)
 
+def smoke(args: Args) -> int:
+    """Go through all that a run does, in short, with a verdict for each stage. Returns the exit code."""
+    failed, versions = [], [importlib.metadata.version(name) for name in ("mujoco", "mujoco-mjx")]
+    def verdict(name: str, passed, note: str) -> None:
+        failed.extend([] if passed else [name])
+        print(f"{'pass' if passed else 'FAIL'}  {name}: {note}", flush=True)
+    note = f"jax {jax.__version__} on {choose_devices(args)}, mujoco and mjx {versions}"
+    verdict("versions", versions[0] == versions[1], note)  # pip alone takes a mujoco that does not fit
+    x = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
+    error = np.abs(jnp.matmul(x, x, precision="highest") - x.astype(float) @ x).max()
+    verdict("precision", error < 1e-3, f"a float32 product of two 256 x 256 matrices is off by {error:.1e} at most")
+    env = Env(args.env_id, args.physics)
+    original, action = CMujocoEnv(env), np.full(env.action_size, 0.5)
+    original.reset(args.seed)
+    error = jax.jit(env.step)(env.reset(jax.random.key(args.seed)), action).obs - original.step(action)[0]
+    verdict("environment", np.abs(error).max() < 0.01, f"a step in MJX is off C MuJoCo's by {np.abs(error).max():.1e}")
+    with tempfile.TemporaryDirectory() as folder:
+        short = {"num_envs": 64, "num_steps": 8, "num_minibatches": 4, "total_timesteps": 2048, "eval_episodes": 2}
+        run_dir, policy = train(dataclasses.replace(args, **short, checkpoint_every=2, eval_every=2, runs_dir=folder))
+        verdict("training", all(np.isfinite(x).all() for x in policy.values()), "4 iterations, the policy is finite")
+        os.rename(run_dir / "checkpoints" / "4", Path(folder) / "4")
+        _, resumed = train(read_run(run_dir), run_dir)
+    verdict("resume", all((resumed[name] == policy[name]).all() for name in policy), "the same policy, to the bit")
+    returns = evaluate_on_host(original, policy, 2, args.seed)
+    verdict("C MuJoCo", np.isfinite(returns).all(), f"returns {returns.round(1)} on the original model")
+    print("FAIL: " + ", ".join(failed) if failed else "all is well")
+    return int(bool(failed))
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,0 +1,44 @@
+"""Two XLA devices on a CPU, one cache of compiled programs, and what several test files share."""
+
+import os
+import signal
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # another choice in the environment goes first
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import ppo_mjx
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.devices()  # start the backend, so that no test changes the number of devices
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Share compiled programs between tests and the processes that they start."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("jax_cache"))
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Training takes over SIGINT and SIGTERM; give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+@pytest.fixture(scope="session")
+def make_mesh():
+    """A mesh of so many devices; the test is skipped where the backend has fewer."""
+    def make(size: int) -> Mesh:
+        if len(jax.devices()) < size:
+            pytest.skip(f"needs {size} devices")
+        return Mesh(np.array(jax.devices()[:size]), ("devices",))
+    return make
+
+@pytest.fixture(scope="session")
+def hopper():
+    return ppo_mjx.Env("Hopper")

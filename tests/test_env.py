@@ -1,0 +1,245 @@
+"""Models, environment and C MuJoCo's counterpart, held against the installed Gymnasium."""
+
+import dataclasses
+import functools
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import pytest
+
+import ppo_mjx
+
+TASK_IDS = list(ppo_mjx.TASKS)
+WORLDS, STEPS = 20, 50
+LOOKS = ("light_", "mat_", "tex_", "cam_", "names", "name_", "vis", "stat", "geom_matid", "geom_user", "nuser_geom",
+         "signature", "nlight", "nmat", "ntex", "ncam", "nnames", "nbuffer", "narena", "signature", "text_", "ntext",
+         "numeric_", "nnumeric")  # how a model looks or is stored, not how it moves
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """Gymnasium's random episodes [WORLDS, STEPS, ...], which go on after a termination."""
+    qpos: np.ndarray  # qpos, qvel and warmstart are those before the step
+    qvel: np.ndarray
+    warmstart: np.ndarray
+    action: np.ndarray
+    next_qpos: np.ndarray
+    obs: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+
+@functools.cache
+def record(task_id: str) -> Recording:
+    env, rng, rows = gymnasium.make(task_id + "-v5").unwrapped, np.random.default_rng(0), []
+    for world in range(WORLDS):
+        env.reset(seed=world)
+        for _ in range(STEPS):
+            # float32 values, so that all precisions get the same action
+            action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32).astype(float)
+            before = [x.copy() for x in (env.data.qpos, env.data.qvel, env.data.qacc_warmstart)]
+            obs, reward, terminated, _, _ = env.step(action)
+            rows.append((*before, action, env.data.qpos.copy(), obs, reward, terminated))
+    return Recording(*(np.array(x).reshape(WORLDS, STEPS, *np.shape(x[0])) for x in zip(*rows, strict=True)))
+
+@functools.cache
+def compiled_step(task_id: str, physics: str, x64: bool):
+    """The environment, and one compiled step of WORLDS worlds from (qpos, qvel, warmstart, action)."""
+    jax.clear_caches()  # JAX 0.9 mixes up its traces of float64 constants, MJX's RK4 has one, between the precisions
+    def step(qpos, qvel, warmstart, action):
+        reset = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), WORLDS))
+        state = reset.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), obs=ppo_mjx.observe(env.task, qpos, qvel))
+        return jax.vmap(env.step)(state, action)
+    def call(*inputs):
+        with jax.enable_x64(x64):
+            return jax.device_get(compiled(*(jnp.asarray(x, float) for x in inputs)))
+    with jax.enable_x64(x64):
+        env = ppo_mjx.Env(task_id, physics)
+        sizes = env.model.nq, env.model.nv, env.model.nv, env.model.nu
+        compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, size), float) for size in sizes)).compile()
+    jax.clear_caches()
+    return env, call
+
+def one_step(task_id: str, physics: str, x64: bool):
+    """MJX's step from one random moment of each recorded episode, and the moment's index."""
+    seen, moment = record(task_id), (np.arange(WORLDS), np.random.default_rng(1).integers(0, STEPS, WORLDS))
+    inputs = (seen.qpos[moment], seen.qvel[moment], seen.warmstart[moment], seen.action[moment])
+    return compiled_step(task_id, physics, x64)[1](*inputs), moment
+
+@pytest.mark.parametrize("task_id", TASK_IDS)
+def test_model_equals_gymnasium(task_id):
+    """Every number of the compiled model that physics can depend on is Gymnasium's."""
+    ours, theirs = ppo_mjx.load_model(ppo_mjx.TASKS[task_id]), gymnasium.make(task_id + "-v5").unwrapped.model
+    compared = 0
+    for mine, other in ((ours, theirs), (ours.opt, theirs.opt)):
+        for name in dir(other):
+            value = getattr(other, name)
+            physical = isinstance(value, int | float | np.ndarray) and np.asarray(value).dtype.kind in "iufb"
+            if physical and not name.startswith(("_", *LOOKS)) and not name.endswith("_rgba"):
+                np.testing.assert_allclose(getattr(mine, name), value, rtol=1e-12, atol=1e-12, err_msg=name)
+                compared += 1
+    assert compared > 250
+
+@pytest.mark.parametrize("task_id", TASK_IDS)
+def test_fast_model_differs_only_as_documented(task_id):
+    """The fast model keeps masses, joints, motors and time step; it drops contacts between body parts."""
+    exact, fast = (ppo_mjx.load_model(ppo_mjx.TASKS[task_id], physics) for physics in ("exact", "fast"))
+    for name in "body_mass body_inertia jnt_range jnt_stiffness dof_damping dof_armature actuator_gear qpos0".split():
+        np.testing.assert_array_equal(getattr(fast, name), getattr(exact, name), err_msg=name)
+    assert fast.opt.timestep == exact.opt.timestep
+    assert not fast.geom_conaffinity[1:].any() and fast.geom_conaffinity[0]
+    feet = [fast.geom_contype[i] for i in range(1, fast.ngeom) if "foot" in fast.geom(i).name]
+    assert feet and all(feet)
+
+@pytest.mark.parametrize("task_id", TASK_IDS)
+def test_reset_distribution(task_id):
+    """Resets have Gymnasium's support, mean and standard deviation, coordinate by coordinate."""
+    count, env, original = 4000, ppo_mjx.Env(task_id), gymnasium.make(task_id + "-v5").unwrapped
+    data = jax.device_get(jax.vmap(env.reset)(jax.random.split(jax.random.key(0), count)).data)
+    noise, rows = env.task.reset_noise, []
+    for seed in range(count):
+        original.reset(seed=seed)
+        rows.append(np.concatenate([original.data.qpos, original.data.qvel]))
+    ours, theirs = np.concatenate([data.qpos, data.qvel], axis=1), np.array(rows)
+    np.testing.assert_allclose(ours.mean(0), theirs.mean(0), atol=6 * noise / np.sqrt(count))
+    np.testing.assert_allclose(ours.std(0), theirs.std(0), rtol=0.06)
+    center = np.concatenate([env.init_qpos, np.zeros(env.model.nv)])
+    ours, theirs = np.abs(ours - center).max(0), np.abs(theirs - center).max(0)
+    uniform = theirs <= noise
+    assert uniform.sum() == (env.model.nq if task_id == "HalfCheetah" else len(center))
+    assert (ours[uniform] <= noise + 1e-6).all() and (ours[uniform] > 0.99 * noise).all()
+    assert (ours[~uniform] > 3 * noise).all()
+
+def test_recorded_steps_have_contacts_and_terminations():
+    """The recordings below are not easy: the bodies touch the floor, and most upright episodes end."""
+    for task_id in TASK_IDS:
+        seen, moment = record(task_id), one_step(task_id, "fast", False)[1]
+        model, touching = ppo_mjx.load_model(ppo_mjx.TASKS[task_id]), 0
+        data = mujoco.MjData(model)
+        for data.qpos in seen.qpos[moment]:
+            mujoco.mj_forward(model, data)
+            touching += data.ncon > 0
+        assert touching >= WORLDS // 4
+        assert task_id == "HalfCheetah" or seen.terminated.any(axis=1).sum() >= WORLDS // 2
+
+@pytest.mark.parametrize("task_id", TASK_IDS)
+def test_exact_step_equals_gymnasium_in_float64(task_id):
+    """One step of the exact physics is Gymnasium's: observation, reward and termination."""
+    seen, (state, moment) = record(task_id), one_step(task_id, "exact", True)
+    assert state.obs.dtype == np.float64
+    np.testing.assert_allclose(state.obs, seen.obs[moment], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(state.reward, seen.reward[moment], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(state.done > 0, seen.terminated[moment])
+
+@pytest.mark.parametrize("task_id", TASK_IDS)
+def test_exact_step_equals_gymnasium_in_float32(task_id):
+    """In single precision, a step is Gymnasium's but for rounding, which stiff contacts magnify."""
+    seen, (state, moment) = record(task_id), one_step(task_id, "exact", False)
+    print("F32", task_id, np.abs(state.obs - seen.obs[moment]).max(), np.abs(state.reward - seen.reward[moment]).max())
+    np.testing.assert_allclose(state.obs, seen.obs[moment], rtol=1e-3, atol=5e-3)
+    np.testing.assert_allclose(state.reward, seen.reward[moment], atol=1e-3)
+    np.testing.assert_array_equal(state.done > 0, seen.terminated[moment])
+
+@functools.cache
+def long_rollout(task_id: str):
+    """MJX's observations [STEPS, WORLDS, O] and terminations, by the recorded actions from the recorded starts."""
+    seen, (_, step) = record(task_id), compiled_step(task_id, "exact", True)
+    inputs, obs, done = (seen.qpos[:, 0], seen.qvel[:, 0], seen.warmstart[:, 0]), [], []
+    for t in range(STEPS):
+        state = step(*inputs, seen.action[:, t])
+        inputs = (state.data.qpos, state.data.qvel, state.data.qacc_warmstart)
+        obs.append(state.obs)
+        done.append(state.done > 0)
+    return np.array(obs), np.array(done)
+
+@pytest.mark.parametrize("task_id", TASK_IDS)
+def test_fifty_exact_steps_follow_gymnasium(task_id):
+    """Errors do not build up over 50 steps of the exact physics in double precision."""
+    error = np.abs(long_rollout(task_id)[0] - record(task_id).obs.swapaxes(0, 1)).max(axis=(0, 2))  # of each episode
+    print("LONG", task_id, np.median(error), error.max(), np.sort(error)[-4:])
+    assert np.median(error) < 1e-4 and error.max() < 1e-2
+
+@pytest.mark.parametrize("task_id", ["Hopper", "Walker2d"])
+def test_terminates_on_gymnasiums_step(task_id):
+    """Each episode ends on the same step as Gymnasium's."""
+    ours, theirs = long_rollout(task_id)[1].T, record(task_id).terminated
+    np.testing.assert_array_equal(ours.argmax(axis=1), theirs.argmax(axis=1))
+    np.testing.assert_array_equal(ours.any(axis=1), theirs.any(axis=1))
+
+@pytest.mark.parametrize("task_id", TASK_IDS)
+def test_fast_step_stays_close_to_gymnasium(task_id):
+    """The fast physics is an approximation: positions after one step are close, mostly very close."""
+    seen, (state, moment) = record(task_id), one_step(task_id, "fast", False)
+    error = np.abs(state.data.qpos - seen.next_qpos[moment]).max(axis=1)
+    print("FAST", task_id, np.median(error), error.max(), np.sort(error))
+    assert np.median(error) < 1e-2 and error.max() < 1e-1
+
+@pytest.mark.parametrize("n", [1, 6, 9])
+def test_cholesky_equals_numpy(n):
+    """The unrolled Cholesky factor solves symmetric positive definite systems as NumPy does, alone and under vmap."""
+    rng = np.random.default_rng(n)
+    root, vectors = rng.standard_normal((16, n, n)), rng.standard_normal((16, n))
+    matrices = root @ root.swapaxes(1, 2) + np.eye(n)
+    expected = np.linalg.solve(matrices, vectors[..., None])[..., 0]
+    def solve(matrix, vector):
+        return ppo_mjx.cho_solve(ppo_mjx.cho_factor(matrix), vector)
+    with jax.enable_x64(True):
+        batch = jax.jit(jax.vmap(solve))(matrices, vectors)
+        alone = solve(jnp.asarray(matrices[3]), jnp.asarray(vectors[3]))
+    np.testing.assert_allclose(batch, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(alone, expected[3], rtol=1e-9, atol=1e-12)
+
+@pytest.mark.parametrize("task_id", TASK_IDS)
+def test_c_mujoco_env_equals_gymnasium(task_id):
+    """CMujocoEnv is Gymnasium's environment, step by step, from the same state."""
+    ours, theirs = ppo_mjx.CMujocoEnv(ppo_mjx.TASKS[task_id]), gymnasium.make(task_id + "-v5")
+    ours.reset(seed=0)
+    theirs.reset(seed=0)
+    theirs.unwrapped.set_state(ours.data.qpos, ours.data.qvel)
+    theirs.unwrapped.data.qacc_warmstart = ours.data.qacc_warmstart
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        action = rng.uniform(-1, 1, theirs.action_space.shape)
+        mine, other = ours.step(action)[:4], theirs.unwrapped.step(action)[:4]
+        for a, b in zip(mine, other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8)  # contacts magnify the last bit of the models
+
+def test_c_mujoco_env_truncates_and_repeats():
+    """CMujocoEnv cuts an episode at the time limit only, and one seed starts one episode."""
+    env = ppo_mjx.CMujocoEnv(ppo_mjx.TASKS["HalfCheetah"])
+    np.testing.assert_array_equal(env.reset(seed=3)[0], env.reset(seed=3)[0])
+    assert not np.array_equal(env.reset(seed=3)[0], env.reset(seed=4)[0])
+    assert [env.step(np.zeros(6))[3] for _ in range(1000)] == 999 * [False] + [True]
+
+def test_step_is_pure_and_vmap_is_a_loop():
+    """Same input, same output; a step alone and without jit is the jitted step of many worlds."""
+    env, step = compiled_step("Hopper", "fast", False)
+    seen = record("Hopper")
+    inputs = (seen.qpos[:, 20], seen.qvel[:, 20], seen.warmstart[:, 20], seen.action[:, 20])
+    first, second = step(*inputs), step(*inputs)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    for world in (0, 7):
+        qpos, qvel, warmstart, action = (jnp.asarray(x[world], jnp.float32) for x in inputs)
+        start = env.reset(jax.random.key(0)).replace(data=ppo_mjx.Physics(qpos, qvel, warmstart))
+        alone, batch = env.step(start, action), jax.tree.map(lambda x, world=world: x[world], first)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), alone, batch)
+
+def test_reset_follows_its_key(hopper):
+    """The same key starts the same episode, another key another one."""
+    first, again, other = (hopper.reset(jax.random.key(seed)) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert (first.data.qpos != other.data.qpos).all() and (first.data.qvel != other.data.qvel).all()
+
+def test_broken_world_ends_its_episode():
+    """A world that is not finite or too fast terminates, earns nothing and shows its last observation."""
+    _, step = compiled_step("Hopper", "fast", False)
+    seen = record("Hopper")
+    inputs = [x[:, 0].copy() for x in (seen.qpos, seen.qvel, seen.warmstart, seen.action)]
+    inputs[0][0, 1], inputs[1][1, 0], inputs[1][2, 0] = np.nan, np.nan, 1e4
+    state = step(*inputs)
+    assert state.info["broken"].tolist() == 3 * [True] + (WORLDS - 3) * [False]
+    assert (state.done[:3] == 1).all() and (state.reward[:3] == 0).all()
+    assert not state.done[3:].any() and (state.reward[3:] != 0).all()
+    expected = ppo_mjx.observe(ppo_mjx.TASKS["Hopper"], inputs[0][2], inputs[1][2], np)
+    np.testing.assert_allclose(state.obs[2], expected, rtol=1e-6)
