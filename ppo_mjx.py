@@ -807,8 +807,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     if args.track:
         wandb = importlib.import_module("wandb")
         wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
-    rest = args.total_timesteps % args.batch_size
-    say(f"{args.num_iterations} iterations of {args.batch_size} steps; {rest} steps left out; run: {run_dir}")
+    say(f"{args.num_iterations} x {args.batch_size} steps, {args.total_timesteps % args.batch_size} left out: {run_dir}")
     log, pending = Log(args, run_dir, first), None
     while iteration < args.num_iterations and not stops:
         state, metrics = compiled(state)
@@ -843,6 +842,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
+    jax.config.update("jax_enable_compilation_cache", args.compile_cache)
     if args.compile_cache and not jax.config.jax_compilation_cache_dir:
         folder = Path.home() / ".cache" / "mjx-rl"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever can write there can run code here

@@ -2,13 +2,14 @@
 
 import os
 import signal
+from functools import partial
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # another choice in the environment goes first
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 import ppo_mjx
 
@@ -37,6 +38,15 @@ def make_mesh():
         if len(jax.devices()) < size:
             pytest.skip(f"needs {size} devices")
         return Mesh(np.array(jax.devices()[:size]), ("devices",))
+    return make
+
+@pytest.fixture(scope="session")
+def make_state():
+    """The start of a run on a mesh, as `train` builds it."""
+    def make(args: ppo_mjx.Args, env, mesh: Mesh) -> ppo_mjx.TrainState:
+        shardings = jax.tree.map(partial(NamedSharding, mesh), ppo_mjx.STATE_SPEC)
+        init = jax.jit(ppo_mjx.init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
+        return init(args, env, jax.random.key(args.seed))
     return make
 
 @pytest.fixture(scope="session")

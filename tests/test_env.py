@@ -193,7 +193,7 @@ def test_cholesky_equals_numpy(n):
 @pytest.mark.parametrize("task_id", TASK_IDS)
 def test_c_mujoco_env_equals_gymnasium(task_id):
     """CMujocoEnv is Gymnasium's environment, step by step, from the same state."""
-    ours, theirs = ppo_mjx.CMujocoEnv(ppo_mjx.TASKS[task_id]), gymnasium.make(task_id + "-v5")
+    ours, theirs = ppo_mjx.CMujocoEnv(ppo_mjx.Env(task_id)), gymnasium.make(task_id + "-v5")
     ours.reset(seed=0)
     theirs.reset(seed=0)
     theirs.unwrapped.set_state(ours.data.qpos, ours.data.qvel)
@@ -207,7 +207,7 @@ def test_c_mujoco_env_equals_gymnasium(task_id):
 
 def test_c_mujoco_env_truncates_and_repeats():
     """CMujocoEnv cuts an episode at the time limit only, and one seed starts one episode."""
-    env = ppo_mjx.CMujocoEnv(ppo_mjx.TASKS["HalfCheetah"])
+    env = ppo_mjx.CMujocoEnv(ppo_mjx.Env("HalfCheetah"))
     np.testing.assert_array_equal(env.reset(seed=3)[0], env.reset(seed=3)[0])
     assert not np.array_equal(env.reset(seed=3)[0], env.reset(seed=4)[0])
     assert [env.step(np.zeros(6))[3] for _ in range(1000)] == 999 * [False] + [True]

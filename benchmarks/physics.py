@@ -1,0 +1,197 @@
+"""What each setting of the physics costs and errs: MJX against C MuJoCo on the original model.
+
+    python benchmarks/physics.py
+
+States and actions are those of a policy (--policies, one policy.npz a task; random actions where there is none) in
+C MuJoCo. Every setting starts from the same states with the same actions. Errors are of the observation, the largest
+entry: after one environment step, and after 50. Speed is that of vmapped environment steps under random actions, with
+resets, on all devices; each setting is timed in turn, `--repeats` times over, and the median is given.
+Writes benchmarks/results/physics.json.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import tyro
+from jax.sharding import Mesh, PartitionSpec as P
+
+import ppo_mjx as ppo
+
+EULER = mujoco.mjtIntegrator.mjINT_EULER
+
+
+@dataclasses.dataclass
+class Args:
+    env_ids: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d")
+    policies: tuple[str, ...] = ()  # policy.npz of each task, in the same order
+    num_envs: int = 256
+    states: int = 400  # from which one step is compared
+    rollouts: int = 40  # of 50 steps
+    repeats: int = 5
+    smoke: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How an environment's physics differ from `--physics fast`."""
+
+    name: str
+    physics: str = "fast"
+    iterations: tuple[int, int] | None = None
+    integrator: int | None = None
+    one_step: bool | None = None
+    eulerdamp: bool = True
+    lapack: bool = False
+
+
+FAST = Setting("fast")
+SETTINGS = {
+    "HalfCheetah": [
+        Setting("exact", "exact"), FAST, Setting("fast, LAPACK's Cholesky", lapack=True),
+        Setting("fast, 1 / 4 iterations", iterations=(1, 4)), Setting("fast, 2 / 4 iterations", iterations=(2, 4)),
+        Setting("fast, 4 / 8 iterations", iterations=(4, 8)), Setting("fast, eulerdamp off", eulerdamp=False),
+    ],
+    "Hopper": [
+        Setting("exact", "exact"), FAST, Setting("fast, LAPACK's Cholesky", lapack=True),
+        Setting("fast, 1 / 4 iterations", iterations=(1, 4)), Setting("fast, 4 / 8 iterations", iterations=(4, 8)),
+        Setting("fast, 4 Euler steps", integrator=EULER, one_step=False),
+        Setting("fast, 4 Runge-Kutta steps", one_step=False),
+    ],
+}  # fmt: skip
+SETTINGS["Walker2d"] = SETTINGS["Hopper"]
+
+
+def make_env(env_id: str, setting: Setting) -> ppo.Env:
+    """An environment with the setting's physics."""
+    env = ppo.Env(env_id, setting.physics)
+    model = ppo.load_model(env.task, setting.physics)
+    if setting.iterations:
+        model.opt.iterations, model.opt.ls_iterations = setting.iterations
+    if setting.integrator is not None:
+        model.opt.integrator = setting.integrator
+    if not setting.eulerdamp:
+        model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_EULERDAMP
+    env.model = ppo.mjx.put_model(model, impl="jax")
+    env.template = ppo.mjx.make_data(env.model)
+    env.one_step = env.one_step if setting.one_step is None else setting.one_step
+    return env
+
+
+def collect(env_id: str, policy: dict | None, args: Args):
+    """States (qpos, qvel, qacc_warmstart: [S, n]), actions [S, 50, A] and observations [S, 50, O] in C MuJoCo."""
+    original, rng = ppo.CMujocoEnv(ppo.Env(env_id)), np.random.default_rng(0)
+    starts, actions, observations, seed = [], [], [], 0
+    while len(starts) < args.states:
+        (obs, _), over, path = original.reset(seed), False, []
+        seed += 1
+        while not over and len(path) < 400:
+            data = original.data
+            before = (data.qpos.copy(), data.qvel.copy(), data.qacc_warmstart.copy())
+            noise = 0.3 * rng.standard_normal(original.model.nu)
+            action = rng.uniform(-1, 1, original.model.nu) if policy is None else ppo.act(policy, obs) + noise
+            action = np.clip(action, -1, 1)
+            obs, _, terminated, truncated, _ = original.step(action)
+            path.append((before, action, obs))
+            over = terminated or truncated
+        for i in range(0, len(path) - 50, 10):
+            starts.append(path[i][0])
+            actions.append([step[1] for step in path[i : i + 50]])
+            observations.append([step[2] for step in path[i : i + 50]])
+    starts = [np.stack([start[k] for start in starts[: args.states]]) for k in range(3)]
+    return starts, np.array(actions[: args.states]), np.array(observations[: args.states])
+
+
+def errors(env: ppo.Env, starts, actions, observations, rollouts: int) -> dict[str, float]:
+    """Errors of the observation after 1 and after 50 steps."""
+    blank = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(actions)))
+    state = blank.replace(data=ppo.Physics(*(jnp.asarray(x, jnp.float32) for x in starts)))
+
+    @jax.jit
+    def run(state, actions):
+        step = lambda state, action: (lambda new: (new, new.obs))(jax.vmap(env.step)(state, action))  # noqa: E731
+        return jax.lax.scan(step, state, actions)[1]
+
+    one = np.asarray(run(state, jnp.asarray(actions[:, :1].swapaxes(0, 1), jnp.float32)))[0]
+    one = np.abs(one - observations[:, 0]).max(axis=-1)
+    some = jax.tree.map(lambda x: x[:rollouts], state)
+    fifty = np.asarray(run(some, jnp.asarray(actions[:rollouts].swapaxes(0, 1), jnp.float32)))[-1]
+    fifty = np.abs(fifty - observations[:rollouts, -1]).max(axis=-1)
+    return {
+        "one_step_median": float(np.median(one)), "one_step_p90": float(np.quantile(one, 0.9)),
+        "one_step_max": float(one.max()), "fifty_steps_median": float(np.median(fifty)),
+        "fifty_steps_max": float(fifty.max()),
+    }  # fmt: skip
+
+
+def make_runner(env: ppo.Env, mesh: Mesh, num_envs: int, steps: int = 32):
+    """A compiled function that takes every world `steps` steps."""
+
+    def run(keys):
+        def step(state, key):
+            action = jax.random.uniform(key, (len(state.obs), env.action_size), minval=-1, maxval=1)
+            new = jax.vmap(env.step)(state, action)
+            fresh = jax.vmap(env.reset)(jax.random.split(key, len(state.obs)))
+            select = jax.vmap(lambda done, a, b: jax.tree.map(lambda x, y: jnp.where(done > 0, x, y), a, b))
+            return select(new.done, fresh, new), None
+
+        return jax.lax.scan(step, jax.vmap(env.reset)(keys), jax.random.split(jax.random.key(0), steps))[0].obs
+
+    keys = jax.random.split(jax.random.key(1), num_envs)
+    start = time.perf_counter()
+    shards = jax.shard_map(run, mesh=mesh, in_specs=P("devices"), out_specs=P("devices"), check_vma=False)
+    compiled = jax.jit(shards).lower(keys).compile()
+    seconds = time.perf_counter() - start
+    compiled(keys).block_until_ready()
+    return lambda: compiled(keys).block_until_ready(), seconds, num_envs * steps
+
+
+def main(args: Args) -> None:
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    if args.smoke:
+        args = dataclasses.replace(args, env_ids=("HalfCheetah",), states=20, rollouts=4, repeats=1, num_envs=64)
+    mesh, result = Mesh(np.array(jax.local_devices()), ("devices",)), {}
+    for index, env_id in enumerate(args.env_ids):
+        policy = dict(np.load(args.policies[index])) if args.policies else None
+        data, rows, runners = collect(env_id, policy, args), {}, {}
+        for setting in SETTINGS[env_id][: 2 if args.smoke else None]:
+            own = {"cho_factor": jax.scipy.linalg.cho_factor, "cho_solve": jax.scipy.linalg.cho_solve}
+            with mock.patch.multiple(ppo, **own) if setting.lapack else nullcontext():
+                env = make_env(env_id, setting)
+                rows[setting.name] = errors(env, *data, args.rollouts)
+                runners[setting.name] = make_runner(env, mesh, args.num_envs)
+        times = {name: [] for name in rows}
+        for _ in range(args.repeats):
+            for name, (run, _, _) in runners.items():
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
+        print(f"\n| {env_id} | env steps/s | compile s | 1 step: median | p90 | max | 50 steps: median | max |")
+        print("|---|---|---|---|---|---|---|---|")
+        for name, row in rows.items():
+            row["steps_per_s"] = runners[name][2] / float(np.median(times[name]))
+            row["compile_s"] = runners[name][1]
+            numbers = " | ".join(f"{value:.1e}" for key, value in row.items() if "step_" in key or "steps_m" in key)
+            print(f"| {name} | {row['steps_per_s']:.0f} | {row['compile_s']:.0f} | {numbers} |", flush=True)
+        result[env_id] = rows
+    versions = {"jax": jax.__version__, "mujoco": mujoco.__version__}
+    note = {"command": " ".join(["python", *sys.argv]), "devices": [d.device_kind for d in mesh.devices], **versions}
+    file = Path(__file__).parent / "results" / f"physics{'_smoke' if args.smoke else ''}.json"
+    note |= {"machine": platform.machine(), "args": vars(args), "results": result}
+    file.write_text(json.dumps(note, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

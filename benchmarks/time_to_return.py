@@ -1,0 +1,141 @@
+"""Seconds, from the start of the process, until the policy passes a return in Gymnasium's own environment.
+
+    python benchmarks/time_to_return.py --env-ids HalfCheetah Hopper Walker2d --seeds 1 2 3 --total-timesteps 1000000
+
+Each training is one process that starts with an empty compile cache. Its policies are copied while it trains and
+judged when it has ended: deterministic episodes in Gymnasium's v5, by NumPy alone. Writes benchmarks/results/NAME.json.
+"""
+
+import dataclasses
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).parent.parent
+THRESHOLDS = {  # CleanRL's means after 1M steps; mjlab's best on a GPU (RTX PRO 5000)
+    "HalfCheetah": (1443, 6490),
+    "Hopper": (2383, 3100),
+    "Walker2d": (2288, 7046),
+}
+
+
+@dataclasses.dataclass
+class Args:
+    env_ids: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d")
+    seeds: tuple[int, ...] = (1, 2, 3)
+    total_timesteps: int = 1_000_000
+    checkpoint_every: int = 10  # iterations between two policies
+    episodes: int = 20
+    name: str = "time_to_return"  # of the JSON file
+    flags: str = ""  # further flags for ppo_mjx.py
+    smoke: bool = False  # one short run of each task
+
+
+def act(policy: dict, obs: np.ndarray) -> np.ndarray:
+    """The saved policy, by NumPy alone: the snippet of docs/ppo_mjx.md."""
+    x = np.clip((obs - policy["obs_mean"]) / np.sqrt(policy["obs_var"] + 1e-8), -10, 10)
+    last = len(policy) // 2 - 2
+    for i in range(last):
+        x = np.tanh(x @ policy[f"w{i}"] + policy[f"b{i}"])
+    return np.clip(x @ policy[f"w{last}"] + policy[f"b{last}"], -1, 1)
+
+
+def judge(env_id: str, file: Path, episodes: int) -> list[float]:
+    """Returns of deterministic episodes in Gymnasium's environment."""
+    import gymnasium
+
+    env, returns = gymnasium.make(env_id + "-v5"), []
+    with np.load(file) as arrays:
+        policy = dict(arrays)
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=1000 + episode)
+        total, over = 0.0, False
+        while not over:
+            obs, reward, terminated, truncated, _ = env.step(act(policy, obs))
+            total, over = total + float(reward), terminated or truncated
+        returns.append(total)
+    return returns
+
+
+def train(args: Args, env_id: str, seed: int, folder: Path) -> tuple[list[dict], dict, float]:
+    """Train in a process of its own. Returns its policies with the seconds at which each was there, and run.json."""
+    command = [sys.executable, "ppo_mjx.py", "--env-id", env_id, "--seed", str(seed)]
+    command += ["--runs-dir", str(folder / "runs"), "--total-timesteps", str(args.total_timesteps)]
+    command += ["--checkpoint-every", str(args.checkpoint_every), "--eval-every", "0", "--no-compile-cache"]
+    command += args.flags.split()
+    policies, newest, start = [], 0, time.perf_counter()
+    with open(folder / "log.txt", "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        while True:
+            ended = process.poll() is not None
+            for file in (folder / "runs").glob("*/policy.npz"):
+                if file.stat().st_mtime_ns > newest:
+                    newest, seconds = file.stat().st_mtime_ns, time.perf_counter() - start
+                    names = [path.name for path in (file.parent / "checkpoints").iterdir()]
+                    copy = folder / f"policy_{len(policies)}.npz"
+                    shutil.copy(file, copy)
+                    iteration = max(int(name) for name in names if name.isdigit())
+                    policies.append({"seconds": seconds, "iteration": iteration, "file": copy})
+            if ended:
+                break
+            time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit((folder / "log.txt").read_text()[-3000:])
+    run = json.loads(next((folder / "runs").glob("*/run.json")).read_text())
+    return policies, run, time.perf_counter() - start
+
+
+def main(args: Args) -> None:
+    if args.smoke:
+        args = dataclasses.replace(args, seeds=(1,), total_timesteps=60_000, episodes=2, name="time_to_return_smoke")
+    rows = []
+    for seed in args.seeds:
+        for env_id in args.env_ids:
+            with tempfile.TemporaryDirectory() as folder:
+                policies, run, seconds = train(args, env_id, seed, Path(folder))
+                with ProcessPoolExecutor(2) as pool:
+                    jobs = [pool.submit(judge, env_id, policy["file"], args.episodes) for policy in policies]
+                    returns = [job.result() for job in jobs]
+            batch = run["args"]["num_envs"] * run["args"]["num_steps"]
+            curve = [
+                {"seconds": round(p["seconds"], 2), "steps": p["iteration"] * batch, "mean": statistics.mean(r),
+                 "std": statistics.pstdev(r)}
+                for p, r in zip(policies, returns, strict=True)
+            ]  # fmt: skip
+            passed = {
+                str(goal): next(((point["seconds"], point["steps"]) for point in curve if point["mean"] >= goal), None)
+                for goal in THRESHOLDS[env_id]
+            }
+            row = {"env_id": env_id, "seed": seed, "process_s": seconds, "passed": passed, "final": curve[-1]}
+            rows.append(row | {"evaluation": run["evaluation"], "run": run, "curve": curve})
+            print(json.dumps(row), flush=True)
+    summary = {}
+    for env_id in args.env_ids:
+        mine = [row for row in rows if row["env_id"] == env_id]
+        summary[env_id] = {"final": statistics.median(row["final"]["mean"] for row in mine)}
+        for goal in THRESHOLDS[env_id]:
+            times = [row["passed"][str(goal)] for row in mine]
+            seconds = sorted(t[0] if t else float("inf") for t in times)
+            steps = sorted(t[1] if t else float("inf") for t in times)
+            summary[env_id][f"seconds to {goal}"] = statistics.median(seconds)
+            summary[env_id][f"steps to {goal}"] = statistics.median(steps)
+    print(json.dumps(summary, indent=2))
+    result = {
+        "command": " ".join(["python", *sys.argv]), "machine": f"{platform.machine()}, {platform.processor()}",
+        "summary": summary, "rows": rows,
+    }  # fmt: skip
+    (ROOT / "benchmarks" / "results" / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,135 @@
+"""How much of the speed of bare physics is left to training, and how soon the first update is done.
+
+    python benchmarks/training_speed.py
+
+Three programs take the same worlds equally far, in turn, `--repeats` times over: one training iteration; a scan of the
+script's own `env.step`; and a scan of MuJoCo's `mjx.step` as it is (its own Cholesky and integrator, nothing else) on
+the same model, with the smallest state. Ratios are medians over the turns. Then `ppo_mjx.py` is started with an empty
+and with a filled compile cache, and the seconds to its first update are taken.
+Writes benchmarks/results/training_speed.json.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+import ppo_mjx as ppo
+
+
+@dataclasses.dataclass
+class Args:
+    env_ids: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d")
+    num_envs: tuple[int, ...] = (256,)
+    repeats: int = 15
+    starts: int = 3  # starts of the script, cold and warm each
+    smoke: bool = False
+
+
+def shard(mesh: Mesh, function, spec):
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+
+
+def own_steps(env: ppo.Env, steps: int, state: ppo.State) -> ppo.State:
+    """A scan of the script's environment."""
+    action = jnp.zeros((len(state.obs), env.action_size))
+    return jax.lax.scan(lambda state, _: (jax.vmap(env.step)(state, action), None), state, None, length=steps)[0]
+
+
+def bare_steps(env: ppo.Env, steps: int, state: ppo.State) -> ppo.State:
+    """A scan of mjx.step, with MuJoCo's own Runge-Kutta where the script takes one step of its own."""
+    model = env.model
+    if env.one_step:
+        model = model.replace(opt=model.opt.replace(timestep=env.control_dt))
+
+    def step(data, _):
+        full = jax.vmap(lambda data: ppo.mjx.step(model, env.template.replace(**vars(data))))(data)
+        return ppo.Physics(full.qpos, full.qvel, full.qacc_warmstart), None
+
+    steps = steps if env.one_step else steps * env.task.frame_skip
+    return state.replace(data=jax.lax.scan(step, state.data, None, length=steps)[0])
+
+
+def measure(env_id: str, num_envs: int, repeats: int) -> dict:
+    """Seconds of one training iteration, and of the same steps by the environment and by mjx.step alone."""
+    args = ppo.Args(env_id=env_id, num_envs=num_envs)
+    mesh, env = Mesh(np.array(ppo.choose_devices(args)), ("devices",)), ppo.Env(env_id)
+    shardings = jax.tree.map(partial(NamedSharding, mesh), ppo.STATE_SPEC)
+    init = jax.jit(ppo.init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
+    state = init(args, env, jax.random.key(1))
+    train = ppo.train_iteration.lower(args, env, mesh, state).compile()
+    own = shard(mesh, partial(own_steps, env, args.num_steps), P("devices"))
+    bare = shard(mesh, partial(bare_steps, env, args.num_steps), P("devices"))
+    for _ in range(20):
+        state, _ = train(state)
+    for program in own, bare:
+        jax.block_until_ready(program(state.worlds.env_state))
+    seconds = {"train": [], "env.step": [], "mjx.step": []}
+    for _ in range(repeats):
+        for name, program in ("env.step", own), ("mjx.step", bare):
+            start = time.perf_counter()
+            jax.block_until_ready(program(state.worlds.env_state))
+            seconds[name].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(train(state))
+        seconds["train"].append(time.perf_counter() - start)
+    row = {f"{name} steps/s": args.batch_size / float(np.median(times)) for name, times in seconds.items()}
+    for name in "env.step", "mjx.step":
+        row[f"train / {name}"] = float(np.median(np.array(seconds[name]) / np.array(seconds["train"])))
+    return row | {"seconds": seconds}
+
+
+def first_update(env_id: str, cache: str) -> float:
+    """Seconds from the start of the script to the end of its first iteration."""
+    with tempfile.TemporaryDirectory() as runs:
+        command = [sys.executable, "ppo_mjx.py", "--env-id", env_id, "--total-timesteps", "4096", "--eval-every", "0"]
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+        start = time.perf_counter()
+        process = subprocess.Popen([*command, "--runs-dir", runs], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+        seconds = next(time.perf_counter() - start for line in process.stdout if b"] step " in line)
+        process.communicate()
+    return seconds
+
+
+def main(args: Args) -> None:
+    if args.smoke:
+        args = dataclasses.replace(args, env_ids=("Hopper",), num_envs=(64,), repeats=2, starts=1)
+    speed, starts = {}, {}
+    print("| task | worlds | train steps/s | env.step | mjx.step | train / env.step | train / mjx.step |")
+    print("|---" * 7 + "|")
+    for env_id in args.env_ids:
+        for num_envs in args.num_envs:
+            row = speed[f"{env_id} {num_envs}"] = measure(env_id, num_envs, args.repeats)
+            numbers = [f"{value:.0f}" if value > 10 else f"{value:.2f}" for value in list(row.values())[:5]]
+            print(f"| {env_id} | {num_envs} | {' | '.join(numbers)} |", flush=True)
+    for env_id in args.env_ids:
+        times = {"cold": [], "warm": []}
+        for _ in range(args.starts):
+            with tempfile.TemporaryDirectory() as cache:
+                for kind in times:
+                    times[kind].append(first_update(env_id, cache))
+        starts[env_id] = {kind: float(np.median(values)) for kind, values in times.items()} | {"all": times}
+        cold, warm = starts[env_id]["cold"], starts[env_id]["warm"]
+        print(f"{env_id}: first update after {cold:.1f} s cold, {warm:.1f} s warm", flush=True)
+    note = {"command": " ".join(["python", *sys.argv]), "machine": platform.machine(), "jax": jax.__version__}
+    file = ROOT / "benchmarks" / "results" / f"training_speed{'_smoke' if args.smoke else ''}.json"
+    file.write_text(json.dumps(note | {"speed": speed, "first_update_s": starts}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
