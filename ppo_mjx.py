@@ -111,18 +111,18 @@ class Args:
 
 # ---- 2. Models (SI units and radians; a test holds the compiled models equal to Gymnasium's) ------------------------
 MJCF = """<mujoco model="{name}">
-  <compiler angle="radian"/>
+  <compiler angle="radian"/><visual><headlight ambient=".3 .3 .3" diffuse=".7 .7 .7"/></visual>
   <option {option}/>
   <default>
     {default}
     <motor ctrllimited="true" ctrlrange="-1 1"/>
     <default class="root"><joint type="slide" limited="false" armature="0" damping="0" pos="0 0 -{origin}"/></default>
   </default>
-  <asset>
+  <asset><texture type="skybox" builtin="flat" rgb1=".8 .9 1" rgb2=".8 .9 1" width="8" height="8"/>
     <texture name="grid" type="2d" builtin="checker" rgb1=".5 .6 .7" rgb2=".3 .4 .5" width="64" height="64"/>
     <material name="grid" texture="grid" texrepeat="40 40"/>
   </asset>
-  <worldbody>
+  <worldbody><light directional="true" pos="0 0 4" dir="0 .3 -1"/>
     <geom name="floor" type="plane" material="grid" conaffinity="1" condim="3" {floor}/>
     <body name="torso" pos="0 0 {height}">
       <camera name="track" mode="trackcom" pos="0 -4 .3" xyaxes="1 0 0 0 0 1"/>
@@ -240,9 +240,9 @@ def observe(task: Task, qpos, qvel, xp=jnp):
 
 def is_healthy(task: Task, qpos, qvel, xp=jnp):
     """Whether the episode goes on: [..., nq], [..., nv] -> bool [...]."""
-    (min_z, max_z, max_pitch, bound), z, pitch = task.healthy, qpos[..., 1], qpos[..., 2]
+    (min_z, max_z, max_pitch, bound), z, pitch = task.healthy, qpos[..., 1], qpos[..., 2:3]
     bounded = (xp.abs(xp.concatenate([qpos[..., 2:], qvel], axis=-1)) < bound).all(axis=-1)
-    return bounded & (min_z < z) & (z < max_z) & (xp.abs(pitch) < max_pitch)
+    return bounded & (min_z < z) & (z < max_z) & (xp.abs(pitch) < max_pitch).all(axis=-1)
 
 def reward_terms(task: Task, x_velocity, action, healthy, xp=jnp) -> dict:
     """The reward is their sum. x_velocity [...] in m/s, action [..., A] after clipping, healthy bool [...]."""
@@ -637,9 +637,9 @@ def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
     keys, table = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes)), {}
     returns = {"MJX": np.asarray(evaluate_mjx(env, policy, keys))}  # from the same starts as C MuJoCo
     returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, args.eval_episodes, args.seed)
-    if importlib.util.find_spec("gymnasium"):
-        original = importlib.import_module("gymnasium").make(args.env_id + "-v5")
-        returns["Gymnasium"] = evaluate_on_host(original, policy, args.eval_episodes, args.seed)
+    name, installed = args.env_id + "-v5", importlib.util.find_spec("gymnasium")
+    if installed and name in (gymnasium := importlib.import_module("gymnasium")).registry:
+        returns["Gymnasium"] = evaluate_on_host(gymnasium.make(name), policy, args.eval_episodes, args.seed)
     print(f"return of {args.eval_episodes:3} episodes     mean      std      min      max")
     for name, values in returns.items():
         table[name] = {key: float(getattr(values, key)()) for key in ("mean", "std", "min", "max")}
@@ -807,7 +807,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     if args.track:
         wandb = importlib.import_module("wandb")
         wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
-    say(f"{args.num_iterations} x {args.batch_size} steps, {args.total_timesteps % args.batch_size} left out: {run_dir}")
+    say(f"{args.num_iterations} * {args.batch_size} steps, {args.total_timesteps % args.batch_size} left: {run_dir}")
     log, pending = Log(args, run_dir, first), None
     while iteration < args.num_iterations and not stops:
         state, metrics = compiled(state)

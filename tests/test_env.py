@@ -57,7 +57,8 @@ def compiled_step(task_id: str, physics: str, x64: bool):
     with jax.enable_x64(x64):
         env = ppo_mjx.Env(task_id, physics)
         sizes = env.model.nq, env.model.nv, env.model.nv, env.model.nu
-        compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, size), float) for size in sizes)).compile()
+        compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, size), float) for size in sizes))
+        compiled = compiled.compile({"xla_llvm_disable_expensive_passes": True})  # RK4 takes a minute to compile else
     jax.clear_caches()
     return env, call
 
@@ -158,7 +159,7 @@ def test_fifty_exact_steps_follow_gymnasium(task_id):
     """Errors do not build up over 50 steps of the exact physics in double precision."""
     error = np.abs(long_rollout(task_id)[0] - record(task_id).obs.swapaxes(0, 1)).max(axis=(0, 2))  # of each episode
     print("LONG", task_id, np.median(error), error.max(), np.sort(error)[-4:])
-    assert np.median(error) < 1e-4 and error.max() < 1e-2
+    assert np.median(error) < 1e-6 and error.max() < 1e-4  # contacts magnify the solvers' last digits in some episodes
 
 @pytest.mark.parametrize("task_id", ["Hopper", "Walker2d"])
 def test_terminates_on_gymnasiums_step(task_id):

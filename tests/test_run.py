@@ -1,0 +1,209 @@
+"""The script as its users meet it: command line, run folder, resuming, signals, and promises about its source."""
+
+import ast
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo_mjx
+
+SCRIPT = Path(ppo_mjx.__file__)
+SMALL = ("--env-id Hopper --num-devices 1 --num-envs 16 --num-steps 16 --num-minibatches 4 --update-epochs 2 "
+         "--eval-episodes 2").split()
+LOSSES = ("loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac grad_norm explained_variance").split()
+CHARTS = "episodes_finished learning_rate SPS nan_resets".split()
+
+# ---- A whole run
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """A finished short run of the command line."""
+    runs = tmp_path_factory.mktemp("runs")
+    ppo_mjx.main([*SMALL, "--total-timesteps", "4100", "--eval-every", "8", "--runs-dir", str(runs)])
+    (folder,) = runs.iterdir()
+    return folder
+
+def read_log(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+def test_log_holds_every_tag(run_dir):
+    """TensorBoard shows every documented metric, at environment steps, and the hyperparameters."""
+    log = read_log(run_dir)
+    every = {f"losses/{name}" for name in LOSSES} | {f"charts/{name}" for name in CHARTS}
+    every |= {f"reward/{name}" for name in ("forward", "ctrl", "survive")}
+    for tag in every:
+        events = log.Scalars(tag)
+        assert [event.step for event in events] == list(range(256, 4097, 256)), tag
+        assert all(math.isfinite(event.value) for event in events), tag
+    assert [event.step for event in log.Scalars("eval/episodic_return")] == [2048, 4096]
+    assert [event.step for event in log.Scalars("eval/c_mujoco_return")] == [4096]
+    assert all(event.value == 0 for event in log.Scalars("charts/nan_resets"))
+    survive = [event.value for event in log.Scalars("reward/survive")]
+    assert min(survive) < 1 and 0.8 < np.mean(survive) <= 1  # a fall earns nothing
+    text = log.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert all(f"|{field.name}|" in text for field in dataclasses.fields(ppo_mjx.Args))
+    assert set(log.Tags()["scalars"]) == every | {
+        "charts/episodic_return", "charts/episodic_length", "eval/episodic_return", "eval/c_mujoco_return"}
+
+def test_logged_episodes_are_plausible(run_dir):
+    """Hopper gets about 1 for each step, so returns are near lengths; each iteration with an episode logs both."""
+    log = read_log(run_dir)
+    returns, lengths = log.Scalars("charts/episodic_return"), log.Scalars("charts/episodic_length")
+    finished = [event.step for event in log.Scalars("charts/episodes_finished") if event.value > 0]
+    assert len(finished) > 8
+    assert [event.step for event in returns] == [event.step for event in lengths] == finished
+    for total, length in zip(returns, lengths, strict=True):
+        assert 3 < length.value < 200 and 0.3 < total.value / length.value < 3
+
+def test_run_json_tells_how_to_repeat_the_run(run_dir):
+    """Settings, versions, devices, compile time and results are all there."""
+    run = json.loads((run_dir / "run.json").read_text())
+    assert run["args"].keys() == {field.name for field in dataclasses.fields(ppo_mjx.Args)}
+    assert run["args"]["env_id"] == "Hopper" and run["args"]["num_envs"] == 16 and run["args"]["num_devices"] == 1
+    assert ppo_mjx.read_run(run_dir).hidden_sizes == (64, 64)
+    assert run["versions"]["mujoco"] == run["versions"]["mujoco-mjx"] and len(run["devices"]) == 1
+    assert run["compile_s"] > 0 and "commit" in run
+    assert run["evaluation"].keys() == {"MJX", "C MuJoCo", "Gymnasium"}
+    for result in run["evaluation"].values():
+        assert result.keys() == {"mean", "std", "min", "max"} and result["min"] <= result["mean"] <= result["max"]
+
+def test_exported_policy_is_the_actor(run_dir, hopper, make_mesh, make_state):
+    """policy.npz, run by NumPy, acts as the trained network's clipped mean."""
+    args = ppo_mjx.read_run(run_dir)
+    with ocp.CheckpointManager((run_dir / "checkpoints").absolute()) as checkpoints:
+        learner = ppo_mjx.restore(checkpoints, make_state(args, hopper, make_mesh(1))).learner
+    obs = np.random.default_rng(0).normal(0, 3, (50, 11)).astype(np.float32)
+    actor, _ = ppo_mjx.make_networks(args, hopper)
+    mean = actor.apply(learner.params["actor"], ppo_mjx.normalize(learner.obs_stats, obs))
+    with np.load(run_dir / "policy.npz") as arrays:
+        policy = dict(arrays)
+    action = ppo_mjx.act(policy, obs)
+    assert type(action) is np.ndarray and np.ptp(action) > 0.01
+    np.testing.assert_allclose(action, np.clip(mean, -1, 1), atol=1e-5)
+    doubled = ppo_mjx.act(policy | {"w2": 1000 * policy["w2"]}, obs)
+    assert np.abs(doubled).max() == 1
+
+def test_finished_run_can_be_resumed_and_evaluated(run_dir, capsys):
+    """--resume of a finished run trains nothing more; --evaluate prints one row for each simulator."""
+    before = {file: file.read_bytes() for file in run_dir.glob("policy.npz")}
+    ppo_mjx.main(["--resume", str(run_dir)])
+    assert before and {file: file.read_bytes() for file in run_dir.glob("policy.npz")} == before
+    capsys.readouterr()
+    ppo_mjx.main(["--evaluate", str(run_dir), "--eval-episodes", "2"])
+    out = capsys.readouterr().out
+    for name in ("MJX", "C MuJoCo", "Gymnasium"):
+        (row,) = (line for line in out.splitlines() if line.startswith(name))
+        assert len(re.findall(r"-?\d+\.\d", row)) == 4
+    evaluation = json.loads((run_dir / "run.json").read_text())["evaluation"]
+    assert f"{evaluation['Gymnasium']['mean']:.1f}" in out  # the same policy, the same seeds
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_the_run_goes_on(tmp_path, number, capsys):
+    """A signal ends training with a checkpoint, a command to go on, and 128 + its number; that command works."""
+    command = [sys.executable, "-u", str(SCRIPT), *SMALL, "--total-timesteps", "40960", "--eval-every", "0"]
+    with subprocess.Popen([*command, "--runs-dir", str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if re.search(r"\bstep \d+ ", line) and process.poll() is None and len(lines) < 100:
+                process.send_signal(number)
+                break
+        lines.append(process.stdout.read())
+    assert process.returncode == 128 + number
+    (folder,) = tmp_path.iterdir()
+    assert f"--resume {folder}" in lines[-1]
+    stopped = ocp.CheckpointManager((folder / "checkpoints").absolute()).latest_step()
+    assert 10 <= stopped < 160
+    ppo_mjx.main(["--resume", str(folder)])
+    assert ocp.CheckpointManager((folder / "checkpoints").absolute()).latest_step() == 160
+    assert [event.step for event in read_log(folder).Scalars("charts/SPS")] == list(range(256, 40961, 256))
+
+# ---- Bad calls
+
+BAD_CALLS = [
+    "--env-id Ant", "--num-envs 0", "--num-envs -5", "--num-envs abc", "--num-envs 255 --num-devices 2",
+    "--num-devices 1000", "--num-devices 0", "--num-minibatches 33", "--num-minibatches 0", "--num-steps -16",
+    "--num-steps 1.5", "--update-epochs 0", "--total-timesteps 4095", "--total-timesteps -1", "--gamma 1.5",
+    "--gamma nan", "--gae-lambda -1", "--clip-coef -1", "--learning-rate -1", "--learning-rate nan",
+    "--learning-rate inf", "--max-grad-norm -1", "--target-kl -1", "--hidden-sizes 0", "--hidden-sizes -64",
+    "--hidden-sizes", "--physics slow", "--no-such-flag", "stray", "--seed -1", "--checkpoint-every 0",
+    "--eval-episodes 0", "--eval-every -1", "--init-log-std 1e6", "--resume missing", "--evaluate missing",
+    "--resume broken", "--evaluate broken", "--evaluate garbage", "--resume started --gamma 0.5",
+    "--resume started --env-id Hopper", "--runs-dir a_file", "--runs-dir a_file/below"]
+
+def fail(capsys, argv: list[str]) -> str:
+    """Call the script; it must end with code 2 and one line. Returns the line."""
+    with pytest.raises(SystemExit) as stop:
+        ppo_mjx.main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1 and len(error) > 20
+    return error
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_bad_call_ends_with_one_line(tmp_path, monkeypatch, capsys, call):
+    """What cannot run is refused by code 2 and one line that names the culprit, and leaves nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").touch()
+    for folder in ("broken", "garbage", "started"):
+        Path(folder).mkdir()
+        ppo_mjx.write_run(Path(folder), {"args": dataclasses.asdict(ppo_mjx.Args())})
+    Path("broken", "run.json").write_text('{"args": ')
+    Path("garbage", "policy.npz").write_bytes(b"garbage")
+    before = set(Path().rglob("*"))
+    error = fail(capsys, call.split())
+    assert "num-" in error or call.split()[0].removeprefix("--") in error or call.split()[-1] in error
+    assert set(Path().rglob("*")) == before
+
+def test_track_needs_wandb(monkeypatch, capsys):
+    """--track without Weights & Biases tells what to install."""
+    monkeypatch.setattr(ppo_mjx.importlib.util, "find_spec", lambda name: None)
+    assert "pip install wandb" in fail(capsys, ["--track"])
+
+# ---- Source
+
+def section(first: int, after: int) -> list[str]:
+    lines = SCRIPT.read_text().splitlines()
+    start, end = (next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {n}.")) for n in (first, after))
+    return lines[start:end]
+
+def test_dependencies_are_declared_once():
+    """The script's inline metadata (PEP 723) and requirements.txt name the same packages."""
+    (block,) = re.findall(r"(?ms)^# /// script\n(.*?)^# ///$", SCRIPT.read_text())
+    metadata = tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
+    lines = (line.split("#")[0].strip() for line in (SCRIPT.parent / "requirements.txt").read_text().splitlines())
+    assert set(metadata["dependencies"]) == {line for line in lines if line}
+    assert metadata["requires-python"] == ">=3.11"
+
+def test_the_file_stays_small():
+    """One file under 900 lines, of which the algorithm and its environment take under 450."""
+    assert len(SCRIPT.read_text().splitlines()) < 900
+    assert len(section(3, 11)) < 450
+
+def test_every_setting_is_used():
+    """No flag is without effect: each field of Args is read somewhere."""
+    fields = {field.name for field in dataclasses.fields(ppo_mjx.Args)}
+    read = {node.attr for node in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name | ast.Attribute)
+            and (getattr(node.value, "id", None) or getattr(node.value, "attr", None)) in ("args", "self")}
+    assert fields - read == set()
+
+def test_help_describes_every_setting():
+    """--help names each flag."""
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ppo_mjx.Args)}
+    environment = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0
+    assert flags <= set(re.findall(r"--[\w-]+", done.stdout))
