@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -189,16 +190,15 @@ class Task:
     fast_max_contacts: int = 4  # keep only so many contacts, the deepest
     time_limit: int = 1000  # steps
 
-INF = math.inf
 TASKS = {
     "HalfCheetah": Task(
-        cheetah_mjcf(), (-INF, INF, INF, INF), frame_skip=5, ctrl_cost=0.1, healthy_reward=0.0, velocity_clip=INF,
-        reset_noise=0.1, gaussian_velocity=True, fast_shapes=("",), fast_max_contacts=6),
-    "Hopper": Task(healthy=(0.7, INF, 0.2, 100.0), mjcf=upright_mjcf(
+        cheetah_mjcf(), (-math.inf, math.inf, math.inf, math.inf), frame_skip=5, ctrl_cost=0.1, healthy_reward=0.0,
+        velocity_clip=math.inf, reset_noise=0.1, gaussian_velocity=True, fast_shapes=("",), fast_max_contacts=6),
+    "Hopper": Task(healthy=(0.7, math.inf, 0.2, 100.0), mjcf=upright_mjcf(
         "hopper", [""], """<joint axis="0 -1 0" armature="1" damping="1" limited="true"/>
     <geom type="capsule" condim="1" margin=".001" friction=".9" solimp=".8 .8 .01"/>""",
         'size="20 20 .125" friction="1"', 0.13, 'pos="-.065 0 .1" size=".06 .195" friction="2"', 200)),
-    "Walker2d": Task(healthy=(0.8, 2.0, 1.0, INF), mjcf=upright_mjcf(
+    "Walker2d": Task(healthy=(0.8, 2.0, 1.0, math.inf), mjcf=upright_mjcf(
         "walker2d", ["", "_left"], """<joint axis="0 -1 0" armature=".01" damping=".1" limited="true"/>
     <geom type="capsule" conaffinity="0" friction=".9 .1 .1"/>""",
         'size="40 40 40" friction=".7 .1 .1"', 0.2, 'pos="-.1 0 .1" size=".06 .1" friction="1.9 .1 .1"', 100)),
@@ -659,7 +659,7 @@ def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
     evaluate_on_host(original, policy, 1, seed, lambda: path.append(original.data.qpos.copy()))
     renderer, every = make_renderer(original.model), max(1, round(0.02 / env.control_dt))
     file.parent.mkdir(exist_ok=True)
-    with imageio.get_writer(file, fps=1 / (every * env.control_dt)) as video:
+    with warnings.catch_warnings(action="ignore"), imageio.get_writer(file, fps=1 / (every * env.control_dt)) as video:
         for original.data.qpos in path[::every]:
             mujoco.mj_forward(original.model, original.data)
             renderer.update_scene(original.data, camera="track")

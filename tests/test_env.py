@@ -137,9 +137,9 @@ def test_exact_step_equals_gymnasium_in_float64(task_id):
 def test_exact_step_equals_gymnasium_in_float32(task_id):
     """In single precision, a step is Gymnasium's but for rounding, which stiff contacts magnify."""
     seen, (state, moment) = record(task_id), one_step(task_id, "exact", False)
-    print("F32", task_id, np.abs(state.obs - seen.obs[moment]).max(), np.abs(state.reward - seen.reward[moment]).max())
-    np.testing.assert_allclose(state.obs, seen.obs[moment], rtol=1e-3, atol=5e-3)
-    np.testing.assert_allclose(state.reward, seen.reward[moment], atol=1e-3)
+    # Observed: 5e-5 for velocities of up to 20 rad/s. The bound leaves room for another order of the same sums.
+    np.testing.assert_allclose(state.obs, seen.obs[moment], atol=5e-4)
+    np.testing.assert_allclose(state.reward, seen.reward[moment], atol=5e-5)
     np.testing.assert_array_equal(state.done > 0, seen.terminated[moment])
 
 @functools.cache
@@ -158,7 +158,6 @@ def long_rollout(task_id: str):
 def test_fifty_exact_steps_follow_gymnasium(task_id):
     """Errors do not build up over 50 steps of the exact physics in double precision."""
     error = np.abs(long_rollout(task_id)[0] - record(task_id).obs.swapaxes(0, 1)).max(axis=(0, 2))  # of each episode
-    print("LONG", task_id, np.median(error), error.max(), np.sort(error)[-4:])
     assert np.median(error) < 1e-6 and error.max() < 1e-4  # contacts magnify the solvers' last digits in some episodes
 
 @pytest.mark.parametrize("task_id", ["Hopper", "Walker2d"])
@@ -168,13 +167,13 @@ def test_terminates_on_gymnasiums_step(task_id):
     np.testing.assert_array_equal(ours.argmax(axis=1), theirs.argmax(axis=1))
     np.testing.assert_array_equal(ours.any(axis=1), theirs.any(axis=1))
 
-@pytest.mark.parametrize("task_id", TASK_IDS)
-def test_fast_step_stays_close_to_gymnasium(task_id):
+@pytest.mark.parametrize(("task_id", "median", "most"), [
+    ("HalfCheetah", 1e-6, 2e-5), ("Hopper", 1e-5, 1e-3), ("Walker2d", 5e-4, 2e-2)])
+def test_fast_step_stays_close_to_gymnasium(task_id, median, most):
     """The fast physics is an approximation: positions after one step are close, mostly very close."""
     seen, (state, moment) = record(task_id), one_step(task_id, "fast", False)
     error = np.abs(state.data.qpos - seen.next_qpos[moment]).max(axis=1)
-    print("FAST", task_id, np.median(error), error.max(), np.sort(error))
-    assert np.median(error) < 1e-2 and error.max() < 1e-1
+    assert np.median(error) < median and error.max() < most  # m or rad; about five times what is observed
 
 @pytest.mark.parametrize("n", [1, 6, 9])
 def test_cholesky_equals_numpy(n):
@@ -204,7 +203,7 @@ def test_c_mujoco_env_equals_gymnasium(task_id):
         action = rng.uniform(-1, 1, theirs.action_space.shape)
         mine, other = ours.step(action)[:4], theirs.unwrapped.step(action)[:4]
         for a, b in zip(mine, other, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8)  # contacts magnify the last bit of the models
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)  # contacts magnify the models' last bits
 
 def test_c_mujoco_env_truncates_and_repeats():
     """CMujocoEnv cuts an episode at the time limit only, and one seed starts one episode."""
