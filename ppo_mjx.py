@@ -726,9 +726,8 @@ def check_args(args: Args) -> None:
     for name, (least, most) in bounds.items():
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         require(value is None or least <= value <= most, f"{flag} {value}: must be between {least} and {most}")
-    sizes, rollout = args.hidden_sizes, f"{args.num_envs} worlds x {args.num_steps} steps"
-    require(sizes and min(sizes) > 0, f"--hidden-sizes {sizes}: must be one or more widths, for instance 64 64")
-    require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: less than one rollout, {rollout}")
+    require(min(args.hidden_sizes, default=0) > 0, f"--hidden-sizes {args.hidden_sizes}: must be widths, like 64 64")
+    require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: less than a rollout of {args.batch_size}")
     require(not args.track or importlib.util.find_spec("wandb"), "--track: wandb is missing; pip install wandb")
 
 def choose_devices(args: Args) -> list[jax.Device]:
@@ -799,7 +798,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
         "bytes_per_world": sum(leaf.nbytes for leaf in jax.tree.leaves(state.worlds)) // args.num_envs,
         "peak_bytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) * mesh.size}
     say("compiled: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "mujoco", "mujoco-mjx", "flax", "optax")}
     run = {"args": dataclasses.asdict(args), "versions": versions, "commit": git.stdout.strip(), **facts,
            "devices": [device.device_kind for device in mesh.devices]}
@@ -845,7 +844,8 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", args.compile_cache)
     if args.compile_cache and not jax.config.jax_compilation_cache_dir:
         folder = Path.home() / ".cache" / "mjx-rl"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever can write there can run code here
+        with or_fail("--compile-cache: no folder for it; try --no-compile-cache"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever can write there can run code here
         jax.config.update("jax_compilation_cache_dir", str(folder))
     check_args(args)
     if args.smoke:

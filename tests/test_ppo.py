@@ -232,5 +232,4 @@ def test_learns_to_run(make_mesh, make_state):
         state, _ = ppo_mjx.train_iteration(args, env, mesh, state)
     policy = ppo_mjx.export_policy(state.learner)
     returns = ppo_mjx.evaluate_on_host(ppo_mjx.CMujocoEnv(env), policy, episodes=5, seed=0)
-    print(returns)
-    assert returns.mean() > 400  # random actions get about -280
+    assert returns.mean() > 1500  # three seeds got 3700 to 4100; random actions get about -280
