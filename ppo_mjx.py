@@ -10,7 +10,6 @@
     python ppo_mjx.py --resume runs/NAME          go on, bit for bit, where a run stopped
     python ppo_mjx.py --evaluate runs/NAME        judge its policy in MJX, in C MuJoCo and in Gymnasium
     python ppo_mjx.py --smoke                     check the set-up of this machine
-
 The map: 1 settings, 2 models, 3 environment, 4 statistics, 5 networks, 6 training state, 7 rollout, 8 advantages,
 9 loss and update, 10 the iteration; then the bookkeeping: 11 evaluation, 12 saving, 13 command line, 14 main.
 Shapes: T = num_steps, N = worlds on this device, B = T * N, O = observation, A = action, E = episodes. A record's
@@ -38,7 +37,7 @@ from typing import Literal
 from unittest import mock
 
 START = time.perf_counter()
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else XLA prints pages of CPU features on a compile cache hit
+os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")  # else XLA prints pages of CPU features on a cache hit
 
 import flax.linen as nn
 import imageio
@@ -65,8 +64,8 @@ class Args:
     """PPO on Gymnasium's locomotion tasks, on MuJoCo XLA."""
     # The run
     exp_name: str = "ppo_mjx"  # name of the experiment, part of the run folder's name
-    seed: int = 1  # every random number of a run follows from it
-    num_devices: int | None = None  # devices that share the worlds; by default all GPUs, or one XLA device per CPU core
+    seed: int = 1  # every random number follows from it and the number of devices
+    num_devices: int | None = None  # that share the worlds; by default as many GPUs or CPU cores as divide the work
     runs_dir: str = "runs"  # where the run folders are made
     track: bool = False  # log to Weights & Biases too; its project is WANDB_PROJECT
     capture_video: bool = False  # write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate
@@ -77,7 +76,7 @@ class Args:
     smoke: bool = False  # build, train, save, resume and evaluate in short, and tell what works
     # The environment
     env_id: Literal["HalfCheetah", "Hopper", "Walker2d"] = "HalfCheetah"  # task, equal to Gymnasium's v5
-    physics: Literal["fast", "exact"] = "fast"  # fast: see load_model; exact: the original's integrator and solver
+    physics: Literal["fast", "exact"] = "fast"  # fast: see load_model; exact: original integrator, solver, contacts
     eval_every: int = 100  # iterations between evaluations in MJX; 0 for none
     eval_episodes: int = 20  # episodes of each evaluation
     # The algorithm, by CleanRL's names
@@ -97,7 +96,7 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients are scaled down to this norm
     target_kl: float | None = None  # end an update after the epoch whose mean KL divergence exceeds this
-    norm_obs: bool = True  # normalise observations by their running mean and variance
+    norm_obs: bool = True  # normalise observations by running mean and variance; off, they are still clipped to 10
     norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the tanh layers, of the actor and of the critic
     init_log_std: float = -0.5  # log of the policy's standard deviation at the start
@@ -179,14 +178,14 @@ def upright_mjcf(name: str, legs: list[str], default: str, floor: str, ankle: fl
 class Task:
     """What tells one task from another: Gymnasium's numbers, then what `--physics fast` changes."""
     mjcf: str
-    healthy: tuple[float, float, float, float]  # bounds: height min and max in m, pitch in rad, all but x and z
+    healthy: tuple[float, float, float, float]  # z min, z max in m, |pitch| in rad, |all but x and z|
     frame_skip: int = 4  # physics steps in one environment step
     ctrl_cost: float = 1e-3  # weight of the squared action
     healthy_reward: float = 1.0  # of each step
     velocity_clip: float = 10.0  # bound of the observed velocities
     reset_noise: float = 5e-3
     gaussian_velocity: bool = False  # at reset; else uniform
-    fast_shapes: tuple[str, ...] = ("leg", "foot")  # nothing else reaches the floor before the episode ends
+    fast_shapes: tuple[str, ...] = ("leg", "foot")  # geoms by prefix that touch the floor; others hardly can
     fast_max_contacts: int = 4  # keep only so many contacts, the deepest
     time_limit: int = 1000  # steps
 
@@ -296,7 +295,7 @@ class Env:
         gaussian = self.task.reset_noise * jax.random.normal(qvel_key, (self.model.nv,))
         qvel = gaussian if self.task.gaussian_velocity else noise(qvel_key, (self.model.nv,))
         data, zero, no = Physics(qpos, qvel, jnp.zeros_like(qvel)), jnp.zeros(()), jnp.array(False)
-        metrics = {"reward_forward": zero, "reward_ctrl": zero, "reward_survive": zero}
+        metrics = dict.fromkeys(reward_terms(self.task, zero, jnp.zeros(self.action_size), no), zero)
         info = {"elapsed": jnp.zeros((), jnp.int32), "truncated": no, "broken": no}
         return State(data, observe(self.task, qpos, qvel), reward=zero, done=zero, metrics=metrics, info=info)
 
@@ -383,7 +382,7 @@ def log_prob(mean: jax.Array, log_std: jax.Array, action: jax.Array) -> jax.Arra
 @struct.dataclass
 class Learner:
     """What is learnt; the same on every device."""
-    params: dict  # actor and critic (Flax parameters), log_std [A] (the same in every state)
+    params: dict  # actor and critic (Flax parameters), log_std [A] (whatever the observation)
     opt_state: optax.OptState  # of the parameters as one vector
     obs_stats: RunningStats  # [O]
     return_stats: RunningStats  # [], of the discounted return
@@ -510,7 +509,7 @@ def ppo_loss(args: Args, env: Env, params: dict, mb: Batch) -> tuple[jax.Array, 
 
 def update_epochs(args: Args, env: Env, learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
     """All epochs over a batch [B, ...], each device on its share. Metrics are means over all minibatches in use."""
-    learning_rate = args.learning_rate * (1 - learner.iteration / args.num_iterations if args.anneal_lr else 1.0)
+    learning_rate = args.learning_rate * (1 - learner.iteration / float(args.num_iterations) if args.anneal_lr else 1.0)
     # As one vector the gradient takes one exchange between devices, not one a layer: 5x on two CPU cores.
     vector, unravel = ravel_pytree(learner.params)
     def minibatch_step(carry, mb: Batch):
@@ -559,7 +558,7 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
     learner, metrics = update_epochs(args, env, learner, batch)
     # Only now, since the policy that acted and the one that learns must see the same normalised observations.
     obs_stats = update_stats(learner.obs_stats, steps.obs) if args.norm_obs else learner.obs_stats
-    metrics |= {name.replace("_", "/"): term.mean() for name, term in steps.end.env_state.metrics.items()}
+    metrics |= {name.replace("_", "/", 1): term.mean() for name, term in steps.end.env_state.metrics.items()}
     returns, lengths = steps.finished * steps.end.episode_return, steps.finished * steps.end.episode_length
     sums = (steps.finished.sum(), returns.sum(), lengths.sum(), worlds.broken.sum())
     episodes, returns, lengths, broken = jax.lax.psum(sums, "devices")
@@ -654,7 +653,7 @@ def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
         return mujoco.Renderer(model, height=480, width=640)
 
 def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
-    """Film one episode in C MuJoCo at its real speed, with about 50 frames a second."""
+    """Film one episode in C MuJoCo at its real speed, with 20 frames a second (HalfCheetah) or 62.5."""
     original, path = CMujocoEnv(env), []
     evaluate_on_host(original, policy, 1, seed, lambda: path.append(original.data.qpos.copy()))
     renderer, every = make_renderer(original.model), max(1, round(0.02 / env.control_dt))
@@ -691,6 +690,7 @@ def read_run(run_dir: Path) -> Args:
     """The settings of a run."""
     with or_fail(f"{run_dir} is no run folder of this script"):
         saved = json.loads((run_dir / "run.json").read_text())["args"]
+        assert saved["env_id"] in TASKS, f"unknown task {saved['env_id']}"
         return Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"])})
 
 # ---- 13. Command line -----------------------------------------------------------------------------------------------
@@ -771,7 +771,7 @@ class Log:
 def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     """Train from the start, or on from the newest checkpoint of run_dir. Returns the run's folder and its policy."""
     start, resuming, stops = time.time(), run_dir is not None, []
-    for number in signal.SIGINT, signal.SIGTERM:  # the first ends the loop after its iteration, a second one at once
+    for number in signal.SIGINT, signal.SIGTERM:  # the first ends the loop after its iteration, the same again at once
         signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
     if args.capture_video:
         make_renderer(load_model(TASKS[args.env_id])).close()  # better to fail now than after training
@@ -806,7 +806,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     if args.track:
         wandb = importlib.import_module("wandb")
         wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
-    say(f"{args.num_iterations} * {args.batch_size} steps, {args.total_timesteps % args.batch_size} left: {run_dir}")
+    say(f"{args.num_iterations} * {args.batch_size} steps, {args.total_timesteps % args.batch_size} unused: {run_dir}")
     log, pending = Log(args, run_dir, first), None
     while iteration < args.num_iterations and not stops:
         state, metrics = compiled(state)
