@@ -80,7 +80,7 @@ class Args:
     eval_every: int = 100  # iterations between evaluations in MJX; 0 for none
     eval_episodes: int = 20  # episodes of each evaluation
     # The algorithm, by CleanRL's names
-    total_timesteps: int = 2_000_000  # environment steps, over all worlds
+    total_timesteps: int = 1_000_000  # environment steps, over all worlds
     learning_rate: float = 1e-3  # Adam's step size at the start
     num_envs: int = 256  # worlds, over all devices
     num_steps: int = 16  # steps of each world in one rollout
