@@ -11,7 +11,7 @@
     python ppo_mjx.py --evaluate runs/NAME        judge its policy in MJX, in C MuJoCo and in Gymnasium
     python ppo_mjx.py --smoke                     check the set-up of this machine
 The map: 1 settings, 2 models, 3 environment, 4 statistics, 5 networks, 6 training state, 7 rollout, 8 advantages,
-9 loss and update, 10 the iteration; then the bookkeeping: 11 evaluation, 12 saving, 13 command line, 14 main.
+9 loss and update, 10 the iteration; then the bookkeeping: 11 evaluation, 12 log and files, 13 command line, 14 main.
 Shapes: T = num_steps, N = worlds on this device, B = T * N, O = observation, A = action, E = episodes. A record's
 fields are [T, N, ...] in a rollout, [B, ...] in a batch, [B / num_minibatches, ...] in a minibatch.
 Details and names follow CleanRL's ppo_continuous_action.py, tasks gymnasium 1.4.0; docs/ppo_mjx.md has all metrics.
@@ -102,12 +102,12 @@ class Args:
     init_log_std: float = -0.5  # log of the policy's standard deviation at the start
 
     @property
-    def batch_size(self) -> int:
+    def steps_per_iteration(self) -> int:
         return self.num_envs * self.num_steps
 
     @property
     def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
+        return self.total_timesteps // self.steps_per_iteration
 
 # ---- 2. Models (SI units and radians; a test holds the compiled models equal to Gymnasium's) ------------------------
 MJCF = """<mujoco model="{name}">
@@ -249,10 +249,8 @@ def reward_terms(task: Task, x_velocity, action, healthy, xp=jnp) -> dict:
     return {"reward_forward": x_velocity, "reward_ctrl": ctrl, "reward_survive": task.healthy_reward * healthy}
 
 def cho_factor(matrix: jax.Array, lower: bool = False) -> tuple[jax.Array, bool]:
-    """Cholesky factor of one small matrix [n, n], unrolled, its diagonal inverted. Returns [n, n].
-
-    Under vmap each entry is a vector over the worlds; LAPACK or cuSOLVER would take one world after the other.
-    """
+    """Cholesky factor of one small matrix [n, n], unrolled, its diagonal inverted. Under vmap each entry is a vector
+    over the worlds; LAPACK or cuSOLVER would take one world after the other."""
     n = matrix.shape[-1]
     factor = [[jnp.zeros_like(matrix[0, 0])] * n for _ in range(n)]
     for i in range(n):
@@ -272,14 +270,12 @@ def cho_solve(factor_and_lower: tuple[jax.Array, bool], vector: jax.Array) -> ja
 
 class Env:
     """One world of a task; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes.
-
-    A world that is not finite or exceeds MAX_SPEED is broken: its step ends the episode, earns nothing and shows the
-    observation before it.
-    """
+    A world that is not finite, or faster than MAX_SPEED, is broken: its step ends the episode, earns nothing, and the
+    observation stays."""
     MAX_SPEED = 200.0  # m/s and rad/s
 
     def __init__(self, env_id: str, physics: str = "fast"):
-        self.task = TASKS[env_id]
+        self.task, self.gymnasium_id = TASKS[env_id], env_id + "-v5"
         model = load_model(self.task, physics)
         self.control_dt = model.opt.timestep * self.task.frame_skip  # s
         self.action_size, self.observation_size = model.nu, model.nq - 1 + model.nv
@@ -590,16 +586,6 @@ def act(policy: dict, obs, xp=np):
         x = xp.tanh(x @ policy[f"w{i}"] + policy[f"b{i}"])
     return xp.clip(x @ policy[f"w{last}"] + policy[f"b{last}"], -1.0, 1.0)
 
-@partial(jax.jit, static_argnames="env")
-def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
-    """Returns of one episode for each key, in MJX with the physics of `env`: [E] keys -> [E]."""
-    def step(carry, _):
-        state, alive, total = carry
-        state = jax.vmap(env.step)(state, act(policy, state.obs, jnp))
-        return (state, alive & (state.done == 0), total + alive * state.reward), None
-    start = (jax.vmap(env.reset)(keys), jnp.full(len(keys), True), jnp.zeros(len(keys)))
-    return jax.lax.scan(step, start, None, length=env.task.time_limit)[0][2]
-
 class CMujocoEnv:
     """The task in C MuJoCo, on the original model, with the interface of Gymnasium."""
     def __init__(self, env: Env):
@@ -620,6 +606,17 @@ class CMujocoEnv:
         reward = sum(reward_terms(task, (data.qpos[0] - x) / self.env.control_dt, action, healthy, np).values())
         return observe(task, data.qpos, data.qvel, np), reward, not healthy, self.elapsed >= task.time_limit, {}
 
+# shared: evaluation
+@partial(jax.jit, static_argnames="env")
+def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
+    """Returns of one episode for each key, in MJX with the physics of `env`: [E] keys -> [E]."""
+    def step(carry, _):
+        state, alive, total = carry
+        state = jax.vmap(env.step)(state, act(policy, state.obs, jnp))
+        return (state, alive & (state.done == 0), total + alive * state.reward), None
+    start = (jax.vmap(env.reset)(keys), jnp.full(len(keys), True), jnp.zeros(len(keys)))
+    return jax.lax.scan(step, start, None, length=env.task.time_limit)[0][2]
+
 def evaluate_on_host(env, policy: dict, episodes: int, seed: int, on_step=lambda: None) -> np.ndarray:
     """Returns of deterministic episodes [E], in an environment with the interface of Gymnasium."""
     returns = np.zeros(episodes)
@@ -636,7 +633,7 @@ def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
     keys, table = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes)), {}
     returns = {"MJX": np.asarray(evaluate_mjx(env, policy, keys))}  # from the same starts as C MuJoCo
     returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, args.eval_episodes, args.seed)
-    name, installed = args.env_id + "-v5", importlib.util.find_spec("gymnasium")
+    name, installed = env.gymnasium_id, importlib.util.find_spec("gymnasium")
     if installed and name in (gymnasium := importlib.import_module("gymnasium")).registry:
         returns["Gymnasium"] = evaluate_on_host(gymnasium.make(name), policy, args.eval_episodes, args.seed)
     print(f"return of {args.eval_episodes:3} episodes     mean      std      min      max")
@@ -644,6 +641,7 @@ def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
         table[name] = {key: float(getattr(values, key)()) for key in ("mean", "std", "min", "max")}
         print(f"{name:<22}" + "".join(f"{value:9.1f}" for value in table[name].values()))
     return table
+# end shared
 
 def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
     """By MUJOCO_GL; without it by EGL on Linux, which needs no display."""
@@ -665,13 +663,40 @@ def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
             video.append_data(renderer.render())
     print(f"video: {file}")
 
-# ---- 12. Saving -----------------------------------------------------------------------------------------------------
-def save(args: Args, run_dir: Path, checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
+# ---- 12. Log and files ----------------------------------------------------------------------------------------------
+# shared: bookkeeping
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
+
+class Log:
+    """TensorBoard, and a progress bar or, without a terminal, plain lines."""
+    def __init__(self, args: Args, run_dir: Path, first: int):
+        self.args, self.first, self.start, self.shown = args, first * args.steps_per_iteration, time.time(), "-"
+        self.writer = SummaryWriter(str(run_dir), purge_step=self.first + 1 if first else None)
+        rows = "".join(f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows)
+        total = args.num_iterations * args.steps_per_iteration
+        self.bar = tqdm(total=total, initial=self.first, unit=" steps", unit_scale=True, disable=None)
+
+    def write(self, iteration: int, metrics: dict[str, jax.Array]) -> dict:
+        step, values = iteration * self.args.steps_per_iteration, jax.device_get(metrics)
+        sps = values["charts/SPS"] = (step - self.first) / (time.time() - self.start)
+        for tag, value in values.items():
+            if math.isfinite(value):
+                self.writer.add_scalar(tag, float(value), step)
+        self.shown = f"{values['charts/episodic_return']:.0f}" if values["charts/episodes_finished"] else self.shown
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(f"return {self.shown}")
+        if self.bar.disable and (iteration % 10 == 0 or step == self.bar.total):
+            say(f"step {step}  return {self.shown}  SPS {sps:.0f}  time left {(self.bar.total - step) / sps:.0f} s")
+        return values
+
+def save(args: Args, run_dir: Path, checkpoints: ocp.CheckpointManager, state: TrainState, policy: dict) -> None:
     """Write a checkpoint (the whole state, and the settings) and policy.npz, each whole or not at all."""
     items = {"state": ocp.args.StandardSave(state), "args": ocp.args.JsonSave(dataclasses.asdict(args))}
     checkpoints.save(int(state.learner.iteration), args=ocp.args.Composite(**items))
     checkpoints.wait_until_finished()
-    np.savez(run_dir / "policy.tmp.npz", **export_policy(state.learner))
+    np.savez(run_dir / "policy.tmp.npz", **policy)
     os.replace(run_dir / "policy.tmp.npz", run_dir / "policy.npz")
 
 def restore(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
@@ -717,6 +742,17 @@ def parse_args(argv: list[str], default: Args = Args()) -> Args:
         require(not stop.code, box.getvalue().split("\n", 1)[-1].split("──")[0].replace("│", ""))
         raise
 
+def make_mesh(wanted: int | None, *parts: int) -> Mesh:
+    """The devices that share the work: as many as wanted, or else as can be, of which each of `parts` is a multiple."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices that it has
+        jax.config.update("jax_num_cpu_devices", min(wanted or cores, 64))  # one would leave the other cores idle
+    devices = jax.local_devices()
+    fits = [n for n in range(1, len(devices) + 1) if all(part % n == 0 for part in parts)]
+    require(not wanted or wanted in fits, f"--num-devices {wanted}: must divide {parts}; with these devices, {fits} do")
+    return Mesh(np.array(devices[:wanted or fits[-1]]), ("devices",))
+# end shared
+
 def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is built."""
     bounds = {"gamma": (0, 1), "gae_lambda": (0, 1), "init_log_std": (-20, 20), "total_timesteps": (1, 2**62)}
@@ -727,47 +763,12 @@ def check_args(args: Args) -> None:
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         require(value is None or least <= value <= most, f"{flag} {value}: must be between {least} and {most}")
     require(min(args.hidden_sizes, default=0) > 0, f"--hidden-sizes {args.hidden_sizes}: must be widths, like 64 64")
-    require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: less than a rollout of {args.batch_size}")
+    steps = args.steps_per_iteration
+    require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: less than a rollout of {steps}")
+    require(steps % args.num_minibatches == 0, f"--num-minibatches {args.num_minibatches}: must divide {steps}")
     require(not args.track or importlib.util.find_spec("wandb"), "--track: wandb is missing; pip install wandb")
 
-def choose_devices(args: Args) -> list[jax.Device]:
-    """The devices that share the worlds. One XLA device leaves the cores of a CPU idle, so there each is a device."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices that it has
-        jax.config.update("jax_num_cpu_devices", min(args.num_devices or cores, 64))
-    devices, batch = jax.local_devices(), args.batch_size
-    fits = [n for n in range(1, len(devices) + 1) if args.num_envs % n == 0 and batch // n % args.num_minibatches == 0]
-    require(fits, f"--num-minibatches {args.num_minibatches}: must divide the {batch} steps of a rollout")
-    count = args.num_devices or fits[-1]
-    require(count in fits, f"--num-devices {count}: these worlds, minibatches and devices allow {fits}")
-    return devices[:count]
-
 # ---- 14. Main and smoke test ----------------------------------------------------------------------------------------
-def say(text: str) -> None:
-    print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
-
-class Log:
-    """TensorBoard, and a progress bar or, without a terminal, plain lines."""
-    def __init__(self, args: Args, run_dir: Path, first: int):
-        self.args, self.first, self.start, self.shown = args, first * args.batch_size, time.time(), "-"
-        self.writer = SummaryWriter(str(run_dir), purge_step=self.first + 1 if first else None)
-        rows = "".join(f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows)
-        self.total = args.num_iterations * args.batch_size
-        self.bar = tqdm(total=self.total, initial=self.first, unit=" steps", unit_scale=True, disable=None)
-
-    def write(self, iteration: int, metrics: dict[str, jax.Array]) -> None:
-        step, values = iteration * self.args.batch_size, jax.device_get(metrics)
-        sps = values["charts/SPS"] = (step - self.first) / (time.time() - self.start)
-        for tag, value in values.items():
-            if math.isfinite(value):
-                self.writer.add_scalar(tag, float(value), step)
-        self.shown = f"{values['charts/episodic_return']:.0f}" if values["charts/episodes_finished"] else self.shown
-        self.bar.update(step - self.bar.n)
-        self.bar.set_postfix_str(f"return {self.shown}")
-        if self.bar.disable and (iteration % 10 == 0 or step == self.total):
-            say(f"step {step}  return {self.shown}  SPS {sps:.0f}  time left {(self.total - step) / sps:.0f} s")
-
 def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     """Train from the start, or on from the newest checkpoint of run_dir. Returns the run's folder and its policy."""
     start, resuming, stops = time.time(), run_dir is not None, []
@@ -775,7 +776,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
         signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
     if args.capture_video:
         make_renderer(load_model(TASKS[args.env_id])).close()  # better to fail now than after training
-    mesh = Mesh(np.array(choose_devices(args)), ("devices",))
+    mesh = make_mesh(args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches)
     args = dataclasses.replace(args, num_devices=mesh.size)
     run_dir = run_dir or Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start)}"
     with or_fail(f"--runs-dir {args.runs_dir}"):
@@ -793,20 +794,21 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     compiled = train_iteration.lower(args, env, mesh, state).compile()
     seconds, memory = time.perf_counter() - compile_start, compiled.memory_analysis()  # of one device
-    facts = {
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    run = {
         "compile_s": round(seconds, 2), "compile_cache": "hit" if any("cache_hits" in e for e in events) else "miss",
         "bytes_per_world": sum(leaf.nbytes for leaf in jax.tree.leaves(state.worlds)) // args.num_envs,
         "peak_bytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) * mesh.size}
-    say("compiled: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "mujoco", "mujoco-mjx", "flax", "optax")}
-    run = {"args": dataclasses.asdict(args), "versions": versions, "commit": git.stdout.strip(), **facts,
-           "devices": [device.device_kind for device in mesh.devices]}
+    say("compiled: " + ", ".join(f"{name} {value}" for name, value in run.items()))
+    packages, kinds = ("jax", "mujoco", "mujoco-mjx", "flax", "optax"), [device.device_kind for device in mesh.devices]
+    run |= {"args": dataclasses.asdict(args), "commit": git.stdout.strip(), "devices": kinds,
+            "versions": {name: importlib.metadata.version(name) for name in packages}}
     write_run(run_dir, run)
     if args.track:
         wandb = importlib.import_module("wandb")
         wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
-    say(f"{args.num_iterations} * {args.batch_size} steps, {args.total_timesteps % args.batch_size} unused: {run_dir}")
+    steps = args.steps_per_iteration
+    say(f"{args.num_iterations} * {steps} steps, {args.total_timesteps % steps} unused: {run_dir}")
     log, pending = Log(args, run_dir, first), None
     while iteration < args.num_iterations and not stops:
         state, metrics = compiled(state)
@@ -817,22 +819,22 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
         if args.eval_every and iteration % args.eval_every == 0:
             keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
             value = evaluate_mjx(env, export_policy(state.learner), keys).mean()
-            log.writer.add_scalar("eval/episodic_return", float(value), iteration * args.batch_size)
+            log.writer.add_scalar("eval/episodic_return", float(value), iteration * steps)
         if iteration % args.checkpoint_every == 0:
-            save(args, run_dir, checkpoints, state)
+            save(args, run_dir, checkpoints, state, export_policy(state.learner))
     if pending:
         log.write(*pending)
     log.bar.close()
     run["train_s"], policy = time.time() - log.start, export_policy(state.learner)
     if checkpoints.latest_step() != iteration:
-        save(args, run_dir, checkpoints, state)
+        save(args, run_dir, checkpoints, state, policy)
     if stops:
         log.writer.close()
         say(f"stopped after iteration {iteration}; to go on: python {sys.argv[0]} --resume {run_dir}")
         raise SystemExit(128 + stops[0])
     say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
     run["evaluation"] = judge(args, env, policy)
-    log.writer.add_scalar("eval/c_mujoco_return", run["evaluation"]["C MuJoCo"]["mean"], iteration * args.batch_size)
+    log.writer.add_scalar("eval/c_mujoco_return", run["evaluation"]["C MuJoCo"]["mean"], iteration * steps)
     log.writer.close()
     write_run(run_dir, run)
     if args.capture_video:
@@ -851,11 +853,9 @@ def main(argv: list[str]) -> None:
     if args.smoke:
         raise SystemExit(smoke(args))
     if args.evaluate:
-        run_dir = Path(args.evaluate)
-        args = dataclasses.replace(args, env_id=read_run(run_dir).env_id)
+        run_dir, env = Path(args.evaluate), Env(read_run(Path(args.evaluate)).env_id, args.physics)
         with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
             policy = dict(file)
-        env = Env(args.env_id, args.physics)
         judge(args, env, policy)
         if args.capture_video:
             write_video(env, policy, args.seed, run_dir / "videos" / "c_mujoco.mp4")
@@ -873,7 +873,7 @@ def smoke(args: Args) -> int:
     def verdict(name: str, passed, note: str) -> None:
         failed.extend([] if passed else [name])
         print(f"{'pass' if passed else 'FAIL'}  {name}: {note}", flush=True)
-    note = f"jax {jax.__version__} on {choose_devices(args)}, mujoco and mjx {versions}"
+    note = f"jax {jax.__version__} on {make_mesh(args.num_devices).devices}, mujoco and mjx {versions}"
     verdict("versions", versions[0] == versions[1], note)  # pip alone takes a mujoco that does not fit
     x = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
     error = np.abs(jnp.matmul(x, x, precision="highest") - x.astype(float) @ x).max()
@@ -890,8 +890,8 @@ def smoke(args: Args) -> int:
         os.rename(run_dir / "checkpoints" / "4", Path(folder) / "4")
         _, resumed = train(read_run(run_dir), run_dir)
     verdict("resume", all((resumed[name] == policy[name]).all() for name in policy), "the same policy, to the bit")
-    returns = evaluate_on_host(original, policy, 2, args.seed)
-    verdict("C MuJoCo", np.isfinite(returns).all(), f"returns {returns.round(1)} on the original model")
+    returns = evaluate_on_host(original, policy, 2, args.seed).round(1)
+    verdict("C MuJoCo", np.isfinite(returns).all(), f"returns {returns} on the original model")
     print("FAIL: " + ", ".join(failed) if failed else "all is well")
     return int(bool(failed))
 

@@ -68,7 +68,8 @@ def bare_steps(env: ppo.Env, steps: int, state: ppo.State) -> ppo.State:
 def measure(env_id: str, num_envs: int, repeats: int) -> dict:
     """Seconds of one training iteration, and of the same steps by the environment and by mjx.step alone."""
     args = ppo.Args(env_id=env_id, num_envs=num_envs)
-    mesh, env = Mesh(np.array(ppo.choose_devices(args)), ("devices",)), ppo.Env(env_id)
+    mesh = ppo.make_mesh(args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches)
+    env = ppo.Env(env_id)
     shardings = jax.tree.map(partial(NamedSharding, mesh), ppo.STATE_SPEC)
     init = jax.jit(ppo.init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
     state = init(args, env, jax.random.key(1))
@@ -88,7 +89,7 @@ def measure(env_id: str, num_envs: int, repeats: int) -> dict:
         start = time.perf_counter()
         state, _ = jax.block_until_ready(train(state))
         seconds["train"].append(time.perf_counter() - start)
-    row = {f"{name} steps/s": args.batch_size / float(np.median(times)) for name, times in seconds.items()}
+    row = {f"{name} steps/s": args.steps_per_iteration / float(np.median(times)) for name, times in seconds.items()}
     for name in "env.step", "mjx.step":
         row[f"train / {name}"] = float(np.median(np.array(seconds[name]) / np.array(seconds["train"])))
     return row | {"seconds": seconds}

@@ -154,7 +154,7 @@ def test_resumed_run_is_the_uninterrupted_run(env, start, make_mesh, tmp_path):
             state, _ = ppo_mjx.train_iteration(ARGS, env, mesh, state)
         return state
     with ocp.CheckpointManager(tmp_path / "checkpoints") as checkpoints:
-        ppo_mjx.save(ARGS, tmp_path, checkpoints, run(start(2), 2))
+        ppo_mjx.save(ARGS, tmp_path, checkpoints, run(start(2), 2), {})
     other_start = start(2, dataclasses.replace(ARGS, seed=2))
     with ocp.CheckpointManager(tmp_path / "checkpoints") as checkpoints:
         restored = ppo_mjx.restore(checkpoints, other_start)

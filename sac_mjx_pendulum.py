@@ -1,0 +1,899 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["flax==0.12.6", "imageio[ffmpeg]==2.38.1", "jax==0.9.2", "matplotlib==3.11.2", "mujoco==3.17.0",
+#   "mujoco-mjx==3.17.0", "optax==0.2.8", "orbax-checkpoint==0.12.8", "tensorboard==2.21.0", "tensorboardX==2.6.5",
+#   "tqdm==4.70.1", "tyro==1.0.17"]
+# ///
+"""SAC on a thousand pendulums at once, on MuJoCo XLA (MJX): one file, one jitted program per iteration.
+
+    python sac_mjx_pendulum.py                         swing up Gymnasium's Pendulum-v1; --live shows it in a window
+    python sac_mjx_pendulum.py --resume runs/NAME      go on, bit for bit, where a run stopped
+    python sac_mjx_pendulum.py --evaluate runs/NAME    judge its policy in MJX, in C MuJoCo and in Gymnasium
+    python sac_mjx_pendulum.py --smoke                 check the set-up of this machine
+The map: 1 settings, 2 model, 3 environment, 4 networks, 5 replay buffer, 6 training state, 7 acting, 8 losses,
+9 update, 10 the iteration; then bookkeeping: 11 evaluation, 12 log and files, 13 command line, 14 pictures, 15 main.
+Shapes: T = num_steps, N = worlds on this device, K = updates_per_step, B = transitions of one update on this device,
+C = rows of the buffer, O = observation, A = action, E = episodes. Details and names follow CleanRL's
+sac_continuous_action.py and arXiv:1812.05905; docs/sac_mjx_pendulum.md has all metrics. ppo_mjx.py has the same
+"shared" blocks.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+START = time.perf_counter()
+if __name__ == "__mp_main__" and hasattr(os, "nice"):
+    os.nice(19)  # this process shows the window; training goes first
+os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")  # else XLA prints pages of CPU features on a cache hit
+
+import flax.linen as nn
+import imageio
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tyro
+from flax import struct
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+with contextlib.redirect_stdout(io.StringIO()):  # it tells everyone that the optional Warp backend is missing
+    from mujoco import mjx
+
+# ---- 1. Settings ----------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """SAC on a thousand pendulums, on MuJoCo XLA."""
+    # The run
+    exp_name: str = "sac_mjx_pendulum"  # name of the experiment, part of the run folder's name
+    seed: int = 1  # every random number follows from it and the number of devices
+    num_devices: int | None = None  # that share the worlds; by default as many GPUs or CPU cores as divide the work
+    runs_dir: str = "runs"  # where the run folders are made
+    track: bool = False  # log to Weights & Biases too; its project is WANDB_PROJECT
+    live: bool = False  # show pendulums and curves in a window while training goes on
+    capture_video: bool = False  # write the same picture as an mp4 after training
+    checkpoint_every: int = 50  # iterations between checkpoints, buffer included; the last three are kept
+    compile_cache: bool = True  # keep compiled programs in the user's cache folder, for a quicker start next time
+    resume: str | None = None  # run folder to go on with, by the settings that it was started with
+    evaluate: str | None = None  # run folder whose policy to judge; nothing is trained
+    smoke: bool = False  # build, train, save, resume and evaluate in short, and tell what works
+    # The environment; what is None is the task's own (see TASKS)
+    env_id: Literal["Pendulum-v1", "PointMass"] = "Pendulum-v1"  # a rod, equal to Gymnasium's; or a mass at its end
+    gravity: float | None = None  # m/s^2
+    length: float | None = None  # m
+    mass: float | None = None  # kg
+    dt: float | None = None  # s, of one step
+    max_torque: float | None = None  # Nm
+    max_speed: float | None = None  # rad/s
+    eval_every: int = 10  # iterations between evaluations in MJX; 0 for none
+    eval_episodes: int = 100  # episodes of each evaluation
+    # The algorithm, by CleanRL's names
+    total_timesteps: int = 512_000  # environment steps, over all worlds
+    num_envs: int = 1024  # worlds, over all devices
+    num_steps: int = 20  # steps of each world in one iteration
+    updates_per_step: int = 8  # updates after each step of the worlds
+    buffer_size: int = 1_048_576  # transitions in the replay buffer, over all worlds; the oldest give way
+    buffer_device: Literal["device", "host"] = "device"  # host: in the machine's memory, for a large one
+    batch_size: int = 256  # transitions in one update, over all devices
+    learning_starts: int = 5120  # environment steps by a random policy before the first update
+    policy_lr: float = 3e-3  # Adam's step size for the actor
+    q_lr: float = 3e-3  # Adam's step size for the critics and the temperature
+    reward_scale: float = 0.1  # factor of the rewards that the critics learn from
+    gamma: float = 0.98  # discount
+    tau: float = 0.01  # share of the critics that goes into their targets
+    policy_frequency: int = 1  # updates of the critics between those of the actor, then as many of these
+    target_network_frequency: int = 1  # updates of the critics between those of their targets
+    autotune: bool = True  # tune the temperature, so that the policy's entropy is minus the number of actions
+    alpha: float = 0.2  # temperature (weight of the entropy) without --autotune
+    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the ReLU layers, of the actor and of each critic
+
+    @property
+    def steps_per_iteration(self) -> int:
+        return self.num_envs * self.num_steps
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.steps_per_iteration
+
+# ---- 2. Model -------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A pendulum on a motor, in SI units. Its angle is 0 upright."""
+    gravity: float
+    length: float
+    mass: float
+    dt: float
+    max_torque: float
+    max_speed: float
+    center: float  # where the centre of mass is, as a share of the length
+    inertia: float  # about the centre of mass, in units of mass * length^2
+    time_limit: int = 200  # steps
+
+TASKS = {
+    "Pendulum-v1": Task(10.0, 1.0, 1.0, 0.05, 2.0, 8.0, center=0.5, inertia=1 / 12),  # gymnasium 1.4.0: a thin rod
+    # 4 Nm are 0.41 of the torque that holds it level (Pendulum-v1: 0.4), so it must swing to and fro to come up.
+    "PointMass": Task(9.81, 1.0, 1.0, 0.05, 4.0, 8.0, center=1.0, inertia=1e-9),
+}
+
+MJCF = """<mujoco model="pendulum">
+  <option timestep="{dt}" gravity="0 0 -{gravity}" integrator="Euler"><flag constraint="disable"/></option>
+  <worldbody><body><joint name="hinge" type="hinge" axis="0 1 0"/>
+    <inertial pos="0 0 {center}" mass="{mass}" diaginertia="{inertia} {inertia} {inertia}"/></body></worldbody>
+  <actuator><motor joint="hinge"/></actuator>
+</mujoco>"""
+
+def load_model(task: Task) -> mujoco.MjModel:
+    center, inertia = task.center * task.length, task.inertia * task.mass * task.length**2
+    return mujoco.MjModel.from_xml_string(MJCF.format(**vars(task) | {"center": center, "inertia": inertia}))
+
+# ---- 3. Environment -------------------------------------------------------------------------------------------------
+@struct.dataclass
+class Physics:
+    """The smallest state that determines the future."""
+    qpos: jax.Array  # [1] rad, from -pi to pi, 0 upright
+    qvel: jax.Array  # [1] rad/s
+
+@struct.dataclass
+class State:
+    """One world between two steps; names are MuJoCo Playground's."""
+    data: Physics
+    obs: jax.Array  # [O] = [3]
+    reward: jax.Array
+    done: jax.Array  # float, 1 if the episode terminated; the time limit is told apart, in info
+    metrics: dict[str, jax.Array]  # the reward's terms
+    info: dict[str, jax.Array]  # elapsed: steps since the reset; truncated: by the time limit; broken: see Env
+
+def wrap(angle):
+    """The same angle from -pi to pi."""
+    return (angle + math.pi) % (2 * math.pi) - math.pi
+
+def observe(qpos, qvel, xp=jnp):
+    """Cosine and sine of the angle, and the speed: [..., 1], [..., 1] -> [..., 3]. xp is jax.numpy or numpy."""
+    return xp.concatenate([xp.cos(qpos), xp.sin(qpos), qvel], axis=-1)
+
+def reward_terms(qpos, qvel, torque, xp=jnp) -> dict:
+    """The reward is their sum: of the state before the step, and of the torque in Nm; all are [..., 1]."""
+    costs = {"angle": xp.square(wrap(qpos)), "speed": 0.1 * xp.square(qvel), "torque": 0.001 * xp.square(torque)}
+    return {f"reward_{name}": -cost[..., 0] for name, cost in costs.items()}
+
+class Env:
+    """One world of a task; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes.
+    A world that is not finite is broken: its step ends the episode, earns nothing, and the observation stays.
+    """
+    action_size, observation_size = 1, 3
+
+    def __init__(self, args: Args):
+        numbers = ("gravity", "length", "mass", "dt", "max_torque", "max_speed")
+        changes = {name: getattr(args, name) for name in numbers if getattr(args, name) is not None}
+        self.task = dataclasses.replace(TASKS[args.env_id], **changes)
+        self.gymnasium_id = "Pendulum-v1" if self.task == TASKS["Pendulum-v1"] else None
+        self.model = mjx.put_model(load_model(self.task), impl="jax")
+        self.template = mjx.make_data(self.model)
+
+    def reset(self, key: jax.Array) -> State:
+        """A new episode, anywhere on the circle and slow. key: one PRNG key."""
+        qpos_key, qvel_key = jax.random.split(key)
+        qpos = jax.random.uniform(qpos_key, (1,), minval=-math.pi, maxval=math.pi)
+        qvel = jax.random.uniform(qvel_key, (1,), minval=-1.0, maxval=1.0)
+        zero, no = jnp.zeros(()), jnp.array(False)
+        metrics = dict.fromkeys(reward_terms(qpos, qvel, qvel), zero)
+        info = {"elapsed": jnp.zeros((), jnp.int32), "truncated": no, "broken": no}
+        return State(Physics(qpos, qvel), observe(qpos, qvel), reward=zero, done=zero, metrics=metrics, info=info)
+
+    def step(self, state: State, action: jax.Array) -> State:
+        """One step. action [1]: the torque in Nm, clipped to the task's limits."""
+        task, data = self.task, state.data
+        torque = jnp.clip(action, -task.max_torque, task.max_torque)
+        with jax.default_matmul_precision("highest"):  # while MJX is traced; TF32 would be too rough
+            full = mjx.step(self.model, self.template.replace(qpos=data.qpos, qvel=data.qvel, ctrl=torque))
+        sane = jnp.isfinite(full.qvel).all()
+        qvel = jnp.clip(full.qvel, -task.max_speed, task.max_speed)
+        qpos = wrap(data.qpos + task.dt * qvel)  # as Euler's method does it, but by the clipped speed
+        terms = reward_terms(data.qpos, data.qvel, torque)
+        terms = {name: jnp.where(sane, term, 0.0) for name, term in terms.items()}
+        obs, elapsed = jnp.where(sane, observe(qpos, qvel), state.obs), state.info["elapsed"] + 1
+        info = {"elapsed": elapsed, "truncated": elapsed >= task.time_limit, "broken": ~sane}
+        return State(Physics(qpos, qvel), obs, sum(terms.values()), done=1.0 - sane, metrics=terms, info=info)
+
+# ---- 4. Networks ----------------------------------------------------------------------------------------------------
+class MLP(nn.Module):
+    """ReLU layers: [..., in] -> [..., out]."""
+    hidden_sizes: tuple[int, ...]
+    out: int
+    @nn.compact
+    def __call__(self, x):
+        for width in self.hidden_sizes:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.out)(x)
+
+def make_networks(args: Args, env: Env) -> tuple[nn.Module, nn.Module]:
+    """The actor gives [..., 2 * A], means and raw log-stds; the critics give [2, ..., 1], each by its own weights."""
+    twins = nn.vmap(MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2)
+    return MLP(args.hidden_sizes, 2 * env.action_size), twins(args.hidden_sizes, 1)
+
+def sample_action(actor_output: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Squashed Gaussian (arXiv:1812.05905, appendix C): actor_output [..., 2 * A], standard normal noise [..., A] ->
+    actions [..., A] in (-1, 1), log density [...]; log(1 - tanh(u)^2) is written so that it is finite for any u."""
+    mean, raw = jnp.split(actor_output, 2, axis=-1)
+    log_std = -5.0 + 3.5 * (jnp.tanh(raw) + 1.0)  # from -5 to 2
+    u = mean + jnp.exp(log_std) * noise
+    log_slope = 2 * (math.log(2) - u - nn.softplus(-2 * u))
+    return jnp.tanh(u), (-0.5 * jnp.square(noise) - log_std - 0.5 * math.log(2 * math.pi) - log_slope).sum(axis=-1)
+
+# ---- 5. Replay buffer -----------------------------------------------------------------------------------------------
+@struct.dataclass
+class Transition:
+    """One step of one world: what was seen and done, and what came of it."""
+    obs: jax.Array  # [O]
+    action: jax.Array  # [A] in [-1, 1]
+    reward: jax.Array
+    next_obs: jax.Array  # [O] where the step ended, before any reset
+    terminated: jax.Array  # float, 1 or 0; a time limit does not terminate
+
+def buffer_rows(args: Args) -> int:
+    return args.buffer_size // args.num_envs
+
+def init_buffer(args: Args, env: Env, xp=jnp) -> Transition:
+    """An empty ring [C, N, ...] over the last C steps of all worlds: step t lies in row t % C. xp: where it lies."""
+    shape, obs, action = (buffer_rows(args), args.num_envs), (env.observation_size,), (env.action_size,)
+    return Transition(*(xp.zeros((*shape, *width), xp.float32) for width in (obs, action, (), obs, ())))
+
+def write(buffer: Transition, t, step: Transition) -> Transition:
+    """Put step t of all worlds, [N, ...], into the ring; if that is NumPy's, in place."""
+    row = t % len(buffer.reward)
+    if isinstance(buffer.reward, jax.Array):
+        return jax.tree.map(lambda ring, new: ring.at[row].set(new), buffer, step)
+    for ring, new in zip(jax.tree.leaves(buffer), jax.tree.leaves(step), strict=True):
+        ring[row] = new
+    return buffer
+
+def draw(args: Args, key: jax.Array, written, num_worlds: int) -> tuple[jax.Array, jax.Array]:
+    """Rows and worlds of the next minibatches, uniform over the steps written so far: two of int32 [K, B]."""
+    row_key, world_key = jax.random.split(key)
+    shape = (args.updates_per_step, args.batch_size // jax.lax.axis_size("devices"))
+    rows = jax.random.randint(row_key, shape, 0, jnp.minimum(written, buffer_rows(args)))
+    return rows, jax.random.randint(world_key, shape, 0, num_worlds)
+
+def gather(buffer: Transition, indices: tuple) -> Transition:
+    """Minibatches [K, B, ...] of the transitions at (rows, worlds)."""
+    return jax.tree.map(lambda ring: ring[indices], buffer)
+
+# ---- 6. Training state ----------------------------------------------------------------------------------------------
+@struct.dataclass
+class Learner:
+    """What is learnt; the same on every device."""
+    actor: dict  # Flax parameters
+    critics: dict  # of both, stacked
+    targets: dict  # the critics, slowly followed
+    log_alpha: jax.Array  # log of the temperature
+    opt: dict[str, optax.OptState]  # of actor, critics and alpha
+    key: jax.Array  # of the minibatches and of the noise in the losses
+    steps: jax.Array  # int32, steps done by each world
+    updates: jax.Array  # int32, updates done
+    iteration: jax.Array  # int32, iterations done
+
+@struct.dataclass
+class Worlds:
+    """What belongs to one world: [N, ...], split over the devices; its own key makes it the same on any device."""
+    env_state: State
+    key: jax.Array
+    episode_return: jax.Array
+    episode_length: jax.Array  # int32
+    broken: jax.Array  # int32, how often this world broke
+
+@struct.dataclass
+class TrainState:
+    """All that a run's future depends on; a checkpoint is this and the settings."""
+    learner: Learner
+    worlds: Worlds
+    buffer: Transition  # [C, N, ...], in the device's or, as NumPy arrays, in the host's memory
+STATE_SPEC = TrainState(P(), P("devices"), P(None, "devices"))
+
+def make_optimizer(args: Args, name: str) -> optax.GradientTransformation:
+    return optax.adam(args.policy_lr if name == "actor" else args.q_lr)
+
+def init_learner_and_worlds(args: Args, env: Env, key: jax.Array) -> tuple[Learner, Worlds]:
+    actor_key, critics_key, learner_key, reset_key, clock_key, world_key = jax.random.split(key, 6)
+    (actor, critics), n, zero = make_networks(args, env), args.num_envs, jnp.zeros((), jnp.int32)
+    actor_params = actor.init(actor_key, jnp.zeros(env.observation_size))
+    critics_params = critics.init(critics_key, jnp.zeros(env.observation_size + env.action_size))
+    log_alpha = jnp.float32(0.0 if args.autotune else math.log(args.alpha))
+    opt = {"actor": actor_params, "critics": critics_params, "alpha": log_alpha}
+    opt = {name: make_optimizer(args, name).init(params) for name, params in opt.items()}
+    learner = Learner(actor=actor_params, critics=critics_params, targets=critics_params, log_alpha=log_alpha,
+                      opt=opt, key=learner_key, steps=zero, updates=zero, iteration=zero)
+    env_state = jax.vmap(env.reset)(jax.random.split(reset_key, n))
+    # The worlds' clocks start at random, so that their time limits do not come all at once.
+    env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.task.time_limit)
+    counts = jnp.zeros(n, jnp.int32)
+    return learner, Worlds(env_state, jax.random.split(world_key, n), jnp.zeros(n), counts, counts)
+
+def init_train_state(args: Args, env: Env, mesh: Mesh, key: jax.Array) -> TrainState:
+    """The start of a run, split over the mesh's devices."""
+    specs = jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
+    start = jax.jit(partial(init_learner_and_worlds, args, env), out_shardings=(specs.learner, specs.worlds))
+    ring = init_buffer(args, env, np) if args.buffer_device == "host" else jax.jit(
+        partial(init_buffer, args, env), out_shardings=specs.buffer)()
+    return TrainState(*start(key), ring)
+
+# ---- 7. Acting ------------------------------------------------------------------------------------------------------
+def interact(args: Args, env: Env, learner: Learner, worlds: Worlds):
+    """One step of all worlds, each episode from a fresh reset: at first by chance, then by the policy. Returns the
+    worlds, their transitions [N, ...], what there is to tell [N], and the indices to draw from the buffer next."""
+    key, action_key, reset_key = jnp.unstack(jax.vmap(partial(jax.random.split, num=3))(worlds.key), axis=1)
+    obs, (actor, _) = worlds.env_state.obs, make_networks(args, env)
+    noise = jax.vmap(partial(jax.random.normal, shape=(env.action_size,)))(action_key)
+    action, _ = sample_action(actor.apply(learner.actor, obs), noise)
+    by_chance = 2 * jax.scipy.stats.norm.cdf(noise) - 1  # uniform from -1 to 1
+    action = jnp.where(learner.steps * args.num_envs < args.learning_starts, by_chance, action)
+    state = jax.vmap(env.step)(worlds.env_state, env.task.max_torque * action)
+    broken, done = state.info["broken"], (state.done > 0) | state.info["truncated"]
+    end = Worlds(state, key, worlds.episode_return + state.reward, worlds.episode_length + 1, worlds.broken + broken)
+    finished = done & ~broken & (end.episode_length == state.info["elapsed"])  # whole episodes only
+    zeros, counts = jnp.zeros_like(end.episode_return), jnp.zeros_like(end.episode_length)
+    fresh = Worlds(jax.vmap(env.reset)(reset_key), key, zeros, counts, end.broken)
+    select = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
+    told = {"episodes": finished, "returns": finished * end.episode_return, "lengths": finished * end.episode_length,
+            "angle": worlds.env_state.data.qpos[:, 0]} | state.metrics
+    step = Transition(obs, action, state.reward, state.obs, state.done)
+    draw_key = jax.random.fold_in(jax.random.fold_in(learner.key, -1 - learner.steps), jax.lax.axis_index("devices"))
+    return select(done, fresh, end), step, told, draw(args, draw_key, learner.steps + 1, len(obs))
+
+# ---- 8. Losses ------------------------------------------------------------------------------------------------------
+def critic_target(args: Args, env: Env, learner: Learner, mb: Transition, noise: jax.Array) -> jax.Array:
+    """What both critics should say of a minibatch [B], by the smaller of their targets. noise [B, A]."""
+    actor, critics = make_networks(args, env)
+    next_action, logprob = sample_action(actor.apply(learner.actor, mb.next_obs), noise)
+    next_q = critics.apply(learner.targets, jnp.concatenate([mb.next_obs, next_action], axis=-1))[..., 0].min(axis=0)
+    next_value = (1 - mb.terminated) * (next_q - jnp.exp(learner.log_alpha) * logprob)  # time limits end nothing
+    return args.reward_scale * mb.reward + args.gamma * next_value
+
+def critic_loss(args: Args, env: Env, params: dict, mb: Transition, target: jax.Array) -> tuple[jax.Array, dict]:
+    """Mean squared errors of the critics (arXiv:1812.05905, equation 5), summed, and metrics. target [B]."""
+    _, critics = make_networks(args, env)
+    q1, q2 = critics.apply(params, jnp.concatenate([mb.obs, mb.action], axis=-1))[..., 0]
+    q1_loss, q2_loss = jnp.square(q1 - target).mean(), jnp.square(q2 - target).mean()
+    return q1_loss + q2_loss, {
+        "losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean(), "losses/qf1_loss": q1_loss,
+        "losses/qf2_loss": q2_loss, "losses/qf_loss": (q1_loss + q2_loss) / 2}
+
+def actor_loss(args: Args, env: Env, params: dict, learner: Learner, obs, noise) -> tuple[jax.Array, jax.Array]:
+    """Equation 7 of the same, for observations [B, O] and noise [B, A]; and the mean log density of the actions."""
+    actor, critics = make_networks(args, env)
+    action, logprob = sample_action(actor.apply(params, obs), noise)
+    q = critics.apply(learner.critics, jnp.concatenate([obs, action], axis=-1))[..., 0].min(axis=0)
+    return (jnp.exp(learner.log_alpha) * logprob - q).mean(), logprob.mean()
+
+def alpha_loss(env: Env, log_alpha: jax.Array, logprob: jax.Array) -> jax.Array:
+    """Equation 18: the temperature falls while the entropy, -logprob, exceeds minus the number of actions."""
+    return -jnp.exp(log_alpha) * (logprob - env.action_size)
+
+# ---- 9. Update ------------------------------------------------------------------------------------------------------
+def average(tree):
+    """The mean over the devices. As one vector it takes one exchange, not one a leaf."""
+    vector, unravel = ravel_pytree(tree)
+    return unravel(jax.lax.pmean(vector, "devices"))
+
+def update_actor(args: Args, env: Env, obs, learner: Learner, noise) -> tuple[Learner, dict[str, jax.Array]]:
+    """One step of the actor and of the temperature, for observations [B, O] and noise [B, A]."""
+    (loss, logprob), gradient = jax.value_and_grad(actor_loss, argnums=2, has_aux=True)(
+        args, env, learner.actor, learner, obs, noise)
+    gradient, loss, logprob = average((gradient, loss, logprob))
+    step, opt = make_optimizer(args, "actor").update(gradient, learner.opt["actor"])
+    metrics = {"losses/actor_loss": loss, "losses/alpha": jnp.exp(learner.log_alpha), "losses/entropy": -logprob}
+    learner = learner.replace(actor=optax.apply_updates(learner.actor, step), opt=learner.opt | {"actor": opt})
+    if args.autotune:
+        loss, gradient = jax.value_and_grad(alpha_loss, argnums=1)(env, learner.log_alpha, logprob)
+        step, opt = make_optimizer(args, "alpha").update(gradient, learner.opt["alpha"])
+        learner = learner.replace(log_alpha=learner.log_alpha + step, opt=learner.opt | {"alpha": opt})
+        metrics |= {"losses/alpha_loss": loss}
+    return learner, metrics
+
+def when(due: jax.Array, change, learner: Learner, *operands) -> tuple[Learner, dict[str, jax.Array]]:
+    """change(learner, *operands) -> (learner, metrics) where it is due; else the learner as it is, and NaN."""
+    def skip(learner: Learner, *operands):
+        metrics = jax.eval_shape(change, learner, *operands)[1]
+        return learner, jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), metrics)
+    return jax.lax.cond(due, change, skip, learner, *operands)
+
+def update(args: Args, env: Env, learner: Learner, mb: Transition) -> tuple[Learner, dict[str, jax.Array]]:
+    """One update by a minibatch [B, ...], each device on its share: critics, targets, actor and temperature."""
+    key = jax.random.fold_in(jax.random.fold_in(learner.key, learner.updates), jax.lax.axis_index("devices"))
+    target_key, actor_key = jax.random.split(key)
+    target = critic_target(args, env, learner, mb, jax.random.normal(target_key, mb.action.shape))
+    gradient, metrics = average(jax.grad(critic_loss, argnums=2, has_aux=True)(args, env, learner.critics, mb, target))
+    step, opt = make_optimizer(args, "critics").update(gradient, learner.opt["critics"])
+    critics, updates = optax.apply_updates(learner.critics, step), learner.updates + 1
+    tau = jnp.where(updates % args.target_network_frequency == 0, args.tau, 0.0)
+    targets = optax.incremental_update(critics, learner.targets, tau)
+    opt = learner.opt | {"critics": opt}
+    learner = learner.replace(critics=critics, opt=opt, targets=targets, updates=updates)
+    noise = jax.random.normal(actor_key, (args.policy_frequency, *mb.action.shape))
+    updates_of_actor = partial(jax.lax.scan, partial(update_actor, args, env, mb.obs))
+    learner, actor_metrics = when(updates % args.policy_frequency == 0, updates_of_actor, learner, noise)
+    return learner, metrics | {tag: values.mean() for tag, values in actor_metrics.items()}
+
+# ---- 10. One training iteration -------------------------------------------------------------------------------------
+def learn(args: Args, env: Env, learner: Learner, mbs: Transition) -> tuple[Learner, dict[str, jax.Array]]:
+    """All updates that follow one step of the worlds, by minibatches [K, B, ...]. Metrics [K], NaN without updates."""
+    learner = learner.replace(steps=learner.steps + 1)
+    ready = learner.steps * args.num_envs >= args.learning_starts
+    return when(ready, partial(jax.lax.scan, partial(update, args, env)), learner, mbs)
+
+def summarize(metrics: dict[str, jax.Array], told: dict[str, jax.Array], broken: jax.Array) -> dict[str, jax.Array]:
+    """What goes to TensorBoard, from metrics [T, K] and what the worlds told [T, N]; NaN is not logged."""
+    episodes = told["episodes"].sum()
+    terms = {name.replace("_", "/", 1): told[name].mean() for name in told if name.startswith("reward_")}
+    return {tag: jnp.nanmean(values) for tag, values in metrics.items()} | terms | {
+        "charts/episodic_return": told["returns"].sum() / episodes, "charts/episodes_finished": episodes,
+        "charts/episodic_length": told["lengths"].sum() / episodes, "charts/nan_resets": broken.sum(),
+        "angles": told["angle"][:, :4]}
+
+def device_iteration(args: Args, env: Env, state: TrainState):
+    """num_steps times: step one device's worlds, write, update. Returns metrics [T, K] and what was told [T, N]."""
+    def step(state: TrainState, _):
+        worlds, transition, told, indices = interact(args, env, state.learner, state.worlds)
+        buffer = write(state.buffer, state.learner.steps, transition)
+        learner, metrics = learn(args, env, state.learner, gather(buffer, indices))
+        return TrainState(learner, worlds, buffer), (metrics, told)
+    state, (metrics, told) = jax.lax.scan(step, state, None, length=args.num_steps)
+    return state.replace(learner=state.learner.replace(iteration=state.learner.iteration + 1)), metrics, told
+
+@partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state")
+def train_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState):
+    """One iteration as one program over the mesh's devices; `state` is donated, its memory is used again."""
+    run = jax.shard_map(partial(device_iteration, args, env), mesh=mesh, in_specs=(STATE_SPEC,),
+                        out_specs=(STATE_SPEC, P(), P(None, "devices")), check_vma=False)
+    state, metrics, told = run(state)
+    return state, summarize(metrics, told, state.worlds.broken)
+
+def host_iteration(args: Args, mesh: Mesh, interact_program, learn_program, state: TrainState):
+    """The same with the buffer in the host's memory: only minibatches go to the devices, a step at a time."""
+    learner, worlds, buffer, history = state.learner, state.worlds, state.buffer, []
+    share = np.repeat(np.arange(mesh.size), args.batch_size // mesh.size)  # whose part of a minibatch it is
+    for _ in range(args.num_steps):
+        worlds, transition, told, indices = interact_program(learner, worlds)
+        transition, (rows, columns), t = jax.device_get((transition, indices, learner.steps))
+        buffer = write(buffer, t, transition)
+        mbs = gather(buffer, (rows, columns + share * (args.num_envs // mesh.size)))
+        mbs = jax.device_put(mbs, NamedSharding(mesh, P(None, "devices")))
+        learner, metrics = learn_program(learner, mbs)
+        history.append((metrics, told))
+    metrics, told = jax.tree.map(lambda *steps: jnp.stack(steps), *history)
+    learner = learner.replace(iteration=learner.iteration + 1)
+    return TrainState(learner, worlds, buffer), summarize(metrics, told, worlds.broken)
+
+def compile_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState):
+    """The iteration compiled, as a function of the state, and the programs that it consists of."""
+    if args.buffer_device == "device":
+        program = train_iteration.lower(args, env, mesh, state).compile()
+        return program, [program]
+    one, split, on_mesh = P("devices"), P(None, "devices"), partial(jax.shard_map, mesh=mesh, check_vma=False)
+    acting = on_mesh(partial(interact, args, env), in_specs=(P(), one), out_specs=(one, one, one, split))
+    learning = on_mesh(partial(learn, args, env), in_specs=(P(), split), out_specs=P())
+    mbs = gather(state.buffer, tuple(np.zeros((2, args.updates_per_step, args.batch_size), int)))
+    mbs = jax.device_put(mbs, NamedSharding(mesh, split))
+    programs = [
+        jax.jit(acting, donate_argnums=1).lower(state.learner, state.worlds).compile(),
+        jax.jit(learning, donate_argnums=0).lower(state.learner, mbs).compile()]
+    return partial(host_iteration, args, mesh, *programs), programs
+
+# ---- 11. Evaluation -------------------------------------------------------------------------------------------------
+def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
+    """All that the deterministic policy needs: the largest torque, and layers w0, b0, w1, ..."""
+    layers, policy = jax.device_get(learner.actor["params"]), {"max_torque": np.float32(env.task.max_torque)}
+    for name, layer in layers.items():  # Dense_0, Dense_1, ...
+        outputs = env.action_size if name == f"Dense_{len(layers) - 1}" else None  # of the last layer, the means
+        policy |= {name.replace("Dense_", "w"): layer["kernel"][:, :outputs]}
+        policy |= {name.replace("Dense_", "b"): layer["bias"][:outputs]}
+    return policy
+
+def act(policy: dict, obs, xp=np):
+    """The policy's torque for observations: [..., O] -> [..., A] in Nm. NumPy is enough to run it."""
+    x, last = obs, len(policy) // 2 - 1
+    for i in range(last):
+        x = xp.maximum(x @ policy[f"w{i}"] + policy[f"b{i}"], 0.0)
+    return policy["max_torque"] * xp.tanh(x @ policy[f"w{last}"] + policy[f"b{last}"])
+
+class CMujocoEnv:
+    """The task in C MuJoCo, with the interface of Gymnasium."""
+    def __init__(self, env: Env):
+        self.env, self.task, self.model = env, env.task, load_model(env.task)
+        self.data = mujoco.MjData(self.model)
+
+    def reset(self, seed: int):
+        start = jax.device_get(self.env.reset(jax.random.key(seed)).data)
+        self.data.qpos, self.data.qvel, self.elapsed = start.qpos, start.qvel, 0
+        return observe(self.data.qpos, self.data.qvel, np), {}
+
+    def step(self, action):
+        task, data, qpos, qvel = self.task, self.data, self.data.qpos.copy(), self.data.qvel.copy()
+        data.ctrl, self.elapsed = np.clip(action, -task.max_torque, task.max_torque), self.elapsed + 1
+        reward = sum(reward_terms(qpos, qvel, data.ctrl, np).values())
+        mujoco.mj_step(self.model, data)
+        data.qvel = np.clip(data.qvel, -task.max_speed, task.max_speed)
+        data.qpos = wrap(qpos + task.dt * data.qvel)
+        return observe(data.qpos, data.qvel, np), reward, False, self.elapsed >= task.time_limit, {}
+
+# shared: evaluation
+@partial(jax.jit, static_argnames="env")
+def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
+    """Returns of one episode for each key, in MJX with the physics of `env`: [E] keys -> [E]."""
+    def step(carry, _):
+        state, alive, total = carry
+        state = jax.vmap(env.step)(state, act(policy, state.obs, jnp))
+        return (state, alive & (state.done == 0), total + alive * state.reward), None
+    start = (jax.vmap(env.reset)(keys), jnp.full(len(keys), True), jnp.zeros(len(keys)))
+    return jax.lax.scan(step, start, None, length=env.task.time_limit)[0][2]
+
+def evaluate_on_host(env, policy: dict, episodes: int, seed: int, on_step=lambda: None) -> np.ndarray:
+    """Returns of deterministic episodes [E], in an environment with the interface of Gymnasium."""
+    returns = np.zeros(episodes)
+    for episode in range(episodes):
+        (obs, _), over = env.reset(seed=seed + episode), False
+        while not over:
+            obs, reward, terminated, truncated, _ = env.step(act(policy, obs))
+            returns[episode], over = returns[episode] + reward, terminated or truncated
+            on_step()
+    return returns
+
+def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
+    """Evaluate in each simulator at hand; print mean, std, min and max of the returns, and return them."""
+    keys, table = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes)), {}
+    returns = {"MJX": np.asarray(evaluate_mjx(env, policy, keys))}  # from the same starts as C MuJoCo
+    returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, args.eval_episodes, args.seed)
+    name, installed = env.gymnasium_id, importlib.util.find_spec("gymnasium")
+    if installed and name in (gymnasium := importlib.import_module("gymnasium")).registry:
+        returns["Gymnasium"] = evaluate_on_host(gymnasium.make(name), policy, args.eval_episodes, args.seed)
+    print(f"return of {args.eval_episodes:3} episodes     mean      std      min      max")
+    for name, values in returns.items():
+        table[name] = {key: float(getattr(values, key)()) for key in ("mean", "std", "min", "max")}
+        print(f"{name:<22}" + "".join(f"{value:9.1f}" for value in table[name].values()))
+    return table
+# end shared
+
+# ---- 12. Log and files ----------------------------------------------------------------------------------------------
+# shared: bookkeeping
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
+
+class Log:
+    """TensorBoard, and a progress bar or, without a terminal, plain lines."""
+    def __init__(self, args: Args, run_dir: Path, first: int):
+        self.args, self.first, self.start, self.shown = args, first * args.steps_per_iteration, time.time(), "-"
+        self.writer = SummaryWriter(str(run_dir), purge_step=self.first + 1 if first else None)
+        rows = "".join(f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows)
+        total = args.num_iterations * args.steps_per_iteration
+        self.bar = tqdm(total=total, initial=self.first, unit=" steps", unit_scale=True, disable=None)
+
+    def write(self, iteration: int, metrics: dict[str, jax.Array]) -> dict:
+        step, values = iteration * self.args.steps_per_iteration, jax.device_get(metrics)
+        sps = values["charts/SPS"] = (step - self.first) / (time.time() - self.start)
+        for tag, value in values.items():
+            if math.isfinite(value):
+                self.writer.add_scalar(tag, float(value), step)
+        self.shown = f"{values['charts/episodic_return']:.0f}" if values["charts/episodes_finished"] else self.shown
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(f"return {self.shown}")
+        if self.bar.disable and (iteration % 10 == 0 or step == self.bar.total):
+            say(f"step {step}  return {self.shown}  SPS {sps:.0f}  time left {(self.bar.total - step) / sps:.0f} s")
+        return values
+
+def save(args: Args, run_dir: Path, checkpoints: ocp.CheckpointManager, state: TrainState, policy: dict) -> None:
+    """Write a checkpoint (the whole state, and the settings) and policy.npz, each whole or not at all."""
+    items = {"state": ocp.args.StandardSave(state), "args": ocp.args.JsonSave(dataclasses.asdict(args))}
+    checkpoints.save(int(state.learner.iteration), args=ocp.args.Composite(**items))
+    checkpoints.wait_until_finished()
+    np.savez(run_dir / "policy.tmp.npz", **policy)
+    os.replace(run_dir / "policy.tmp.npz", run_dir / "policy.npz")
+
+def restore(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
+    """The newest checkpoint, in the form and on the devices of `state`."""
+    newest = checkpoints.latest_step()
+    require(newest is not None, f"--resume: {checkpoints.directory} holds no checkpoint")
+    form = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+    with or_fail(f"--resume: checkpoint {newest} is broken; remove it to go on from the one before"):
+        return checkpoints.restore(newest, args=ocp.args.Composite(state=form))["state"]
+
+def write_run(run_dir: Path, content: dict) -> None:
+    (run_dir / "run.tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(run_dir / "run.tmp", run_dir / "run.json")
+
+def read_run(run_dir: Path) -> Args:
+    """The settings of a run."""
+    with or_fail(f"{run_dir} is no run folder of this script"):
+        saved = json.loads((run_dir / "run.json").read_text())["args"]
+        assert saved["env_id"] in TASKS, f"unknown task {saved['env_id']}"
+        return Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"])})
+
+# ---- 13. Command line -----------------------------------------------------------------------------------------------
+def require(condition, message: str) -> None:
+    """Where the condition does not hold, end with one line and exit code 2."""
+    if not condition:
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(2)
+
+@contextlib.contextmanager
+def or_fail(message: str):
+    """End with one line and exit code 2 where the body raises, whatever it raises."""
+    try:
+        yield
+    except Exception as error:
+        require(False, f"{message} ({type(error).__name__}: {error!s:.200})")
+
+def parse_args(argv: list[str], default: Args = Args()) -> Args:
+    box = io.StringIO()  # tyro draws one around its errors; the first paragraph tells
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, args=argv, default=default)
+    except SystemExit as stop:
+        require(not stop.code, box.getvalue().split("\n", 1)[-1].split("──")[0].replace("│", ""))
+        raise
+
+def make_mesh(wanted: int | None, *parts: int) -> Mesh:
+    """The devices that share the work: as many as wanted, or else as can be, of which each of `parts` is a multiple."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices that it has
+        jax.config.update("jax_num_cpu_devices", min(wanted or cores, 64))  # one would leave the other cores idle
+    devices = jax.local_devices()
+    fits = [n for n in range(1, len(devices) + 1) if all(part % n == 0 for part in parts)]
+    require(not wanted or wanted in fits, f"--num-devices {wanted}: must divide {parts}; with these devices, {fits} do")
+    return Mesh(np.array(devices[:wanted or fits[-1]]), ("devices",))
+# end shared
+
+def check_args(args: Args) -> None:
+    """Refuse what cannot run, before anything is built."""
+    bounds = {field.name: (1, 1e9) for field in dataclasses.fields(args) if field.type in (int, int | None)}
+    bounds |= dict.fromkeys("seed eval_every learning_starts policy_lr q_lr gravity reward_scale".split(), (0, 1e9))
+    bounds |= dict.fromkeys("length mass max_torque max_speed".split(), (0.05, 1e4)) | {"dt": (1e-3, 0.2)}
+    bounds |= {"gamma": (0, 1), "tau": (0, 1), "alpha": (1e-9, 1e9), "total_timesteps": (1, 2**62)}
+    for name, (least, most) in bounds.items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        require(value is None or least <= value <= most, f"{flag} {value}: must be between {least} and {most}")
+    require(min(args.hidden_sizes, default=0) > 0, f"--hidden-sizes {args.hidden_sizes}: must be widths, like 64 64")
+    require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: below {args.steps_per_iteration} in all")
+    require(buffer_rows(args), f"--buffer-size {args.buffer_size}: less than one step of {args.num_envs} worlds")
+    require(not args.track or importlib.util.find_spec("wandb"), "--track: wandb is missing; pip install wandb")
+
+def check_buffer(args: Args, env: Env, mesh: Mesh) -> int:
+    """The replay buffer's bytes; one that does not fit into its memory is refused."""
+    size = sum(4 * ring.size for ring in jax.tree.leaves(jax.eval_shape(partial(init_buffer, args, env))))
+    stats = mesh.devices[0].memory_stats() if args.buffer_device == "device" else None  # None for a CPU
+    room = stats["bytes_limit"] * mesh.size if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require(size < 0.9 * room, f"--buffer-size {args.buffer_size}: needs {size} bytes; {args.buffer_device} has {room}")
+    return size
+
+# ---- 14. Pictures ---------------------------------------------------------------------------------------------------
+class Picture:
+    """Four pendulums, and the curves of training, on a figure of matplotlib."""
+    def __init__(self, figure):
+        axes = figure.subplot_mosaic([[0, 1, "return", "critic loss"], [2, 3, "actor loss", "temperature"]])
+        tags = {"return": "charts/episodic_return", "critic loss": "losses/qf_loss",
+                "actor loss": "losses/actor_loss", "temperature": "losses/alpha"}
+        self.rods, self.curves = [], {tag: axes[name].plot([], [], color="tab:red")[0] for name, tag in tags.items()}
+        for name in tags:
+            axes[name].set_title(name)
+        for i in range(4):
+            axes[i].set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
+            axes[i].axis("off")
+            self.rods += axes[i].plot([], [], "o-", color="tab:blue", linewidth=3, markersize=9, markevery=[1])
+
+    def pose(self, angles) -> None:
+        for rod, angle in zip(self.rods, angles, strict=False):  # as many as there are worlds
+            rod.set_data([0, math.sin(angle)], [0, math.cos(angle)])
+
+    def extend(self, step: int, values: dict[str, float]) -> None:
+        """One more point on each curve that has one."""
+        for tag, line in self.curves.items():
+            if math.isfinite(values.get(tag, math.nan)):
+                line.set_data([*line.get_xdata(), step], [*line.get_ydata(), values[tag]])
+                line.axes.relim()
+                line.axes.autoscale_view()
+
+def redraw(_, picture: Picture, pipe, poses: list) -> None:
+    """One frame of the window: ask for news, and play the last poses at their real speed."""
+    with contextlib.suppress(EOFError, OSError):  # training has ended
+        if pipe.poll():
+            for step, values, poses[:] in pipe.recv():  # of the last iteration the poses stay
+                picture.extend(step, values)
+            pipe.send("next")
+    if poses:
+        picture.pose(poses.pop(0))
+
+def show_window(pipe) -> None:
+    """What the window's process does. It asks for news whenever it has drawn the last."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is training's to answer
+    from matplotlib import animation, pyplot
+    figure = pyplot.figure("SAC on MJX", figsize=(10, 5), layout="tight")
+    if not figure.canvas.required_interactive_framework:
+        return print("--live: no display, or no window toolkit such as Tk; training goes on without", flush=True)
+    pipe.send("first")
+    _ = animation.FuncAnimation(figure, redraw, fargs=(Picture(figure), pipe, []), interval=50, save_count=1)
+    pyplot.show()
+
+class PictureLog(Log):
+    """Keeps what a picture shows as well, and feeds the window: a process of its own, of the least priority."""
+    def __init__(self, args: Args, run_dir: Path, first: int):
+        super().__init__(args, run_dir, first)
+        self.history, self.sent, self.window = [], 0, None
+        if args.live:
+            context = multiprocessing.get_context("spawn")
+            self.pipe, end = context.Pipe()
+            self.window = context.Process(target=show_window, args=(end,), daemon=True)
+            self.window.start()
+            end.close()
+
+    def write(self, iteration: int, metrics: dict[str, jax.Array]) -> None:
+        angles, values = np.asarray(metrics.pop("angles")), super().write(iteration, metrics)
+        if self.args.capture_video or self.window:
+            self.history.append((iteration * self.args.steps_per_iteration, values, angles))
+        with contextlib.suppress(EOFError, OSError):  # the window is closed
+            if self.window and self.pipe.poll():
+                self.pipe.recv()
+                self.pipe.send(self.history[self.sent:])  # does not wait, as the window asked for it
+                self.sent = len(self.history)
+
+def write_video(env: Env, policy: dict, history: list, seed: int, file: Path) -> None:
+    """The window's picture as a film: about 10 iterations of training, then an episode of the trained policy."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    canvas, original, path = FigureCanvasAgg(Figure((10, 5), dpi=80, layout="tight")), CMujocoEnv(env), []
+    evaluate_on_host(original, policy, 4, seed, lambda: path.append(original.data.qpos[0]))
+    picture, every = Picture(canvas.figure), max(1, len(history) // 10)
+    file.parent.mkdir(exist_ok=True)
+    with warnings.catch_warnings(action="ignore"), imageio.get_writer(file, fps=1 / env.task.dt) as video:
+        for i, (step, values, angles) in enumerate([*history, (0, {}, np.reshape(path, (4, -1)).T)]):
+            picture.extend(step, values)
+            for pose in angles if i % every == 0 or i == len(history) else ():
+                picture.pose(pose)
+                canvas.draw()
+                video.append_data(np.asarray(canvas.buffer_rgba())[..., :3])
+    print(f"video: {file}")
+
+# ---- 15. Main and smoke test ----------------------------------------------------------------------------------------
+def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
+    """Train from the start, or on from the newest checkpoint of run_dir. Returns the run's folder and its policy."""
+    start, resuming, stops = time.time(), run_dir is not None, []
+    for number in signal.SIGINT, signal.SIGTERM:  # the first ends the loop after its iteration, the same again at once
+        signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
+    mesh = make_mesh(args.num_devices, args.num_envs, args.batch_size)
+    args, env = dataclasses.replace(args, num_devices=mesh.size), Env(args)
+    buffer_bytes = check_buffer(args, env, mesh)
+    run_dir = run_dir or Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start)}"
+    with or_fail(f"--runs-dir {args.runs_dir}"):
+        run_dir.mkdir(parents=True, exist_ok=resuming)
+    checkpoints = ocp.CheckpointManager(
+        (run_dir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=3))
+    say(f"building {args.env_id} for {mesh.size} x {mesh.devices[0].device_kind}, buffer of {buffer_bytes} bytes")
+    state = init_train_state(args, env, mesh, jax.random.key(args.seed))
+    state = restore(checkpoints, state) if resuming else state
+    first = iteration = int(state.learner.iteration)
+    say("compiling the training iteration")
+    events, compile_start = [], time.perf_counter()
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    run_iteration, programs = compile_iteration(args, env, mesh, state)
+    seconds, memory = time.perf_counter() - compile_start, [program.memory_analysis() for program in programs]
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    run = {
+        "compile_s": round(seconds, 2), "compile_cache": "hit" if any("cache_hits" in e for e in events) else "miss",
+        "bytes_per_world": sum(leaf.nbytes for leaf in jax.tree.leaves(state.worlds)) // args.num_envs,
+        "buffer_bytes": buffer_bytes, "peak_bytes": mesh.size * max(
+            program.argument_size_in_bytes + program.temp_size_in_bytes for program in memory)}
+    say("compiled: " + ", ".join(f"{name} {value}" for name, value in run.items()))
+    packages, kinds = ("jax", "mujoco", "mujoco-mjx", "flax", "optax"), [device.device_kind for device in mesh.devices]
+    run |= {"args": dataclasses.asdict(args), "commit": git.stdout.strip(), "devices": kinds,
+            "versions": {name: importlib.metadata.version(name) for name in packages}}
+    write_run(run_dir, run)
+    if args.track:
+        wandb = importlib.import_module("wandb")
+        wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
+    steps = args.steps_per_iteration
+    say(f"{args.num_iterations} * {steps} steps, {args.total_timesteps % steps} unused: {run_dir}")
+    log, pending = PictureLog(args, run_dir, first), None
+    while iteration < args.num_iterations and not stops:
+        state, metrics = run_iteration(state)
+        iteration += 1
+        if pending:  # read one iteration late, so that the device never waits for Python
+            log.write(*pending)
+        pending = (iteration, metrics)
+        if args.eval_every and iteration % args.eval_every == 0:
+            keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
+            value = evaluate_mjx(env, export_policy(env, state.learner), keys).mean()
+            log.writer.add_scalar("eval/episodic_return", float(value), iteration * steps)
+        if iteration % args.checkpoint_every == 0:
+            save(args, run_dir, checkpoints, state, export_policy(env, state.learner))
+    if pending:
+        log.write(*pending)
+    log.bar.close()
+    run["train_s"], policy = time.time() - log.start, export_policy(env, state.learner)
+    if checkpoints.latest_step() != iteration:
+        save(args, run_dir, checkpoints, state, policy)
+    if stops:
+        log.writer.close()
+        say(f"stopped after iteration {iteration}; to go on: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(128 + stops[0])
+    say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
+    run["evaluation"] = judge(args, env, policy)
+    log.writer.add_scalar("eval/c_mujoco_return", run["evaluation"]["C MuJoCo"]["mean"], iteration * steps)
+    log.writer.close()
+    write_run(run_dir, run)
+    if args.capture_video:
+        write_video(env, policy, log.history, args.seed, run_dir / "videos" / "training.mp4")
+    if log.window and log.window.is_alive():
+        say("close the window to end")
+        log.window.join()
+    return run_dir, policy
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    jax.config.update("jax_enable_compilation_cache", args.compile_cache)
+    if args.compile_cache and not jax.config.jax_compilation_cache_dir:
+        folder = Path.home() / ".cache" / "mjx-rl"
+        with or_fail("--compile-cache: no folder for it; try --no-compile-cache"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever can write there can run code here
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    check_args(args)
+    if args.smoke:
+        raise SystemExit(smoke(args))
+    if args.evaluate:
+        run_dir, env = Path(args.evaluate), Env(read_run(Path(args.evaluate)))
+        with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
+            policy = dict(file)
+        judge(args, env, policy)
+        if args.capture_video:
+            write_video(env, policy, [], args.seed, run_dir / "videos" / "policy.mp4")
+    elif args.resume:
+        saved = read_run(Path(args.resume))
+        unchanged = parse_args(argv, saved) == dataclasses.replace(saved, resume=args.resume)
+        require(unchanged, "--resume: the run keeps its own settings; leave the other flags out, or start a new run")
+        train(saved, Path(args.resume))
+    else:
+        train(args)
+
+def smoke(args: Args) -> int:
+    """Go through all that a run does, in short, with a verdict for each stage. Returns the exit code."""
+    failed, versions = [], [importlib.metadata.version(name) for name in ("mujoco", "mujoco-mjx")]
+    def verdict(name: str, passed, note: str) -> None:
+        failed.extend([] if passed else [name])
+        print(f"{'pass' if passed else 'FAIL'}  {name}: {note}", flush=True)
+    note = f"jax {jax.__version__} on {make_mesh(args.num_devices).devices}, mujoco and mjx {versions}"
+    verdict("versions", versions[0] == versions[1], note)  # pip alone takes a mujoco that does not fit
+    env = Env(args)
+    original, action = CMujocoEnv(env), np.full(env.action_size, 0.5)
+    original.reset(args.seed)
+    error = jax.jit(env.step)(env.reset(jax.random.key(args.seed)), action).obs - original.step(action)[0]
+    verdict("environment", np.abs(error).max() < 1e-5, f"a step in MJX is off C MuJoCo's by {np.abs(error).max():.1e}")
+    with tempfile.TemporaryDirectory() as folder:
+        short = {"num_envs": 64, "num_steps": 8, "batch_size": 64, "learning_starts": 512, "total_timesteps": 2048}
+        run_dir, policy = train(dataclasses.replace(args, **short, checkpoint_every=2, eval_every=2, runs_dir=folder))
+        verdict("training", all(np.isfinite(x).all() for x in policy.values()), "4 iterations, the policy is finite")
+        os.rename(run_dir / "checkpoints" / "4", Path(folder) / "4")
+        _, resumed = train(read_run(run_dir), run_dir)
+    verdict("resume", all((resumed[name] == policy[name]).all() for name in policy), "the same policy, to the bit")
+    returns = evaluate_on_host(original, policy, 2, args.seed).round(1)
+    verdict("C MuJoCo", np.isfinite(returns).all(), f"returns {returns} on the original model")
+    print("FAIL: " + ", ".join(failed) if failed else "all is well")
+    return int(bool(failed))
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
