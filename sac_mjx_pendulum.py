@@ -425,8 +425,7 @@ def update(args: Args, env: Env, learner: Learner, mb: Transition) -> tuple[Lear
     critics, updates = optax.apply_updates(learner.critics, step), learner.updates + 1
     tau = jnp.where(updates % args.target_network_frequency == 0, args.tau, 0.0)
     targets = optax.incremental_update(critics, learner.targets, tau)
-    opt = learner.opt | {"critics": opt}
-    learner = learner.replace(critics=critics, opt=opt, targets=targets, updates=updates)
+    learner = learner.replace(critics=critics, targets=targets, updates=updates, opt=learner.opt | {"critics": opt})
     noise = jax.random.normal(actor_key, (args.policy_frequency, *mb.action.shape))
     updates_of_actor = partial(jax.lax.scan, partial(update_actor, args, env, mb.obs))
     learner, actor_metrics = when(updates % args.policy_frequency == 0, updates_of_actor, learner, noise)
@@ -694,8 +693,7 @@ class Picture:
         for name in tags:
             axes[name].set_title(name)
         for i in range(4):
-            axes[i].set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
-            axes[i].axis("off")
+            axes[i].set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal", frame_on=False, xticks=[], yticks=[])
             self.rods += axes[i].plot([], [], "o-", color="tab:blue", linewidth=3, markersize=9, markevery=[1])
 
     def pose(self, angles) -> None:
@@ -710,15 +708,17 @@ class Picture:
                 line.axes.relim()
                 line.axes.autoscale_view()
 
-def redraw(_, picture: Picture, pipe, poses: list) -> None:
-    """One frame of the window: ask for news, and play the last poses at their real speed."""
+def redraw(_, picture: Picture, pipe, poses: list) -> list:
+    """One frame of the window: play the last poses at their real speed, then see the news and draw the curves anew."""
     with contextlib.suppress(EOFError, OSError):  # training has ended
-        if pipe.poll():
+        if not poses and pipe.poll():
             for step, values, poses[:] in pipe.recv():  # of the last iteration the poses stay
                 picture.extend(step, values)
+            picture.rods[0].figure.canvas.draw()
             pipe.send("next")
     if poses:
         picture.pose(poses.pop(0))
+    return picture.rods
 
 def show_window(pipe) -> None:
     """What the window's process does. It asks for news whenever it has drawn the last."""
@@ -728,7 +728,7 @@ def show_window(pipe) -> None:
     if not figure.canvas.required_interactive_framework:
         return print("--live: no display, or no window toolkit such as Tk; training goes on without", flush=True)
     pipe.send("first")
-    _ = animation.FuncAnimation(figure, redraw, fargs=(Picture(figure), pipe, []), interval=50, save_count=1)
+    _ = animation.FuncAnimation(figure, redraw, fargs=(Picture(figure), pipe, []), interval=50, blit=True, save_count=1)
     pyplot.show()
 
 class PictureLog(Log):
