@@ -25,6 +25,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -104,24 +105,20 @@ class Args:
     @property
     def steps_per_iteration(self) -> int:
         return self.num_envs * self.num_steps
-
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.steps_per_iteration
 
 # ---- 2. Models (SI units and radians; a test holds the compiled models equal to Gymnasium's) ------------------------
 MJCF = """<mujoco model="{name}">
-  <compiler angle="radian"/><visual><headlight ambient=".3 .3 .3" diffuse=".7 .7 .7"/></visual>
-  <option {option}/>
-  <default>
-    {default}
+  <compiler angle="radian"/><option {option}/><visual><headlight ambient=".3 .3 .3" diffuse=".7 .7 .7"/></visual>
+  <default>{default}
     <motor ctrllimited="true" ctrlrange="-1 1"/>
     <default class="root"><joint type="slide" limited="false" armature="0" damping="0" pos="0 0 -{origin}"/></default>
   </default>
   <asset><texture type="skybox" builtin="flat" rgb1=".8 .9 1" rgb2=".8 .9 1" width="8" height="8"/>
     <texture name="grid" type="2d" builtin="checker" rgb1=".5 .6 .7" rgb2=".3 .4 .5" width="64" height="64"/>
-    <material name="grid" texture="grid" texrepeat="40 40"/>
-  </asset>
+    <material name="grid" texture="grid" texrepeat="40 40"/></asset>
   <worldbody><light directional="true" pos="0 0 4" dir="0 .3 -1"/>
     <geom name="floor" type="plane" material="grid" conaffinity="1" condim="3" {floor}/>
     <body name="torso" pos="0 0 {height}">
@@ -248,6 +245,7 @@ def reward_terms(task: Task, x_velocity, action, healthy, xp=jnp) -> dict:
     ctrl = -task.ctrl_cost * xp.square(action).sum(axis=-1)
     return {"reward_forward": x_velocity, "reward_ctrl": ctrl, "reward_survive": task.healthy_reward * healthy}
 
+# shared: cholesky
 def cho_factor(matrix: jax.Array, lower: bool = False) -> tuple[jax.Array, bool]:
     """Cholesky factor of one small matrix [n, n], unrolled, its diagonal inverted. Under vmap each entry is a vector
     over the worlds; LAPACK or cuSOLVER would take one world after the other."""
@@ -267,13 +265,13 @@ def cho_solve(factor_and_lower: tuple[jax.Array, bool], vector: jax.Array) -> ja
     for i in reversed(range(n)):
         x[i] = (x[i] - sum(factor[k, i] * x[k] for k in range(i + 1, n))) * factor[i, i]
     return jnp.array(x)
+# end shared
 
 class Env:
     """One world of a task; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes.
     A world that is not finite, or faster than MAX_SPEED, is broken: its step ends the episode, earns nothing, and the
     observation stays."""
     MAX_SPEED = 200.0  # m/s and rad/s
-
     def __init__(self, env_id: str, physics: str = "fast"):
         self.task, self.gymnasium_id = TASKS[env_id], env_id + "-v5"
         model = load_model(self.task, physics)
@@ -297,10 +295,8 @@ class Env:
 
     def advance(self, data: Physics, action: jax.Array) -> Physics:
         """One control step of physics: frame_skip steps like the original's, or all of it as one step of Runge-Kutta 4.
-
         Gymnasium's four Runge-Kutta steps evaluate the dynamics 16 times, one does so 4 times. Four steps of Euler's
-        method cost the same and err far more: what learnt to hop on them falls in the original.
-        """
+        method cost the same and err far more: what learnt to hop on them falls in the original."""
         def substep(data: Physics, _):
             full = mjx.step(self.model, self.template.replace(**vars(data), ctrl=action))
             return Physics(full.qpos, full.qvel, full.qacc_warmstart), None
@@ -334,6 +330,7 @@ class Env:
         return State(data, obs, reward=sum(terms.values()), done=done, metrics=terms, info=info)
 
 # ---- 4. Running statistics ------------------------------------------------------------------------------------------
+# shared: statistics
 @struct.dataclass
 class RunningStats:
     """Mean and variance of all that was seen so far."""
@@ -352,6 +349,7 @@ def update_stats(stats: RunningStats, batch: jax.Array) -> RunningStats:
 
 def normalize(stats: RunningStats, obs: jax.Array) -> jax.Array:
     return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+# end shared
 
 # ---- 5. Networks ----------------------------------------------------------------------------------------------------
 class MLP(nn.Module):
@@ -457,12 +455,11 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
     return jax.lax.scan(step, worlds, None, length=args.num_steps)
 
 # ---- 8. Advantages --------------------------------------------------------------------------------------------------
+# shared: advantages
 def compute_gae(args: Args, reward, value, next_value, terminated, done) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimates (arXiv:1506.02438, equation 16) and value targets of a rollout; all are [T, N].
-
     next_value is that of the state where the step ended, before any reset: after a termination nothing is to come, but
-    an episode that the time limit cuts keeps what that state promised. All but the flags are in scaled reward.
-    """
+    an episode that the time limit cuts keeps what that state promised. All but the flags are in scaled reward."""
     def backwards(next_advantage, step):
         reward, value, next_value, terminated, done = step
         delta = reward + args.gamma * jnp.where(terminated, 0.0, next_value) - value
@@ -471,6 +468,7 @@ def compute_gae(args: Args, reward, value, next_value, terminated, done) -> tupl
     steps = (reward, value, next_value, terminated, done)
     _, advantage = jax.lax.scan(backwards, jnp.zeros_like(reward[0]), steps, reverse=True)
     return advantage, advantage + value
+# end shared
 
 # ---- 9. Loss and update ---------------------------------------------------------------------------------------------
 @struct.dataclass
@@ -528,7 +526,7 @@ def update_epochs(args: Args, env: Env, learner: Learner, batch: Batch) -> tuple
     carry, keys = (vector, learner.opt_state, jnp.array(False)), jax.random.split(key, args.update_epochs)
     (vector, opt_state, _), (metrics, used) = jax.lax.scan(epoch, carry, keys)
     metrics = {tag: (values * used).sum() / used.sum() for tag, values in metrics.items()}
-    metrics |= {"charts/learning_rate": jnp.asarray(learning_rate)}
+    metrics["charts/learning_rate"] = jnp.asarray(learning_rate)
     return learner.replace(params=unravel(vector), opt_state=opt_state, iteration=learner.iteration + 1), metrics
 
 # ---- 10. One training iteration -------------------------------------------------------------------------------------
@@ -643,12 +641,14 @@ def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
     return table
 # end shared
 
+# shared: renderer
 def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
     """By MUJOCO_GL; without it by EGL on Linux, which needs no display."""
     with or_fail("--capture-video: no OpenGL; on Linux install libegl1, or libosmesa6 and set MUJOCO_GL=osmesa"):
         if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
             gl_context.GLContext = importlib.import_module("mujoco.egl").GLContext
         return mujoco.Renderer(model, height=480, width=640)
+# end shared
 
 def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
     """Film one episode in C MuJoCo at its real speed, with 20 frames a second (HalfCheetah) or 62.5."""
@@ -715,8 +715,9 @@ def read_run(run_dir: Path) -> Args:
     """The settings of a run."""
     with or_fail(f"{run_dir} is no run folder of this script"):
         saved = json.loads((run_dir / "run.json").read_text())["args"]
-        assert saved["env_id"] in TASKS, f"unknown task {saved['env_id']}"
-        return Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"])})
+        args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in saved.items()})
+        check_args(args)
+        return args
 
 # ---- 13. Command line -----------------------------------------------------------------------------------------------
 def require(condition, message: str) -> None:
@@ -755,14 +756,15 @@ def make_mesh(wanted: int | None, *parts: int) -> Mesh:
 
 def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is built."""
-    bounds = {"gamma": (0, 1), "gae_lambda": (0, 1), "init_log_std": (-20, 20), "total_timesteps": (1, 2**62)}
+    bounds = {field.name: (1, 1e9) for field in dataclasses.fields(args) if field.type in (int, int | None)}
     zero_up = "seed eval_every learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl"
-    one_up = "num_devices num_envs num_steps num_minibatches update_epochs eval_episodes checkpoint_every"
-    bounds |= dict.fromkeys(zero_up.split(), (0, 1e9)) | dict.fromkeys(one_up.split(), (1, 1e9))
+    bounds |= dict.fromkeys(zero_up.split(), (0, 1e9)) | dict.fromkeys(["gamma", "gae_lambda"], (0, 1))
+    bounds |= {"init_log_std": (-20, 20), "total_timesteps": (1, 2**62)}
     for name, (least, most) in bounds.items():
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         require(value is None or least <= value <= most, f"{flag} {value}: must be between {least} and {most}")
     require(min(args.hidden_sizes, default=0) > 0, f"--hidden-sizes {args.hidden_sizes}: must be widths, like 64 64")
+    require(args.env_id in TASKS, f"--env-id {args.env_id}: no such task")
     steps = args.steps_per_iteration
     require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: less than a rollout of {steps}")
     require(steps % args.num_minibatches == 0, f"--num-minibatches {args.num_minibatches}: must divide {steps}")
@@ -807,9 +809,8 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     if args.track:
         wandb = importlib.import_module("wandb")
         wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
-    steps = args.steps_per_iteration
+    steps, log, pending = args.steps_per_iteration, Log(args, run_dir, first), None
     say(f"{args.num_iterations} * {steps} steps, {args.total_timesteps % steps} unused: {run_dir}")
-    log, pending = Log(args, run_dir, first), None
     while iteration < args.num_iterations and not stops:
         state, metrics = compiled(state)
         iteration += 1
@@ -830,7 +831,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
         save(args, run_dir, checkpoints, state, policy)
     if stops:
         log.writer.close()
-        say(f"stopped after iteration {iteration}; to go on: python {sys.argv[0]} --resume {run_dir}")
+        say(f"stopped after iteration {iteration}; to go on: python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}")
         raise SystemExit(128 + stops[0])
     say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
     run["evaluation"] = judge(args, env, policy)
@@ -855,8 +856,7 @@ def main(argv: list[str]) -> None:
     if args.evaluate:
         run_dir, env = Path(args.evaluate), Env(read_run(Path(args.evaluate)).env_id, args.physics)
         with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
-            policy = dict(file)
-        judge(args, env, policy)
+            judge(args, env, policy := dict(file))
         if args.capture_video:
             write_video(env, policy, args.seed, run_dir / "videos" / "c_mujoco.mp4")
     elif args.resume:

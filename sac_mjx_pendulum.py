@@ -14,8 +14,7 @@ The map: 1 settings, 2 model, 3 environment, 4 networks, 5 replay buffer, 6 trai
 9 update, 10 the iteration; then bookkeeping: 11 evaluation, 12 log and files, 13 command line, 14 pictures, 15 main.
 Shapes: T = num_steps, N = worlds on this device, K = updates_per_step, B = transitions of one update on this device,
 C = rows of the buffer, O = observation, A = action, E = episodes. Details and names follow CleanRL's
-sac_continuous_action.py and arXiv:1812.05905; docs/sac_mjx_pendulum.md has all metrics. ppo_mjx.py has the same
-"shared" blocks.
+sac_continuous_action.py and arXiv:1812.05905; docs/sac_mjx_pendulum.md has all metrics, ppo_mjx.py the shared blocks.
 """
 
 import contextlib
@@ -27,6 +26,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -38,8 +38,9 @@ from pathlib import Path
 from typing import Literal
 
 START = time.perf_counter()
-if __name__ == "__mp_main__" and hasattr(os, "nice"):
-    os.nice(19)  # this process shows the window; training goes first
+if __name__ == "__mp_main__":  # this process shows the window; training goes first, and answers signals
+    os.nice(19)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")  # else XLA prints pages of CPU features on a cache hit
 
 import flax.linen as nn
@@ -622,8 +623,9 @@ def read_run(run_dir: Path) -> Args:
     """The settings of a run."""
     with or_fail(f"{run_dir} is no run folder of this script"):
         saved = json.loads((run_dir / "run.json").read_text())["args"]
-        assert saved["env_id"] in TASKS, f"unknown task {saved['env_id']}"
-        return Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"])})
+        args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in saved.items()})
+        check_args(args)
+        return args
 
 # ---- 13. Command line -----------------------------------------------------------------------------------------------
 def require(condition, message: str) -> None:
@@ -671,6 +673,7 @@ def check_args(args: Args) -> None:
         require(value is None or least <= value <= most, f"{flag} {value}: must be between {least} and {most}")
     require(min(args.hidden_sizes, default=0) > 0, f"--hidden-sizes {args.hidden_sizes}: must be widths, like 64 64")
     require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: below {args.steps_per_iteration} in all")
+    require(args.env_id in TASKS, f"--env-id {args.env_id}: no such task")
     require(buffer_rows(args), f"--buffer-size {args.buffer_size}: less than one step of {args.num_envs} worlds")
     require(not args.track or importlib.util.find_spec("wandb"), "--track: wandb is missing; pip install wandb")
 
@@ -722,7 +725,6 @@ def redraw(_, picture: Picture, pipe, poses: list) -> list:
 
 def show_window(pipe) -> None:
     """What the window's process does. It asks for news whenever it has drawn the last."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is training's to answer
     from matplotlib import animation, pyplot
     figure = pyplot.figure("SAC on MJX", figsize=(10, 5), layout="tight")
     if not figure.canvas.required_interactive_framework:
@@ -750,7 +752,7 @@ class PictureLog(Log):
         with contextlib.suppress(EOFError, OSError):  # the window is closed
             if self.window and self.pipe.poll():
                 self.pipe.recv()
-                self.pipe.send(self.history[self.sent:])  # does not wait, as the window asked for it
+                self.pipe.send(self.history[self.sent:][-100:])  # what the pipe holds, so that this does not wait
                 self.sent = len(self.history)
 
 def write_video(env: Env, policy: dict, history: list, seed: int, file: Path) -> None:
@@ -807,9 +809,8 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     if args.track:
         wandb = importlib.import_module("wandb")
         wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
-    steps = args.steps_per_iteration
+    steps, log, pending = args.steps_per_iteration, PictureLog(args, run_dir, first), None
     say(f"{args.num_iterations} * {steps} steps, {args.total_timesteps % steps} unused: {run_dir}")
-    log, pending = PictureLog(args, run_dir, first), None
     while iteration < args.num_iterations and not stops:
         state, metrics = run_iteration(state)
         iteration += 1
@@ -830,7 +831,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
         save(args, run_dir, checkpoints, state, policy)
     if stops:
         log.writer.close()
-        say(f"stopped after iteration {iteration}; to go on: python {sys.argv[0]} --resume {run_dir}")
+        say(f"stopped after iteration {iteration}; to go on: python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}")
         raise SystemExit(128 + stops[0])
     say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
     run["evaluation"] = judge(args, env, policy)
@@ -839,7 +840,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     write_run(run_dir, run)
     if args.capture_video:
         write_video(env, policy, log.history, args.seed, run_dir / "videos" / "training.mp4")
-    if log.window and log.window.is_alive():
+    if log.sent and log.window.is_alive():
         say("close the window to end")
         log.window.join()
     return run_dir, policy
@@ -858,8 +859,7 @@ def main(argv: list[str]) -> None:
     if args.evaluate:
         run_dir, env = Path(args.evaluate), Env(read_run(Path(args.evaluate)))
         with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
-            policy = dict(file)
-        judge(args, env, policy)
+            judge(args, env, policy := dict(file))
         if args.capture_video:
             write_video(env, policy, [], args.seed, run_dir / "videos" / "policy.mp4")
     elif args.resume:

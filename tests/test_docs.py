@@ -1,6 +1,7 @@
-"""What the documents show is true of the script."""
+"""What the documents show is true of the scripts, and what scripts share is the same."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,3 +36,14 @@ def test_docs_explain_every_metric_and_flag(script):
     assert not [tag for tag in tags if f"`{tag}`" not in page]
     flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)]
     assert not [flag for flag in flags if f"`{flag}" not in page]
+
+
+def test_shared_blocks_are_shared():
+    """A block that several scripts have is equal to the letter, but for the number of a section in it."""
+    places = {}
+    for script in sorted(ROOT.glob("*_mjx*.py")):
+        for name, block in re.findall(r"(?ms)^# shared: (\w+)\n(.*?)^# end shared$", script.read_text()):
+            places.setdefault(name, {})[script.name] = re.sub(r"(?m)^# ---- \d+\.", "# ----", block)
+    assert {"bookkeeping", "evaluation"} <= places.keys()
+    for name, blocks in places.items():
+        assert len(blocks) > 1 and len(set(blocks.values())) == 1 and max(map(len, blocks.values())) > 400, name

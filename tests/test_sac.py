@@ -633,17 +633,6 @@ def test_bad_call_ends_with_one_line(tmp_path, monkeypatch, capsys, call):
 
 # ---- Source
 
-def shared_blocks(file: Path) -> dict[str, str]:
-    """The text between each `# shared: NAME` and its end."""
-    return dict(re.findall(r"(?ms)^# shared: (\w+)\n(.*?)^# end shared$", file.read_text()))
-
-def test_shared_blocks_are_shared():
-    """What both scripts have in common is equal to the letter."""
-    ours, theirs = shared_blocks(SCRIPT), shared_blocks(SCRIPT.with_name("ppo_mjx.py"))
-    assert ours.keys() == theirs.keys() == {"evaluation", "bookkeeping"}
-    for name, block in ours.items():
-        assert len(block.splitlines()) > 20 and block == theirs[name], name
-
 def test_the_file_stays_small():
     """One file under 900 lines."""
     assert len(SCRIPT.read_text().splitlines()) < 900
