@@ -6,7 +6,7 @@
 Each training is a process of its own that starts with an empty compile cache. Ours keeps its policy after each
 iteration, and all are judged when it has ended; the peers, with RL-Zoo's settings for Pendulum-v1, are judged every 500
 steps, and the seconds that this takes are not counted. A judgement is 200 deterministic episodes from fixed seeds.
-Writes benchmarks/results/compare_sac.json.
+Writes benchmarks/results/NAME.json.
 """
 
 import time
@@ -40,6 +40,7 @@ class Args:
     threshold: float = -155.0  # RL-Zoo's SAC: -157 after 20k steps
     episodes: int = 200
     flags: str = ""  # further flags of sac_mjx_pendulum.py
+    name: str = "compare_sac"  # of the JSON file
     smoke: bool = False  # one short run of ours
     child: str | None = None  # name of the one to train in this process
 
@@ -138,7 +139,7 @@ def main(args: Args) -> None:
             values = [run[key] for run in runs if run.get(key) is not None]
             print(f"{name:5} {key:14} median {statistics.median(values or [math.nan]):10.2f} of {len(values)}")
     if not args.smoke:
-        (ROOT / "benchmarks" / "results" / "compare_sac.json").write_text(json.dumps(result, indent=1) + "\n")
+        (ROOT / "benchmarks" / "results" / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
