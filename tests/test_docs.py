@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import ppo_mjx
+import ppo_mjx_unitree
 import sac_mjx_pendulum
 
 ROOT = Path(ppo_mjx.__file__).parent
@@ -26,7 +27,7 @@ def test_your_robot(tmp_path):
     assert float(row[2]) > 100  # a random policy drops the pole within 40 steps
 
 
-@pytest.mark.parametrize("script", [ppo_mjx, sac_mjx_pendulum])
+@pytest.mark.parametrize("script", [ppo_mjx, ppo_mjx_unitree, sac_mjx_pendulum])
 def test_docs_explain_every_metric_and_flag(script):
     """Every tag that a run writes and every setting has its place in the script's page."""
     page = (ROOT / "docs" / f"{script.__name__}.md").read_text()

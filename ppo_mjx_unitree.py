@@ -1,0 +1,1199 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "flax==0.12.6", "imageio[ffmpeg]==2.38.1", "jax==0.9.2", "mujoco==3.17.0", "mujoco-mjx==3.17.0", "optax==0.2.8",
+#   "orbax-checkpoint==0.12.8", "tensorboard==2.21.0", "tensorboardX==2.6.5", "tqdm==4.70.1", "tyro==1.0.17"]
+# ///
+"""PPO for Unitree's legged robots, on MuJoCo XLA (MJX): one file, one jitted program per iteration.
+
+    python ppo_mjx_unitree.py                        the G1 learns to walk; watch it with: tensorboard --logdir runs
+    python ppo_mjx_unitree.py --resume runs/NAME     go on, bit for bit, where a run stopped
+    python ppo_mjx_unitree.py --evaluate runs/NAME   put its policy to the test in C MuJoCo, as Unitree's loop runs it
+    python ppo_mjx_unitree.py --smoke                check the set-up of this machine
+The map: 1 settings, 2 robots, 3 model, 4 rewards, 5 environment, 6 statistics, 7 networks and symmetry, 8 training
+state, 9 rollout, 10 advantages, 11 loss and update, 12 the iteration; then the bookkeeping: 13 evaluation, 14 log and
+files, 15 command line, 16 main.
+Shapes: T = num_steps, N = worlds on this device, B = T * N, O = observation, A = action = joints, F = feet. A record's
+fields are [T, N, ...] in a rollout, [B, ...] in a batch, [B / num_minibatches, ...] in a minibatch.
+Robots, observation, gains and rewards follow unitreerobotics/unitree_rl_gym (276801e), names CleanRL's;
+docs/ppo_mjx_unitree.md has all metrics. ppo_mjx.py has the same "shared" blocks.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+START = time.perf_counter()
+os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")  # else XLA prints pages of CPU features on a cache hit
+
+import flax.linen as nn
+import imageio
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tyro
+from flax import struct
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from mujoco.rendering.classic import gl_context
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+with contextlib.redirect_stdout(io.StringIO()):  # it tells everyone that the optional Warp backend is missing
+    from mujoco import mjx
+
+# ---- 1. Settings ----------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """PPO for Unitree's legged robots, on MuJoCo XLA."""
+    # The run
+    exp_name: str = "ppo_mjx_unitree"  # name of the experiment, part of the run folder's name
+    seed: int = 1  # every random number follows from it and the number of devices
+    num_devices: int | None = None  # that share the worlds; by default as many GPUs or CPU cores as divide the work
+    runs_dir: str = "runs"  # where the run folders are made
+    track: bool = False  # log to Weights & Biases too; its project is WANDB_PROJECT
+    capture_video: bool = False  # write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate
+    export_onnx: bool = False  # write policy.onnx beside policy.npz, after training or with --evaluate
+    checkpoint_every: int = 50  # iterations between checkpoints; the last three are kept
+    compile_cache: bool = True  # keep compiled programs in the user's cache folder, for a quicker start next time
+    resume: str | None = None  # run folder to go on with, by the settings that it was started with
+    evaluate: str | None = None  # run folder whose policy to put to the test; nothing is trained
+    smoke: bool = False  # build, train, save, resume and evaluate in short, and tell what works
+    # The environment
+    robot: Literal["g1"] = "g1"  # a row of ROBOTS
+    decimation: int = 4  # physics steps in one control step of 0.02 s
+    command_x: tuple[float, float] = (-0.6, 1.0)  # range of the commanded velocity forwards, m/s
+    command_y: tuple[float, float] = (-0.4, 0.4)  # to the left, m/s
+    command_yaw: tuple[float, float] = (-0.8, 0.8)  # counterclockwise, rad/s
+    command_every: float = 5.0  # seconds between commands
+    standing: float = 0.15  # share of the commands that say: stand still
+    obs_noise: float = 1.0  # factor of the noise on the actor's observation
+    push_speed: float = 0.5  # largest sudden change of the base's horizontal velocity, m/s along each axis
+    push_every: float = 4.0  # seconds between pushes
+    friction: tuple[float, float] = (0.4, 1.25)  # range of the feet's sliding friction
+    added_mass: tuple[float, float] = (-1.0, 3.0)  # range of what is added to the base, kg
+    shifted_center: float = 0.03  # largest shift of the base's centre of mass along each axis, m
+    gain_noise: float = 0.1  # largest relative error of the joints' stiffness and damping
+    strength_noise: float = 0.1  # largest relative error of the motors' torque
+    action_delay: float = 1.0  # largest delay of an action, control steps
+    # The algorithm, by CleanRL's names
+    total_timesteps: int = 20_000_000  # environment steps, over all worlds
+    learning_rate: float = 1e-3  # Adam's step size at the start
+    num_envs: int = 256  # worlds, over all devices
+    num_steps: int = 16  # steps of each world in one rollout
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    num_minibatches: int = 16  # minibatches of one epoch
+    update_epochs: int = 5  # passes over a rollout
+    clip_coef: float = 0.2  # clipping range of the probability ratio
+    ent_coef: float = 0.003  # weight of the entropy bonus at the start
+    final_ent_coef: float = 0.0  # and at the end; linear between
+    vf_coef: float = 1.0  # weight of the value loss
+    mirror_coef: float = 1.0  # weight of the mirror-symmetry loss; 0 for none
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    desired_kl: float | None = 0.03  # adapt the step size to this KL divergence; None: anneal it linearly to 0
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
+    hidden_sizes: tuple[int, ...] = (256, 128)  # widths of the ELU layers, of the actor and of the critic
+    init_log_std: float = -1.0  # log of the policy's standard deviation at the start
+
+    @property
+    def steps_per_iteration(self) -> int:
+        return self.num_envs * self.num_steps
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.steps_per_iteration
+
+# ---- 2. Robots ------------------------------------------------------------------------------------------------------
+CONTROL_DT = 0.02  # s, of a control step
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """One body of a left leg, and the hinge that moves it in its parent. Quaternions are w x y z."""
+    name: str
+    axis: str  # of the hinge
+    limits: tuple[float, float]  # rad
+    max_torque: float  # Nm
+    stiffness: float  # kp of the motor's controller, Nm/rad
+    damping: float  # kd, Nm s/rad
+    default: float  # angle of the hinge in the default pose, rad
+    lift: float  # what is added to it in the middle of a swing, by the reference motion
+    pos: tuple[float, float, float]  # m, in the parent's frame
+    quat: tuple[float, float, float, float]
+    mass: float  # kg
+    center: tuple[float, float, float]  # of mass, m
+    principal: tuple[float, float, float, float]  # orientation of the principal axes
+    moments: tuple[float, float, float]  # of inertia about them, kg m^2
+    shape: str  # that is drawn
+    upright: bool = False  # the hinge had better stay at 0
+
+@dataclasses.dataclass(frozen=True)
+class Robot:
+    """All that is one robot's, and its task: SI units and radians."""
+    mass: float  # of the base, and its centre, axes and moments as in Link
+    center: tuple[float, float, float]
+    principal: tuple[float, float, float, float]
+    moments: tuple[float, float, float]
+    shapes: str  # of the base, drawn
+    leg: tuple[Link, ...]  # the left one, from the hip down; the right one mirrors it, but for
+    right: dict[str, dict]  # these
+    soles: tuple[tuple[float, float, float], ...]  # centres of the spheres under a foot
+    sole_radius: float
+    start_height: float  # of the base, at resets
+    stand_height: float  # of the base in the default pose, soles on the floor
+    target_height: float  # that the reward asks for
+    min_height: float  # below it, or tilted by more than max_tilt, the robot has fallen
+    max_tilt: float
+    gait_period: float  # s
+    gait_offsets: tuple[float, ...]  # phase of each leg, as a share of the period
+    stance_share: float  # of the period, that a foot spends on the floor
+    swing_height: float  # of the foot's origin
+    weights: dict[str, float]  # of the reward's terms, per second: see section 4
+    action_scale: float = 0.25  # rad, from an action to the target of its joint
+    passive: tuple[float, float, float] = (0.01, 0.001, 0.1)  # joints' armature, damping, dry friction
+
+    @property
+    def joints(self) -> dict[str, Link]:
+        """The joints in the order of actions."""
+        right = {link.name: mirrored(link, self.right.get(link.name, {})) for link in self.leg}
+        return {f"left_{link.name}": link for link in self.leg} | {f"right_{name}": right[name] for name in right}
+
+ROBOTS = {
+    "g1": Robot(
+        mass=17.7349, center=(0.0144905, 0.000151462, 0.144068), moments=(0.552723, 0.454092, 0.211762),
+        principal=(0.999881, -0.000505543, -0.0154276, 0.000328408), shapes="""
+    <geom class="light" type="box" pos=".004 0 .18" size=".065 .1 .15"/>
+    <geom class="dark" type="ellipsoid" pos=".005 0 .43" size=".07 .07 .1"/>
+    <geom class="dark" fromto="0 -.03 -.06 0 .03 -.06" size=".06"/>
+    <geom class="dark" fromto="0 .141 .285 .004 .147 .13" size=".038"/>
+    <geom class="dark" fromto="0 -.141 .285 .004 -.147 .13" size=".038"/>
+    <geom class="light" fromto=".016 .147 .105 .26 .149 .1" size=".034"/>
+    <geom class="light" fromto=".016 -.147 .105 .26 -.149 .1" size=".034"/>""",
+        leg=(
+            Link("hip_pitch", "0 1 0", (-2.5307, 2.8798), 88, 100, 2, -0.1, -0.4, (0, 0.064452, -0.1027), (1, 0, 0, 0),
+                 1.35, (0.002741, 0.047791, -0.02606), (0.954862, 0.293964, 0.0302556, 0.030122),
+                 (0.00181517, 0.00153422, 0.00116212), 'class="dark" fromto="0 .03 -.015 0 .06 -.03" size=".045"'),
+            Link("hip_roll", "1 0 0", (-0.5236, 2.9671), 139, 100, 2, 0, 0, (0, 0.052, -0.030465),
+                 (0.996179, 0, -0.0873386, 0), 1.52, (0.029812, -0.001045, -0.087934),
+                 (0.977808, -1.97119e-05, 0.205576, -0.0403793), (0.00254986, 0.00241169, 0.00148755),
+                 'class="light" fromto=".022 0 -.01 .027 0 -.08" size=".048"', upright=True),
+            Link("hip_yaw", "0 0 1", (-2.7576, 2.7576), 88, 100, 2, 0, 0, (0.025001, 0, -0.12412), (1, 0, 0, 0), 1.702,
+                 (-0.057709, -0.010981, -0.15078), (0.600598, 0.15832, 0.223482, 0.751181),
+                 (0.00776166, 0.00717575, 0.00160139), 'class="light" fromto="-.01 0 -.02 -.07 0 -.165" size=".048"',
+                 upright=True),
+            Link("knee", "0 1 0", (-0.087267, 2.8798), 139, 150, 4, 0.3, 0.8, (-0.078273, 0.0021489, -0.17734),
+                 (0.996179, 0, 0.0873386, 0), 1.932, (0.005457, 0.003964, -0.12074),
+                 (0.923418, -0.0327699, 0.0158246, 0.382067), (0.0113804, 0.0112778, 0.00146458),
+                 'class="light" fromto=".005 0 -.02 .005 0 -.26" size=".04"'),
+            Link("ankle_pitch", "0 1 0", (-0.87267, 0.5236), 50, 40, 2, -0.2, -0.4, (0, -9.4445e-05, -0.30001),
+                 (1, 0, 0, 0), 0.074, (-0.007269, 0, 0.011137), (0.603053, 0.369225, 0.369225, 0.603053),
+                 (1.89e-05, 1.40805e-05, 6.9195e-06), 'class="dark" fromto="-.005 0 .005 -.005 0 -.012" size=".02"'),
+            Link("ankle_roll", "1 0 0", (-0.2618, 0.2618), 50, 40, 2, 0, 0, (0, 0, -0.017558), (1, 0, 0, 0), 0.608,
+                 (0.026505, 0, -0.016425), (-0.000481092, 0.728482, -0.000618967, 0.685065),
+                 (0.00167218, 0.0016161, 0.000217621), 'class="dark" type="box" pos=".04 0 -.02" size=".1 .034 .015"')),
+        right={"knee": {"principal": (0.923439, 0.0345276, 0.0116333, -0.382012),
+                        "moments": (0.011374, 0.0112843, 0.00146452)}},
+        soles=((-0.05, 0.025, -0.03), (-0.05, -0.025, -0.03), (0.12, 0.03, -0.03), (0.12, -0.03, -0.03)),
+        sole_radius=0.005, start_height=0.8, stand_height=0.7842, target_height=0.78, min_height=0.5, max_tilt=0.8,
+        gait_period=0.8, gait_offsets=(0.0, 0.5), stance_share=0.55,
+        swing_height=0.08, weights={
+            "track_velocity": 1.0, "track_yaw": 0.5, "alive": 0.15, "gait": 1.0, "swing_height": -20.0,
+            "stance_slip": -0.2, "vertical_velocity": -2.0, "roll_pitch_rate": -0.05, "tilt": -1.0, "height": -10.0,
+            "joint_acceleration": -2.5e-7, "joint_velocity": -1e-3, "torque": -1e-5, "action_change": -0.01,
+            "joint_limits": -5.0, "upright_joints": -1.0, "reference": 1.5}),
+}
+
+# ---- 3. Model -------------------------------------------------------------------------------------------------------
+MJCF = """<mujoco model="unitree">
+  <compiler angle="radian"/><option timestep="{dt}"/><visual><headlight ambient=".4 .4 .4" diffuse=".6 .6 .6"/></visual>
+  <default><geom contype="0" conaffinity="0" type="capsule"/>
+    <joint armature="{passive[0]}" damping="{passive[1]}" frictionloss="{passive[2]}"/>
+    <default class="light"><geom rgba=".9 .9 .9 1"/></default><default class="dark"><geom rgba=".2 .2 .2 1"/></default>
+    <default class="sole"><geom type="sphere" size="{robot.sole_radius}" conaffinity="1" priority="1"/></default>
+  </default>
+  <asset><texture type="skybox" builtin="gradient" rgb1=".9 .95 1" rgb2=".6 .7 .85" width="64" height="64"/>
+    <texture name="grid" type="2d" builtin="checker" rgb1=".55 .6 .65" rgb2=".45 .5 .55" width="64" height="64"/>
+    <material name="grid" texture="grid" texuniform="true"/></asset>
+  <worldbody><light directional="true" pos="0 0 4" dir=".3 .3 -1"/>
+    <geom name="floor" type="plane" size="0 0 .05" material="grid" contype="1"/>
+    <body name="base" pos="0 0 {robot.stand_height}"><freejoint name="base"/>
+      <camera name="track" mode="trackcom" pos="1.6 -2.2 .5" xyaxes=".8 .6 0 -.12 .16 1"/>
+      {inertial}{body}
+    </body></worldbody><actuator>{motors}</actuator>
+</mujoco>"""
+
+def numbers(values) -> str:
+    return " ".join(map(repr, values))
+
+def inertial(part: Robot | Link) -> str:
+    return f'<inertial pos="{numbers(part.center)}" quat="{numbers(part.principal)}" mass="{part.mass}" ' + (
+        f'diaginertia="{numbers(part.moments)}"/>')
+
+def mirrored(link: Link, changes: dict) -> Link:
+    """The same link of the right leg, reflected at y = 0. Joints about y keep their sign, others change it."""
+    def flip(v):  # a vector, or a quaternion
+        return (v[0], -v[1], v[2]) if len(v) == 3 else (v[0], -v[1], v[2], -v[3])
+    limits = link.limits if link.axis == "0 1 0" else (-link.limits[1], -link.limits[0])
+    reflected = {name: flip(getattr(link, name)) for name in ("pos", "quat", "center", "principal")}
+    return dataclasses.replace(link, limits=limits, **reflected | changes)
+
+def load_model(robot: Robot, dt: float, drawn: bool = True) -> mujoco.MjModel:
+    """The robot on a plane that its soles alone can touch. drawn: with the shapes that only a picture needs."""
+    body, links = robot.shapes if drawn else "", robot.joints
+    for side in "left", "right":
+        chain = "".join(f'<geom class="sole" name="{side}_sole{i}" pos="{numbers(sole)}"/>'
+                        for i, sole in enumerate(robot.soles))
+        for name, link in reversed(links.items()):
+            if name.startswith(side):
+                shape = f"<geom {link.shape}/>" if drawn else ""
+                chain = (f'<body name="{name}" pos="{numbers(link.pos)}" quat="{numbers(link.quat)}">{inertial(link)}'
+                         f'<joint name="{name}" axis="{link.axis}" range="{numbers(link.limits)}"/>'
+                         f"{shape}{chain}</body>")
+        body += chain
+    motors = "".join(f'<motor joint="{name}" ctrlrange="-{link.max_torque} {link.max_torque}"/>'
+                     for name, link in links.items())
+    return mujoco.MjModel.from_xml_string(MJCF.format(
+        robot=robot, passive=robot.passive, dt=dt, inertial=inertial(robot), body=body, motors=motors))
+
+def find_feet(model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the feet's bodies [F] and of the spheres under them [F, S]."""
+    soles = np.array([i for i in range(model.ngeom) if "sole" in model.geom(i).name]).reshape(2, -1)
+    return model.geom_bodyid[soles[:, 0]], soles
+
+def training_model(robot: Robot, decimation: int) -> mujoco.MjModel:
+    """What MJX simulates; docs/ppo_mjx_unitree.md measures the price of each change."""
+    model = load_model(robot, CONTROL_DT / decimation, drawn=False)
+    model.opt.iterations, model.opt.ls_iterations = 2, 4  # of Newton's method, and of its line search
+    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_EULERDAMP  # for 0.001 Nm s/rad; saves a factorisation
+    model.dof_frictionloss[:] = 0.0  # saves a constraint for each joint
+    return model
+
+NUM_PAYLOADS, PAYLOAD_FIELDS = 64, ("body_mass", "body_ipos", "body_subtreemass", "body_invweight0", "dof_invweight0")
+
+def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
+    """Fields of models whose base bears another mass, elsewhere: [NUM_PAYLOADS, ...] each. MuJoCo computes what derives
+    from them, which is why they are drawn before training, not at each reset. `model` is changed."""
+    random, rows, data = np.random.default_rng(args.seed), [], mujoco.MjData(model)
+    mass, center = model.body_mass[1], model.body_ipos[1].copy()
+    for _ in range(NUM_PAYLOADS):
+        model.body_mass[1] = mass + random.uniform(*args.added_mass)
+        model.body_ipos[1] = center + random.uniform(-args.shifted_center, args.shifted_center, 3)
+        mujoco.mj_setConst(model, data)
+        rows.append([getattr(model, name).copy() for name in PAYLOAD_FIELDS])
+    return {name: np.array(values) for name, values in zip(PAYLOAD_FIELDS, zip(*rows, strict=True), strict=True)}
+
+# ---- 4. Rewards -----------------------------------------------------------------------------------------------------
+@struct.dataclass
+class Motion:
+    """What the rewards look at after a control step. Feet are read before the last physics step's integration, where
+    MJX has their positions, velocities and contacts of one and the same moment; the rest is read after it."""
+    command: jax.Array  # [3] m/s, m/s, rad/s
+    height: jax.Array  # of the base
+    velocity: jax.Array  # [3] m/s, of the base, in its frame
+    rates: jax.Array  # [3] rad/s, of the base, in its frame
+    gravity: jax.Array  # [3] direction, in the base's frame
+    angles: jax.Array  # [A] rad
+    speeds: jax.Array  # [A] rad/s
+    accelerations: jax.Array  # [A] rad/s^2, mean over the control step
+    torque: jax.Array  # [A] Nm, of the last physics step
+    action: jax.Array  # [A]
+    action_before: jax.Array  # [A]
+    foot_height: jax.Array  # [F] m, of the foot's origin
+    foot_velocity: jax.Array  # [F, 3] m/s
+    contact: jax.Array  # [F] bool
+    stance: jax.Array  # [F] bool: the clock wants the foot on the floor
+    reference: jax.Array  # [A] rad, angles of a simple stepping motion
+
+def joint_limits(robot: Robot, m: Motion):
+    low, high = joint_array(robot, "limits").T
+    middle, half = (low + high) / 2, 0.9 * (high - low) / 2
+    return jnp.maximum(jnp.abs(m.angles - middle) - half, 0.0).sum()
+
+TERMS = {
+    "track_velocity": lambda robot, m: jnp.exp(-jnp.square(m.command[:2] - m.velocity[:2]).sum() / 0.25),
+    "track_yaw": lambda robot, m: jnp.exp(-jnp.square(m.command[2] - m.rates[2]) / 0.25),
+    "alive": lambda robot, m: 1.0,
+    # 1 for each foot that is on or off the floor as the clock wants it, -1 for the others: standing earns little.
+    "gait": lambda robot, m: (2.0 * (m.contact == m.stance) - 1).sum(),
+    "swing_height": lambda robot, m: (~m.contact * jnp.square(m.foot_height - robot.swing_height)).sum(),
+    "stance_slip": lambda robot, m: (m.contact * jnp.square(m.foot_velocity).sum(axis=-1)).sum(),
+    "vertical_velocity": lambda robot, m: jnp.square(m.velocity[2]),
+    "roll_pitch_rate": lambda robot, m: jnp.square(m.rates[:2]).sum(),
+    "tilt": lambda robot, m: jnp.square(m.gravity[:2]).sum(),
+    "height": lambda robot, m: jnp.square(m.height - robot.target_height),
+    "joint_acceleration": lambda robot, m: jnp.square(m.accelerations).sum(),
+    "joint_velocity": lambda robot, m: jnp.square(m.speeds).sum(),
+    "torque": lambda robot, m: jnp.square(m.torque).sum(),
+    "action_change": lambda robot, m: jnp.square(m.action - m.action_before).sum(),
+    "joint_limits": joint_limits,  # beyond the central 90% of the range
+    "upright_joints": lambda robot, m: jnp.square(joint_array(robot, "upright") * m.angles).sum(),
+    # Ours, after Humanoid-Gym: legs that lift in turn, as the clock wants it, or stand in the default pose.
+    "reference": lambda robot, m: jnp.exp(-3 * jnp.square(m.angles - m.reference).sum()),
+}
+
+def reward_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
+    """The weighted terms of one control step; the reward is their sum, but at least 0, so that a fall never pays."""
+    return {f"reward_{name}": CONTROL_DT * weight * TERMS[name](robot, m) for name, weight in robot.weights.items()}
+
+# ---- 5. Environment -------------------------------------------------------------------------------------------------
+@struct.dataclass
+class Physics:
+    """The smallest state that determines the future; each step computes everything else in mjx.Data anew."""
+    qpos: jax.Array  # [7 + A] m and quaternion of the base, rad
+    qvel: jax.Array  # [6 + A] m/s (in the world) and rad/s (in its frame) of the base, rad/s
+    qacc_warmstart: jax.Array  # [6 + A] where the constraint solver starts
+
+@struct.dataclass
+class State:
+    """One world between two steps; names are MuJoCo Playground's."""
+    data: Physics
+    obs: dict[str, jax.Array]  # of the actor, with noise, and of the critic, which sees more
+    reward: jax.Array
+    done: jax.Array  # float, 1 if the robot fell; the time limit is told apart, in info
+    metrics: dict[str, jax.Array]  # the reward's terms, and the errors of tracking
+    info: dict  # key, command, action, elapsed (steps since the reset), truncated, broken (see Env), domain (of
+    # randomisation: friction, payload, factors of stiffness, damping and strength, delay in physics steps)
+
+def joint_array(robot: Robot, name: str) -> np.ndarray:
+    """A property of all joints, in the order of actions: [A, ...]."""
+    return np.array([getattr(link, name) for link in robot.joints.values()], float)
+
+def controller(robot: Robot) -> list[np.ndarray]:
+    """The joints' default angles, stiffnesses, dampings and largest torques: [A] each."""
+    return [joint_array(robot, name) for name in ("default", "stiffness", "damping", "max_torque")]
+
+def to_base_frame(quat, vector, xp=jnp):
+    """Turn a vector [..., 3] of the world by the inverse of a quaternion [..., 4], w x y z."""
+    w, axis = quat[..., :1], -quat[..., 1:]
+    cross = xp.cross(axis, vector)
+    return vector + 2 * (w * cross + xp.cross(axis, cross))
+
+def observe(robot: Robot, qpos, qvel, command, action, elapsed, xp=jnp):
+    """What the robot's computer knows, in Unitree's order and scales: [..., 11 + 3 A]. Inputs are [..., n], elapsed
+    [...] in control steps. xp is jax.numpy or numpy."""
+    down = xp.broadcast_to(xp.array([0.0, 0.0, -1.0]), qvel[..., :3].shape)
+    phase = 2 * math.pi * (elapsed * (CONTROL_DT / robot.gait_period) % 1)
+    return xp.concatenate([
+        0.25 * qvel[..., 3:6], to_base_frame(qpos[..., 3:7], down, xp), command * np.array([2.0, 2.0, 0.25]),
+        qpos[..., 7:] - joint_array(robot, "default"), 0.05 * qvel[..., 6:], action,
+        xp.stack([xp.sin(phase), xp.cos(phase)], axis=-1)], axis=-1)
+
+def has_fallen(robot: Robot, qpos, xp=jnp):
+    """[..., 7 + A] -> bool [...]"""
+    up = 1 - 2 * (xp.square(qpos[..., 4]) + xp.square(qpos[..., 5]))  # cosine of the tilt
+    return (up < math.cos(robot.max_tilt)) | (qpos[..., 2] < robot.min_height)
+
+# shared: cholesky
+def cho_factor(matrix: jax.Array, lower: bool = False) -> tuple[jax.Array, bool]:
+    """Cholesky factor of one small matrix [n, n], unrolled, its diagonal inverted. Under vmap each entry is a vector
+    over the worlds; LAPACK or cuSOLVER would take one world after the other."""
+    n = matrix.shape[-1]
+    factor = [[jnp.zeros_like(matrix[0, 0])] * n for _ in range(n)]
+    for i in range(n):
+        for j in range(i + 1):
+            rest = matrix[i, j] - sum(factor[i][k] * factor[j][k] for k in range(j))
+            factor[i][j] = jax.lax.rsqrt(rest) if i == j else rest * factor[j][j]
+    return jnp.array(factor), lower
+
+def cho_solve(factor_and_lower: tuple[jax.Array, bool], vector: jax.Array) -> jax.Array:
+    """Solve matrix @ x = vector [n] by the factor of `cho_factor`: forwards, then backwards."""
+    factor, n, x = factor_and_lower[0], len(vector), list(vector)
+    for i in range(n):
+        x[i] = (x[i] - sum(factor[i, k] * x[k] for k in range(i))) * factor[i, i]
+    for i in reversed(range(n)):
+        x[i] = (x[i] - sum(factor[k, i] * x[k] for k in range(i + 1, n))) * factor[i, i]
+    return jnp.array(x)
+# end shared
+
+def tree_cho_factor(num_legs: int, matrix: jax.Array, lower: bool = False) -> tuple[tuple, bool]:
+    """What MJX uses for jax.scipy.linalg.cho_factor, for a matrix over 6 coordinates of the base and m of each of L
+    legs. No leg is coupled to another, by the mass matrix or by contacts with the floor, so blocks are small: factors
+    of the base [6, 6], once the legs are solved for, and of the legs [L, m, m]; what solves for these [L, m, 6]."""
+    m = (len(matrix) - 6) // num_legs
+    blocks = [slice(6 + leg * m, 6 + (leg + 1) * m) for leg in range(num_legs)]
+    legs, _ = jax.vmap(cho_factor)(jnp.stack([matrix[block, block] for block in blocks]))
+    coupling = jnp.stack([matrix[block, :6] for block in blocks])
+    solved = jax.vmap(lambda leg, right: cho_solve((leg, lower), right))(legs, coupling)
+    base, _ = cho_factor(matrix[:6, :6] - jnp.einsum("lmi,lmj->ij", coupling, solved))
+    return (base, legs, solved), lower
+
+def tree_cho_solve(factor_and_lower: tuple[tuple, bool], vector: jax.Array) -> jax.Array:
+    """Solve matrix @ x = vector [6 + L m] by the factor of `tree_cho_factor`."""
+    (base, legs, solved), lower = factor_and_lower
+    right = vector[6:].reshape(legs.shape[:2])
+    x = cho_solve((base, lower), vector[:6] - jnp.einsum("lmi,lm->i", solved, right))
+    of_legs = jax.vmap(lambda leg, right: cho_solve((leg, lower), right))(legs, right) - solved @ x
+    return jnp.concatenate([x, of_legs.ravel()])
+
+class Env:
+    """One world; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes. A world that is
+    not finite, or faster than MAX_SPEED, is broken: its step ends the episode, earns nothing, the observation stays."""
+    MAX_SPEED = 100.0  # m/s and rad/s
+    TIME_LIMIT = 1000  # steps
+    def __init__(self, args: Args):
+        self.args, self.robot = args, ROBOTS[args.robot]
+        model = training_model(self.robot, args.decimation)
+        self.action_size, self.observation_size = model.nu, 11 + 3 * model.nu
+        (self.feet, self.soles), self.num_legs = find_feet(model), len(self.robot.gait_offsets)
+        self.payloads = draw_payloads(args, training_model(self.robot, args.decimation))
+        self.model = mjx.put_model(model, impl="jax")
+        self.template, n = mjx.make_data(self.model), model.nu
+        self.noise = args.obs_noise * np.repeat([0.05, 0.05, 0.0, 0.01, 0.075, 0.0, 0.0], [3, 3, 3, n, n, n, 2])
+        self.default, self.stiffness, self.damping, self.max_torque = controller(self.robot)
+        self.lift = joint_array(self.robot, "lift").reshape(self.num_legs, -1)
+    def draw_command(self, key: jax.Array) -> jax.Array:
+        """A velocity [3] in the base's frame: m/s, m/s, rad/s. Slow ones become 0, some say: stand still."""
+        args, (value_key, stand_key) = self.args, jax.random.split(key)
+        low, high = np.array([args.command_x, args.command_y, args.command_yaw]).T
+        command = jax.random.uniform(value_key, (3,), minval=low, maxval=high)
+        planar = jnp.where(jnp.linalg.norm(command[:2]) > 0.1, command[:2], 0.0)
+        return jnp.where(jax.random.uniform(stand_key) < args.standing, 0.0, jnp.concatenate([planar, command[2:]]))
+    def draw_domain(self, key: jax.Array) -> dict[str, jax.Array]:
+        """What domain randomisation draws for one episode."""
+        args, (factor_key, friction_key, payload_key, delay_key) = self.args, jax.random.split(key, 4)
+        spread = np.array([args.gain_noise, args.gain_noise, args.strength_noise])
+        stiffness, damping, strength = 1 + jax.random.uniform(factor_key, (3,), minval=-spread, maxval=spread)
+        friction = jax.random.uniform(friction_key, (), minval=args.friction[0], maxval=args.friction[1])
+        delay = jax.random.randint(delay_key, (), 0, round(args.action_delay * args.decimation) + 1)
+        payload = jax.random.randint(payload_key, (), 0, NUM_PAYLOADS)
+        return {"friction": friction, "payload": payload, "stiffness": stiffness, "damping": damping,
+                "strength": strength, "delay": delay}
+    def observations(self, key: jax.Array, data: Physics, command, action, elapsed) -> dict[str, jax.Array]:
+        """The actor's [O] and the critic's [O + 3]."""
+        clean = observe(self.robot, data.qpos, data.qvel, command, action, elapsed)
+        velocity = 2.0 * to_base_frame(data.qpos[3:7], data.qvel[:3])
+        return {"actor": clean + self.noise * jax.random.uniform(key, clean.shape, minval=-1.0, maxval=1.0),
+                "critic": jnp.concatenate([velocity, clean])}
+    def reset(self, key: jax.Array) -> State:
+        """A new episode near the default pose, with another body and another command. key: one PRNG key."""
+        next_key, angle_key, velocity_key, command_key, domain_key, noise_key = jax.random.split(key, 6)
+        angles = self.default * jax.random.uniform(angle_key, (self.action_size,), minval=0.5, maxval=1.5)
+        base = jnp.array([0.0, 0.0, self.robot.start_height, 1.0, 0.0, 0.0, 0.0])
+        velocity = jax.random.uniform(velocity_key, (6,), minval=-0.5, maxval=0.5)
+        action, zero, no = jnp.zeros(self.action_size), jnp.zeros(()), jnp.array(False)
+        qpos, qvel = jnp.concatenate([base, angles]), jnp.concatenate([velocity, action])
+        data, command = Physics(qpos, qvel, jnp.zeros_like(qvel)), self.draw_command(command_key)
+        elapsed = jnp.zeros((), jnp.int32)
+        obs = self.observations(noise_key, data, command, action, elapsed)
+        metrics = {f"reward_{name}": zero for name in self.robot.weights} | {"error_velocity": zero, "error_yaw": zero}
+        info = {"key": next_key, "command": command, "action": action, "elapsed": elapsed, "truncated": no,
+                "broken": no, "domain": self.draw_domain(domain_key)}
+        return State(data, obs, reward=zero, done=zero, metrics=metrics, info=info)
+    def advance(self, data: Physics, action, action_before, domain: dict) -> tuple[Physics, dict[str, jax.Array]]:
+        """The physics of one control step, and what was read in the last of its steps."""
+        soles = self.model.geom_friction.at[self.soles.ravel(), 0].set(domain["friction"])
+        payload = {name: jnp.asarray(values)[domain["payload"]] for name, values in self.payloads.items()}
+        model = self.model.replace(geom_friction=soles, **payload)
+        def substep(data: Physics, i):
+            target = self.default + self.robot.action_scale * jnp.where(i < domain["delay"], action_before, action)
+            torque = domain["stiffness"] * self.stiffness * (target - data.qpos[7:])
+            torque -= domain["damping"] * self.damping * data.qvel[6:]
+            torque = jnp.clip(domain["strength"] * torque, -self.max_torque, self.max_torque)
+            full = mjx.step(model, self.template.replace(**vars(data), ctrl=torque))
+            position, cvel = full.xpos[self.feet], full.cvel[self.feet]  # of the feet's bodies
+            arm = position - full.subtree_com[1]  # from the centre of mass, whose point of the body cvel is about
+            velocity = cvel[:, 3:] + jnp.cross(cvel[:, :3], arm)
+            contact = (full.geom_xpos[self.soles, 2] < self.robot.sole_radius).any(axis=-1)
+            return Physics(full.qpos, full.qvel, full.qacc_warmstart), {
+                "torque": torque, "foot_height": position[:, 2], "foot_velocity": velocity, "contact": contact}
+        data, readings = jax.lax.scan(substep, data, jnp.arange(self.args.decimation))
+        return data, jax.tree.map(lambda values: values[-1], readings)
+    def step(self, state: State, action: jax.Array) -> State:
+        """One control step. action [A]: the joints' targets, as offsets from the default pose over action_scale."""
+        args, robot, info, before = self.args, self.robot, state.info, state.data
+        next_key, push_key, command_key, noise_key = jax.random.split(info["key"], 4)
+        elapsed, push_steps = info["elapsed"] + 1, round(args.push_every / CONTROL_DT)
+        push = jax.random.uniform(push_key, (2,), minval=-args.push_speed, maxval=args.push_speed)
+        push = jnp.where(elapsed % push_steps == 0, push, 0.0)
+        factor, solve = partial(tree_cho_factor, self.num_legs), tree_cho_solve
+        small = mock.patch.multiple(jax.scipy.linalg, cho_factor=factor, cho_solve=solve)
+        with jax.default_matmul_precision("highest"), small:  # while MJX is traced; TF32 would be too rough
+            data, readings = self.advance(
+                before.replace(qvel=before.qvel.at[:2].add(push)), action, info["action"], info["domain"])
+        sane = jnp.isfinite(data.qpos).all() & (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN, too
+        phases = (elapsed * (CONTROL_DT / robot.gait_period) + np.array(robot.gait_offsets)) % 1
+        stands = (info["command"] == 0).all()
+        swing = jnp.clip((phases - robot.stance_share) / (1 - robot.stance_share), 0.0, 1.0)  # how far it has come
+        lift = jnp.where(stands, 0.0, jnp.sin(math.pi * swing))[:, None] * self.lift
+        motion = Motion(
+            command=info["command"], height=data.qpos[2], velocity=to_base_frame(data.qpos[3:7], data.qvel[:3]),
+            rates=data.qvel[3:6], gravity=to_base_frame(data.qpos[3:7], jnp.array([0.0, 0.0, -1.0])),
+            angles=data.qpos[7:], speeds=data.qvel[6:], accelerations=(data.qvel[6:] - before.qvel[6:]) / CONTROL_DT,
+            action=action, action_before=info["action"], **readings,
+            stance=(phases < robot.stance_share) | stands, reference=self.default + lift.ravel())
+        terms = reward_terms(robot, motion)
+        reward = jnp.where(sane, jnp.maximum(sum(terms.values()), 0.0), 0.0)
+        errors = {"error_velocity": jnp.linalg.norm(motion.command[:2] - motion.velocity[:2]),
+                  "error_yaw": jnp.abs(motion.command[2] - motion.rates[2])}
+        metrics = {name: jnp.where(sane, value, 0.0) for name, value in (terms | errors).items()}
+        due = elapsed % round(args.command_every / CONTROL_DT) == 0
+        command = jnp.where(due, self.draw_command(command_key), info["command"])
+        obs = self.observations(noise_key, data, command, action, elapsed)
+        obs = {name: jnp.where(sane, new, state.obs[name]) for name, new in obs.items()}
+        done = jnp.where(sane & ~has_fallen(robot, data.qpos), 0.0, 1.0)
+        info = info | {"key": next_key, "command": command, "action": action, "elapsed": elapsed,
+                       "truncated": elapsed >= self.TIME_LIMIT, "broken": ~sane}
+        return State(data, obs, reward=reward, done=done, metrics=metrics, info=info)
+
+# ---- 6. Running statistics ------------------------------------------------------------------------------------------
+# shared: statistics
+@struct.dataclass
+class RunningStats:
+    """Mean and variance of all that was seen so far."""
+    count: jax.Array
+    mean: jax.Array
+    var: jax.Array
+
+def update_stats(stats: RunningStats, batch: jax.Array) -> RunningStats:
+    """Merge in all devices' batches [T, N, ...]. Source: Chan, Golub and LeVeque's parallel variance."""
+    count = batch.shape[0] * batch.shape[1] * jax.lax.axis_size("devices")
+    mean = jax.lax.pmean(batch.mean(axis=(0, 1)), "devices")
+    var = jax.lax.pmean(jnp.square(batch - mean).mean(axis=(0, 1)), "devices")
+    share, delta = count / (stats.count + count), mean - stats.mean
+    merged_var = (1 - share) * stats.var + share * var + share * (1 - share) * jnp.square(delta)
+    return RunningStats(stats.count + count, stats.mean + share * delta, merged_var)
+
+def normalize(stats: RunningStats, obs: jax.Array) -> jax.Array:
+    return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+# end shared
+
+# ---- 7. Networks and symmetry ---------------------------------------------------------------------------------------
+class MLP(nn.Module):
+    """ELU layers with orthogonal weights: [..., O] -> [..., out]. gain scales the weights of the last layer."""
+    hidden_sizes: tuple[int, ...]
+    out: int
+    gain: float
+    @nn.compact
+    def __call__(self, x):
+        for width in self.hidden_sizes:
+            x = nn.elu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))(x))
+        return nn.Dense(self.out, kernel_init=nn.initializers.orthogonal(self.gain))(x)
+
+def make_networks(args: Args, env: Env) -> tuple[MLP, MLP]:
+    """Actor and critic; they share nothing. The actor's first means are near 0, so its first actions are all noise."""
+    return MLP(args.hidden_sizes, env.action_size, gain=0.01), MLP(args.hidden_sizes, 1, gain=1.0)
+
+def log_prob(mean: jax.Array, log_std: jax.Array, action: jax.Array) -> jax.Array:
+    """Log density of a diagonal Gaussian. mean, action [..., A], log_std [A] -> [...]."""
+    z = (action - mean) * jnp.exp(-log_std)
+    return (-0.5 * jnp.square(z) - log_std - 0.5 * math.log(2 * math.pi)).sum(axis=-1)
+
+def mirror_action(robot: Robot, action, xp=jnp):
+    """Actions, angles or speeds of the joints [..., A] as a mirror shows them: legs change places."""
+    sign = np.array([1.0 if link.axis == "0 1 0" else -1.0 for link in robot.leg] * 2)
+    return xp.roll(action, len(robot.leg), axis=-1) * sign
+
+def mirror_observation(robot: Robot, obs, xp=jnp):
+    """The actor's observation [..., O] as a mirror shows it; the gait's clock is half a period off."""
+    n = len(robot.joints)
+    rates, gravity, command, *joints, clock = xp.split(obs, np.cumsum([3, 3, 3, n, n, n]), axis=-1)
+    return xp.concatenate([
+        rates * np.array([-1, 1, -1]), gravity * np.array([1, -1, 1]), command * np.array([1, -1, -1]),
+        *(mirror_action(robot, x, xp) for x in joints), -clock], axis=-1)
+
+# ---- 8. Training state ----------------------------------------------------------------------------------------------
+@struct.dataclass
+class Learner:
+    """What is learnt; the same on every device."""
+    params: dict  # actor and critic (Flax parameters), log_std [A] (whatever the observation)
+    opt_state: optax.OptState  # of the parameters as one vector
+    learning_rate: jax.Array
+    obs_stats: dict[str, RunningStats]  # of the actor's and the critic's observations
+    return_stats: RunningStats  # [], of the discounted return
+    key: jax.Array  # of the shuffles
+    iteration: jax.Array  # int32, iterations done
+
+@struct.dataclass
+class Worlds:
+    """What belongs to one world: [N, ...], split over the devices; its own key makes it the same on any device."""
+    env_state: State
+    key: jax.Array
+    discounted_return: jax.Array  # of the rewards so far
+    episode_return: jax.Array
+    episode_length: jax.Array  # int32
+    broken: jax.Array  # int32, how often this world broke
+
+@struct.dataclass
+class TrainState:
+    """All that a run's future depends on; a checkpoint is this and the settings."""
+    learner: Learner
+    worlds: Worlds
+STATE_SPEC = TrainState(learner=P(), worlds=P("devices"))
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+
+def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
+    actor_key, critic_key, shuffle_key, reset_key, clock_key, world_key = jax.random.split(key, 6)
+    env_state = jax.vmap(env.reset)(jax.random.split(reset_key, args.num_envs))
+    # The worlds' clocks start at random, so that their time limits do not come all at once.
+    env_state.info["elapsed"] = jax.random.randint(clock_key, (args.num_envs,), 0, env.TIME_LIMIT)
+    (actor, critic), obs = make_networks(args, env), {name: values[0] for name, values in env_state.obs.items()}
+    params = {"actor": actor.init(actor_key, obs["actor"]), "critic": critic.init(critic_key, obs["critic"])}
+    params["log_std"] = jnp.full(env.action_size, args.init_log_std, jnp.float32)  # with a type, as a checkpoint has it
+    stats = {name: RunningStats(jnp.float32(1e-4), jnp.zeros_like(x), jnp.ones_like(x))
+             for name, x in (obs | {"return": jnp.zeros(())}).items()}
+    return_stats, opt_state = stats.pop("return"), make_optimizer(args).init(ravel_pytree(params)[0])
+    learner = Learner(params, opt_state, jnp.float32(args.learning_rate), stats, return_stats, shuffle_key,
+                      jnp.zeros((), jnp.int32))
+    zeros, counts = jnp.zeros(args.num_envs), jnp.zeros(args.num_envs, jnp.int32)
+    worlds = Worlds(env_state, jax.random.split(world_key, args.num_envs), zeros, zeros, counts, counts)
+    return TrainState(learner, worlds)
+
+# ---- 9. Rollout -----------------------------------------------------------------------------------------------------
+@struct.dataclass
+class Transition:
+    """One step of the worlds: what was seen and done, and what came of it."""
+    obs: dict[str, jax.Array]  # of actor and critic
+    action: jax.Array  # [A]
+    mean: jax.Array  # [A] of the policy
+    end: Worlds  # where the step ended, before any reset, with its reward, observation, episode return, ...
+    terminated: jax.Array  # bool
+    done: jax.Array  # bool: terminated, or at the time limit
+    finished: jax.Array  # bool: done after a whole episode, neither broken nor started on a staggered clock
+
+def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Worlds, Transition]:
+    """num_steps steps of the policy in all worlds, each episode from a fresh reset. Returns transitions [T, N, ...]."""
+    (actor, _), log_std = make_networks(args, env), learner.params["log_std"]
+    def step(worlds: Worlds, _):
+        key, action_key, reset_key = jnp.unstack(jax.vmap(partial(jax.random.split, num=3))(worlds.key), axis=1)
+        obs = worlds.env_state.obs
+        mean = actor.apply(learner.params["actor"], normalize(learner.obs_stats["actor"], obs["actor"]))
+        noise = jax.vmap(partial(jax.random.normal, shape=log_std.shape))(action_key)
+        action = mean + jnp.exp(log_std) * noise
+        state = jax.vmap(env.step)(worlds.env_state, action)
+        terminated, broken = state.done > 0, state.info["broken"]
+        done = terminated | state.info["truncated"]
+        end = Worlds(
+            state, key, discounted_return=args.gamma * worlds.discounted_return + state.reward,
+            episode_return=worlds.episode_return + state.reward, episode_length=worlds.episode_length + 1,
+            broken=worlds.broken + broken)
+        finished = done & ~broken & (end.episode_length == state.info["elapsed"])
+        zeros, counts = jnp.zeros_like(end.episode_return), jnp.zeros_like(end.episode_length)
+        fresh = Worlds(jax.vmap(env.reset)(reset_key), key, zeros, zeros, counts, end.broken)
+        select = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
+        return select(done, fresh, end), Transition(obs, action, mean, end, terminated, done, finished)
+    return jax.lax.scan(step, worlds, None, length=args.num_steps)
+
+# ---- 10. Advantages -------------------------------------------------------------------------------------------------
+# shared: advantages
+def compute_gae(args: Args, reward, value, next_value, terminated, done) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimates (arXiv:1506.02438, equation 16) and value targets of a rollout; all are [T, N].
+    next_value is that of the state where the step ended, before any reset: after a termination nothing is to come, but
+    an episode that the time limit cuts keeps what that state promised. All but the flags are in scaled reward."""
+    def backwards(next_advantage, step):
+        reward, value, next_value, terminated, done = step
+        delta = reward + args.gamma * jnp.where(terminated, 0.0, next_value) - value
+        advantage = delta + args.gamma * args.gae_lambda * jnp.where(done, 0.0, next_advantage)
+        return advantage, advantage
+    steps = (reward, value, next_value, terminated, done)
+    _, advantage = jax.lax.scan(backwards, jnp.zeros_like(reward[0]), steps, reverse=True)
+    return advantage, advantage + value
+# end shared
+
+# ---- 11. Loss and update --------------------------------------------------------------------------------------------
+@struct.dataclass
+class Batch:
+    """What the loss needs of each transition."""
+    obs: dict[str, jax.Array]  # of actor and critic
+    action: jax.Array  # [A]
+    mean: jax.Array  # [A] of the policy that acted
+    advantage: jax.Array
+    target: jax.Array  # of the value
+
+def ppo_loss(args: Args, env: Env, learner: Learner, params: dict, mb: Batch, ent_coef) -> tuple[jax.Array, dict]:
+    """PPO's loss (arXiv:1707.06347, equations 7 and 9), that of symmetry (arXiv:1801.08093, equation 6), and metrics.
+    learner: the one that acted, for its statistics and the standard deviation; params: those that are learnt."""
+    (actor, critic), log_std, old_log_std = make_networks(args, env), params["log_std"], learner.params["log_std"]
+    value = critic.apply(params["critic"], normalize(learner.obs_stats["critic"], mb.obs["critic"]))[..., 0]
+    mean = actor.apply(params["actor"], normalize(learner.obs_stats["actor"], mb.obs["actor"]))
+    logratio = log_prob(mean, log_std, mb.action) - log_prob(mb.mean, old_log_std, mb.action)
+    ratio = jnp.exp(logratio)
+    clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio).mean()
+    value_loss = 0.5 * jnp.square(value - mb.target).mean()
+    entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+    loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss
+    variance, old_variance = jnp.exp(2 * log_std), jnp.exp(2 * old_log_std)
+    kl = (log_std - old_log_std + (old_variance + jnp.square(mean - mb.mean)) / (2 * variance) - 0.5).sum(axis=-1)
+    metrics = {
+        "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy,
+        "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(), "losses/kl": kl.mean()}
+    if args.mirror_coef:
+        seen = normalize(learner.obs_stats["actor"], mirror_observation(env.robot, mb.obs["actor"]))
+        wanted = mirror_action(env.robot, mean)
+        mirror_loss = jnp.square(actor.apply(params["actor"], seen) - wanted).mean()
+        loss, metrics = loss + args.mirror_coef * mirror_loss, metrics | {"losses/mirror_loss": mirror_loss}
+    return loss, metrics | {"losses/loss": loss}
+
+def update_epochs(args: Args, env: Env, learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
+    """All epochs over a batch [B, ...], each device on its share. Metrics are means over all minibatches."""
+    progress = learner.iteration / float(args.num_iterations)
+    ent_coef = args.ent_coef + progress * (args.final_ent_coef - args.ent_coef)
+    rate = learner.learning_rate if args.desired_kl else args.learning_rate * (1 - progress)
+    # As one vector, with the metrics, the gradient takes one exchange between devices, not one a layer.
+    vector, unravel = ravel_pytree(learner.params)
+    def minibatch_step(carry, mb: Batch):
+        vector, opt_state = carry
+        gradient_and_metrics = jax.grad(ppo_loss, argnums=3, has_aux=True)(
+            args, env, learner, unravel(vector), mb, ent_coef)
+        flat, unravel_both = ravel_pytree(gradient_and_metrics)
+        gradient, metrics = unravel_both(jax.lax.pmean(flat, "devices"))
+        gradient = ravel_pytree(gradient)[0]
+        direction, opt_state = make_optimizer(args).update(gradient, opt_state)
+        return (vector - rate * direction, opt_state), metrics | {"losses/grad_norm": jnp.linalg.norm(gradient)}
+    def epoch(carry, key):
+        order = jax.random.permutation(key, len(batch.target))
+        shuffled = jax.tree.map(lambda x: x[order].reshape(args.num_minibatches, -1, *x.shape[1:]), batch)
+        return jax.lax.scan(minibatch_step, carry, shuffled)
+    key = jax.random.fold_in(jax.random.fold_in(learner.key, learner.iteration), jax.lax.axis_index("devices"))
+    (vector, opt_state), metrics = jax.lax.scan(
+        epoch, (vector, learner.opt_state), jax.random.split(key, args.update_epochs))
+    metrics = {tag: values.mean() for tag, values in metrics.items()} | {"charts/learning_rate": jnp.float32(rate)}
+    if args.desired_kl:  # after rsl_rl, but once an iteration: so many minibatches would drive it to its bounds
+        factor = jnp.where(metrics["losses/kl"] < args.desired_kl / 2, 1.5, 1.0)
+        factor = jnp.where(metrics["losses/kl"] > 2 * args.desired_kl, 1 / 1.5, factor)
+        rate = jnp.clip(factor * rate, 1e-5, 1e-2)
+    return learner.replace(params=unravel(vector), opt_state=opt_state, learning_rate=jnp.float32(rate),
+                           iteration=learner.iteration + 1), metrics
+
+# ---- 12. One training iteration -------------------------------------------------------------------------------------
+def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Rollout, advantages and update with one device's worlds. Returns metrics over all devices, by tag."""
+    learner, mean = state.learner, partial(jax.lax.pmean, axis_name="devices")
+    worlds, steps = rollout(args, env, learner, state.worlds)
+    reward, return_stats = steps.end.env_state.reward, learner.return_stats
+    if args.norm_reward:
+        return_stats = update_stats(return_stats, steps.end.discounted_return)
+        reward = jnp.clip(reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
+    (_, critic), seen = make_networks(args, env), jnp.stack([steps.obs["critic"], steps.end.env_state.obs["critic"]])
+    seen = normalize(learner.obs_stats["critic"], seen)
+    value, next_value = critic.apply(learner.params["critic"], seen)[..., 0]
+    advantage, target = compute_gae(args, reward, value, next_value, steps.terminated, steps.done)
+    target_var = mean(jnp.square(target - mean(target.mean())).mean())
+    explained_variance = 1 - mean(jnp.square(target - value).mean()) / (target_var + 1e-8)
+    advantage -= mean(advantage.mean())
+    advantage /= jnp.sqrt(mean(jnp.square(advantage).mean())) + 1e-8
+    batch = Batch(steps.obs, steps.action, steps.mean, advantage, target)
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)  # [T, N, ...] -> [B, ...]
+    learner, metrics = update_epochs(args, env, learner, batch)
+    # Only now, since the policy that acted and the one that learns must see the same normalised observations.
+    obs_stats = {name: update_stats(stats, steps.obs[name]) for name, stats in learner.obs_stats.items()}
+    metrics |= {name.replace("_", "/", 1): term.mean() for name, term in steps.end.env_state.metrics.items()}
+    returns, lengths = steps.finished * steps.end.episode_return, steps.finished * steps.end.episode_length
+    sums = (steps.finished.sum(), returns.sum(), lengths.sum(), steps.terminated.sum(), worlds.broken.sum())
+    episodes, returns, lengths, falls, broken = jax.lax.psum(sums, "devices")
+    metrics = mean(metrics) | {
+        "losses/explained_variance": explained_variance, "charts/nan_resets": broken, "charts/falls": falls,
+        "charts/episodic_return": returns / episodes,  # NaN, and not logged, where no episode has finished
+        "charts/episodic_length": lengths / episodes, "charts/episodes_finished": episodes}
+    return TrainState(learner.replace(obs_stats=obs_stats, return_stats=return_stats), worlds), metrics
+
+@partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state")
+def train_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One iteration as one program over the mesh's devices; `state` is donated, its memory is used again."""
+    run = partial(device_iteration, args, env)
+    return jax.shard_map(run, mesh=mesh, in_specs=(STATE_SPEC,), out_specs=(STATE_SPEC, P()), check_vma=False)(state)
+
+# ---- 13. Evaluation -------------------------------------------------------------------------------------------------
+def export_policy(learner: Learner) -> dict[str, np.ndarray]:
+    """All that the deterministic policy needs: the normaliser's mean and variance, and layers w0, b0, w1, ..."""
+    policy = {"obs_mean": learner.obs_stats["actor"].mean, "obs_var": learner.obs_stats["actor"].var}
+    for name, layer in learner.params["actor"]["params"].items():  # Dense_0, Dense_1, ...
+        policy |= {name.replace("Dense_", "w"): layer["kernel"], name.replace("Dense_", "b"): layer["bias"]}
+    return jax.device_get(policy)
+
+def act(policy: dict, obs, xp=np):
+    """The policy's mean action for the actor's observations: [..., O] -> [..., A]. NumPy is enough to run it."""
+    x = xp.clip((obs - policy["obs_mean"]) / xp.sqrt(policy["obs_var"] + 1e-8), -10.0, 10.0)
+    last = len(policy) // 2 - 2
+    for i in range(last):
+        x = x @ policy[f"w{i}"] + policy[f"b{i}"]
+        x = xp.where(x > 0, x, xp.expm1(xp.minimum(x, 0.0)))  # ELU
+    return x @ policy[f"w{last}"] + policy[f"b{last}"]
+
+def export_onnx(policy: dict, file: Path) -> None:
+    """The same function as an ONNX graph, normaliser inside: obs [N, O] -> action [N, A], both float32."""
+    onnx = importlib.import_module("onnx")
+    node, last, x = onnx.helper.make_node, len(policy) // 2 - 2, "clipped"
+    arrays = policy | {"std": np.sqrt(policy["obs_var"] + 1e-8), "low": -10.0, "high": 10.0}
+    nodes = [node("Sub", ["obs", "obs_mean"], ["centered"]), node("Div", ["centered", "std"], ["scaled"]),
+             node("Clip", ["scaled", "low", "high"], [x])]
+    for i in range(last):
+        nodes += [node("Gemm", [x, f"w{i}", f"b{i}"], [f"sum{i}"]), node("Elu", [f"sum{i}"], [x := f"layer{i}"])]
+    nodes.append(node("Gemm", [x, f"w{last}", f"b{last}"], ["action"]))
+    tensors = [onnx.numpy_helper.from_array(np.asarray(values, np.float32), name)
+               for name, values in arrays.items() if name != "obs_var"]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", size])
+            for name, size in (("obs", len(policy["obs_mean"])), ("action", len(policy[f"b{last}"])))]
+    graph = onnx.helper.make_graph(nodes, "policy", ends[:1], ends[1:], tensors)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), file)
+    print(f"ONNX: {file}")
+
+class CMujocoEnv:
+    """The robot in C MuJoCo at full accuracy and as Unitree's loop runs it: 500 physics steps a second, each with new
+    torques, 50 actions a second, no noise, nothing randomised."""
+    SUBSTEPS = 10
+    def __init__(self, robot: Robot):
+        self.robot, self.model = robot, load_model(robot, CONTROL_DT / self.SUBSTEPS)
+        self.data = mujoco.MjData(self.model)
+        self.feet, self.soles = find_feet(self.model)
+        self.default, self.stiffness, self.damping, self.max_torque = controller(robot)
+    def reset(self, seed: int) -> None:
+        """Standing on the floor in the default pose, each joint off by up to 0.05 rad."""
+        mujoco.mj_resetData(self.model, self.data)
+        noise = np.random.default_rng(seed).uniform(-0.05, 0.05, self.model.nu)
+        self.data.qpos[2], self.data.qpos[7:] = self.robot.stand_height, self.default + noise
+        self.action, self.elapsed = np.zeros(self.model.nu), 0
+    def observe(self, command) -> np.ndarray:
+        return observe(self.robot, self.data.qpos, self.data.qvel, np.array(command), self.action, self.elapsed, np)
+    def step(self, action) -> dict[str, np.ndarray]:
+        """One control step; returns what the test measures."""
+        data, power, feet_before = self.data, 0.0, self.data.xpos[self.feet].copy()
+        target = self.default + self.robot.action_scale * action
+        for _ in range(self.SUBSTEPS):
+            torque = self.stiffness * (target - data.qpos[7:]) - self.damping * data.qvel[6:]
+            data.ctrl = np.clip(torque, -self.max_torque, self.max_torque)
+            power += np.abs(data.ctrl * data.qvel[6:]).sum() / self.SUBSTEPS
+            mujoco.mj_step(self.model, data)
+        self.action, self.elapsed = action, self.elapsed + 1
+        speed = np.linalg.norm((data.xpos[self.feet] - feet_before)[:, :2], axis=1) / CONTROL_DT
+        loaded = data.geom_xpos[self.soles, 2].min(axis=1) < self.robot.sole_radius
+        velocity = np.append(to_base_frame(data.qpos[3:7], data.qvel[:3], np)[:2], data.qvel[5])
+        return {"velocity": velocity, "position": data.qpos[:2].copy(), "action": action, "power": power,
+                "slip": (speed * loaded).sum() / max(1, loaded.sum()), "fallen": has_fallen(self.robot, data.qpos, np)}
+
+# The test is frozen: results of different policies and versions compare only while it stays as it is.
+GATE = {"stand": (0, 0, 0), "forward 0.3": (0.3, 0, 0), "forward 0.6": (0.6, 0, 0), "forward 1.0": (1, 0, 0),
+        "backward 0.4": (-0.4, 0, 0), "left 0.3": (0, 0.3, 0), "right 0.3": (0, -0.3, 0), "turn left 0.6": (0, 0, 0.6),
+        "turn right 0.6": (0, 0, -0.6), "mixed": (0.5, 0.2, 0.5)}
+GATE_STARTS, GATE_STEPS, PUSH_STEPS, PUSH_SPEED = 8, 500, 125, 0.5  # starts, steps of 0.02 s, steps between pushes, m/s
+
+def drive(original: CMujocoEnv, policy: dict, command, seed: int, push: bool) -> dict[str, float]:
+    """10 s on one command. Velocities are means over a gait period, as the body sways with each step, after 1 s."""
+    random, rows = np.random.default_rng(seed), []
+    original.reset(seed)
+    while len(rows) < GATE_STEPS and not (rows and rows[-1]["fallen"]):
+        if push and len(rows) % PUSH_STEPS == PUSH_STEPS - 1:
+            angle = random.uniform(0, 2 * math.pi)
+            original.data.qvel[:2] += PUSH_SPEED * np.array([math.cos(angle), math.sin(angle)])
+        rows.append(original.step(act(policy, original.observe(command))))
+    if rows[-1]["fallen"]:
+        return {"falls": 1}
+    trace, start = {name: np.array([row[name] for row in rows]) for name in rows[0]}, round(1 / CONTROL_DT)
+    window, error = round(original.robot.gait_period / CONTROL_DT), trace["velocity"][start:] - command
+    means = np.stack([np.convolve(column, np.full(window, 1 / window), "valid") for column in error.T], axis=1)
+    return {"falls": 0, "error": np.linalg.norm(means[:, :2], axis=1).mean(), "yaw": np.abs(means[:, 2]).mean(),
+            "sway": np.linalg.norm(error[:, :2], axis=1).mean(), "slip": trace["slip"].mean(),
+            "jerk": np.sqrt(np.square(np.diff(trace["action"], n=2, axis=0)).mean()), "power": trace["power"].mean(),
+            "drift": np.linalg.norm(trace["position"][-1] - trace["position"][0])}
+
+def judge(robot: Robot, policy: dict) -> dict:
+    """The test: each command from 8 starts, without and with pushes. Prints the table (means over the starts; falls are
+    counted; m/s, rad/s, W, m) and PASS or FAIL."""
+    original, table, columns = CMujocoEnv(robot), {}, (*"falls error yaw sway slip jerk power drift".split(),)
+    print(f"{'command':22}" + "".join(f"{name:>9}" for name in columns))
+    for push in False, True:
+        for name, command in GATE.items():
+            starts = [drive(original, policy, np.array(command, float), seed, push) for seed in range(GATE_STARTS)]
+            stood = [start for start in starts if not start["falls"]]
+            row = {key: float(np.mean([start[key] for start in stood])) if stood else math.nan for key in columns}
+            row["falls"], name = len(starts) - len(stood), name + ", pushed" * push
+            table[name] = row
+            print(f"{name:22}" + "".join(f"{value:9.3g}" for value in row.values()))
+    walking = [row for name, row in table.items() if name in GATE and name != "stand"]
+    error, yaw = (float(np.mean([row[key] for row in walking])) for key in ("error", "yaw"))
+    falls, drift = sum(row["falls"] for row in table.values()), table["stand"]["drift"]
+    passed = bool(falls == 0 and error <= 0.15 and yaw <= 0.2 and drift <= 0.1)  # False for NaN, too
+    print(f"{'PASS' if passed else 'FAIL'}: {falls} falls (0), velocity error {error:.3f} m/s (0.15), yaw error "
+          f"{yaw:.3f} rad/s (0.2), standing drift {drift:.3f} m (0.1)")
+    return {"passed": passed, "falls": falls, "error": error, "yaw": yaw, "drift": drift, "table": table}
+
+# shared: renderer
+def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
+    """By MUJOCO_GL; without it by EGL on Linux, which needs no display."""
+    with or_fail("--capture-video: no OpenGL; on Linux install libegl1, or libosmesa6 and set MUJOCO_GL=osmesa"):
+        if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
+            gl_context.GLContext = importlib.import_module("mujoco.egl").GLContext
+        return mujoco.Renderer(model, height=480, width=640)
+# end shared
+
+def write_video(robot: Robot, policy: dict, file: Path) -> None:
+    """Film 3 s of each of the test's commands, in C MuJoCo. Arrows of 1 m for 1 m/s: the commanded velocity in red, the
+    robot's, smoothed, in blue."""
+    original, arrow, smooth = CMujocoEnv(robot), mujoco.mjtGeom.mjGEOM_ARROW, np.zeros(2)
+    renderer, data = make_renderer(original.model), original.data
+    scene, no = renderer.scene, np.zeros(9)
+    file.parent.mkdir(exist_ok=True)
+    original.reset(0)
+    with warnings.catch_warnings(action="ignore"), imageio.get_writer(file, fps=0.5 / CONTROL_DT) as video:
+        for i in range(150 * len(GATE)):
+            command = np.array(list(GATE.values())[i // 150], float)
+            original.step(act(policy, original.observe(command)))
+            smooth = smooth + 0.05 * (data.qvel[:2] - smooth)
+            if i % 2 == 0:
+                renderer.update_scene(data, camera="track")
+                wanted = data.xmat[1].reshape(3, 3)[:2, :2] @ command[:2]
+                for velocity, above, color in (wanted, 0.75, (0.9, 0.2, 0.1, 1)), (smooth, 0.69, (0.1, 0.4, 0.9, 1)):
+                    start = data.qpos[:3] + [0, 0, above]
+                    mujoco.mjv_initGeom(scene.geoms[scene.ngeom], arrow, no[:3], no[:3], no, np.float32(color))
+                    mujoco.mjv_connector(scene.geoms[scene.ngeom], arrow, 0.02, start, start + [*velocity, 1e-3])
+                    scene.ngeom += 1
+                video.append_data(renderer.render())
+    print(f"video: {file}")
+
+# ---- 14. Log and files ----------------------------------------------------------------------------------------------
+# shared: bookkeeping
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
+
+class Log:
+    """TensorBoard, and a progress bar or, without a terminal, plain lines."""
+    def __init__(self, args: Args, run_dir: Path, first: int):
+        self.args, self.first, self.start, self.shown = args, first * args.steps_per_iteration, time.time(), "-"
+        self.writer = SummaryWriter(str(run_dir), purge_step=self.first + 1 if first else None)
+        rows = "".join(f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows)
+        total = args.num_iterations * args.steps_per_iteration
+        self.bar = tqdm(total=total, initial=self.first, unit=" steps", unit_scale=True, disable=None)
+
+    def write(self, iteration: int, metrics: dict[str, jax.Array]) -> dict:
+        step, values = iteration * self.args.steps_per_iteration, jax.device_get(metrics)
+        sps = values["charts/SPS"] = (step - self.first) / (time.time() - self.start)
+        for tag, value in values.items():
+            if math.isfinite(value):
+                self.writer.add_scalar(tag, float(value), step)
+        self.shown = f"{values['charts/episodic_return']:.0f}" if values["charts/episodes_finished"] else self.shown
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(f"return {self.shown}")
+        if self.bar.disable and (iteration % 10 == 0 or step == self.bar.total):
+            say(f"step {step}  return {self.shown}  SPS {sps:.0f}  time left {(self.bar.total - step) / sps:.0f} s")
+        return values
+
+def save(args: Args, run_dir: Path, checkpoints: ocp.CheckpointManager, state: TrainState, policy: dict) -> None:
+    """Write a checkpoint (the whole state, and the settings) and policy.npz, each whole or not at all."""
+    items = {"state": ocp.args.StandardSave(state), "args": ocp.args.JsonSave(dataclasses.asdict(args))}
+    checkpoints.save(int(state.learner.iteration), args=ocp.args.Composite(**items))
+    checkpoints.wait_until_finished()
+    np.savez(run_dir / "policy.tmp.npz", **policy)
+    os.replace(run_dir / "policy.tmp.npz", run_dir / "policy.npz")
+
+def restore(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
+    """The newest checkpoint, in the form and on the devices of `state`."""
+    newest = checkpoints.latest_step()
+    require(newest is not None, f"--resume: {checkpoints.directory} holds no checkpoint")
+    form = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+    with or_fail(f"--resume: checkpoint {newest} is broken; remove it to go on from the one before"):
+        return checkpoints.restore(newest, args=ocp.args.Composite(state=form))["state"]
+
+def write_run(run_dir: Path, content: dict) -> None:
+    (run_dir / "run.tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(run_dir / "run.tmp", run_dir / "run.json")
+
+def read_run(run_dir: Path) -> Args:
+    """The settings of a run."""
+    with or_fail(f"{run_dir} is no run folder of this script"):
+        saved = json.loads((run_dir / "run.json").read_text())["args"]
+        args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in saved.items()})
+        check_args(args)
+        return args
+
+# ---- 15. Command line -----------------------------------------------------------------------------------------------
+def require(condition, message: str) -> None:
+    """Where the condition does not hold, end with one line and exit code 2."""
+    if not condition:
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(2)
+
+@contextlib.contextmanager
+def or_fail(message: str):
+    """End with one line and exit code 2 where the body raises, whatever it raises."""
+    try:
+        yield
+    except Exception as error:
+        require(False, f"{message} ({type(error).__name__}: {error!s:.200})")
+
+def parse_args(argv: list[str], default: Args = Args()) -> Args:
+    box = io.StringIO()  # tyro draws one around its errors; the first paragraph tells
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, args=argv, default=default)
+    except SystemExit as stop:
+        require(not stop.code, box.getvalue().split("\n", 1)[-1].split("──")[0].replace("│", ""))
+        raise
+
+def make_mesh(wanted: int | None, *parts: int) -> Mesh:
+    """The devices that share the work: as many as wanted, or else as can be, of which each of `parts` is a multiple."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices that it has
+        jax.config.update("jax_num_cpu_devices", min(wanted or cores, 64))  # one would leave the other cores idle
+    devices = jax.local_devices()
+    fits = [n for n in range(1, len(devices) + 1) if all(part % n == 0 for part in parts)]
+    require(not wanted or wanted in fits, f"--num-devices {wanted}: must divide {parts}; with these devices, {fits} do")
+    return Mesh(np.array(devices[:wanted or fits[-1]]), ("devices",))
+# end shared
+
+def check_args(args: Args) -> None:
+    """Refuse what cannot run, before anything is built."""
+    bounds = {field.name: (1, 1e9) for field in dataclasses.fields(args) if field.type in (int, int | None)}
+    zero_up = ("seed learning_rate ent_coef final_ent_coef vf_coef clip_coef mirror_coef max_grad_norm "
+               "desired_kl obs_noise push_speed")
+    bounds |= dict.fromkeys(zero_up.split(), (0, 1e9)) | {"decimation": (1, 100), "total_timesteps": (1, 2**62)}
+    bounds |= dict.fromkeys("gamma gae_lambda standing action_delay".split(), (0, 1)) | {"init_log_std": (-20, 20)}
+    bounds |= dict.fromkeys("gain_noise strength_noise shifted_center".split(), (0, 0.9))
+    bounds |= dict.fromkeys(["command_every", "push_every"], (CONTROL_DT, 1e6)) | {"friction": (0.01, 10)}
+    bounds |= dict.fromkeys(["command_x", "command_y", "command_yaw"], (-5, 5)) | {"added_mass": (-5, 1e3)}
+    require(args.robot in ROBOTS, f"--robot {args.robot}: no such robot")
+    for name, (least, most) in bounds.items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        low, high = value if isinstance(value, tuple) else (value, value)
+        require(value is None or least <= low <= high <= most, f"{flag} {value}: must be between {least} and {most}")
+    require(min(args.hidden_sizes, default=0) > 0, f"--hidden-sizes {args.hidden_sizes}: must be widths, like 256 128")
+    steps = args.steps_per_iteration
+    require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: less than a rollout of {steps}")
+    require(steps % args.num_minibatches == 0, f"--num-minibatches {args.num_minibatches}: must divide {steps}")
+    for flag, package in {"track": "wandb", "export_onnx": "onnx"}.items():
+        missing = getattr(args, flag) and not importlib.util.find_spec(package)
+        require(not missing, f"--{flag.replace('_', '-')}: {package} is missing; pip install {package}")
+
+# ---- 16. Main and smoke test ----------------------------------------------------------------------------------------
+def finish(args: Args, run_dir: Path, policy: dict) -> dict:
+    """What is done with a trained policy. Returns the result of the test."""
+    result = judge(ROBOTS[args.robot], policy)
+    if args.export_onnx:
+        export_onnx(policy, run_dir / "policy.onnx")
+    if args.capture_video:
+        write_video(ROBOTS[args.robot], policy, run_dir / "videos" / "c_mujoco.mp4")
+    return result
+
+def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
+    """Train from the start, or on from the newest checkpoint of run_dir. Returns the run's folder and its policy."""
+    start, resuming, stops = time.time(), run_dir is not None, []
+    for number in signal.SIGINT, signal.SIGTERM:  # the first ends the loop after its iteration, the same again at once
+        signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
+    if args.capture_video:
+        make_renderer(load_model(ROBOTS[args.robot], CONTROL_DT)).close()  # better to fail now than after training
+    mesh = make_mesh(args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches)
+    args = dataclasses.replace(args, num_devices=mesh.size)
+    run_dir = run_dir or Path(args.runs_dir) / f"{args.robot}__{args.exp_name}__{args.seed}__{int(start)}"
+    with or_fail(f"--runs-dir {args.runs_dir}"):
+        run_dir.mkdir(parents=True, exist_ok=resuming)
+    checkpoints = ocp.CheckpointManager(
+        (run_dir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=3))
+    say(f"building {args.robot} for {mesh.size} x {mesh.devices[0].device_kind}")
+    env, shardings = Env(args), jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
+    init = jax.jit(init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
+    state = init(args, env, jax.random.key(args.seed))
+    state = restore(checkpoints, state) if resuming else state
+    first = iteration = int(state.learner.iteration)
+    say("compiling the training iteration")
+    events, compile_start = [], time.perf_counter()
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    compiled = train_iteration.lower(args, env, mesh, state).compile()
+    seconds, memory = time.perf_counter() - compile_start, compiled.memory_analysis()  # of one device
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    run = {
+        "compile_s": round(seconds, 2), "compile_cache": "hit" if any("cache_hits" in e for e in events) else "miss",
+        "bytes_per_world": sum(leaf.nbytes for leaf in jax.tree.leaves(state.worlds)) // args.num_envs,
+        "peak_bytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) * mesh.size}
+    say("compiled: " + ", ".join(f"{name} {value}" for name, value in run.items()))
+    packages, kinds = ("jax", "mujoco", "mujoco-mjx", "flax", "optax"), [device.device_kind for device in mesh.devices]
+    run |= {"args": dataclasses.asdict(args), "commit": git.stdout.strip(), "devices": kinds,
+            "versions": {name: importlib.metadata.version(name) for name in packages}}
+    write_run(run_dir, run)
+    if args.track:
+        wandb = importlib.import_module("wandb")
+        wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
+    steps, log, pending = args.steps_per_iteration, Log(args, run_dir, first), None
+    say(f"{args.num_iterations} * {steps} steps, {args.total_timesteps % steps} unused: {run_dir}")
+    while iteration < args.num_iterations and not stops:
+        state, metrics = compiled(state)
+        iteration += 1
+        if pending:  # read one iteration late, so that the device never waits for Python
+            log.write(*pending)
+        pending = (iteration, metrics)
+        if iteration % args.checkpoint_every == 0:
+            save(args, run_dir, checkpoints, state, export_policy(state.learner))
+    if pending:
+        log.write(*pending)
+    log.bar.close()
+    run["train_s"], policy = time.time() - log.start, export_policy(state.learner)
+    if checkpoints.latest_step() != iteration:
+        save(args, run_dir, checkpoints, state, policy)
+    log.writer.close()
+    if stops:
+        say(f"stopped after iteration {iteration}; to go on: python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}")
+        raise SystemExit(128 + stops[0])
+    say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
+    run["evaluation"] = finish(args, run_dir, policy)
+    write_run(run_dir, run)
+    return run_dir, policy
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    jax.config.update("jax_enable_compilation_cache", args.compile_cache)
+    if args.compile_cache and not jax.config.jax_compilation_cache_dir:
+        folder = Path.home() / ".cache" / "mjx-rl"
+        with or_fail("--compile-cache: no folder for it; try --no-compile-cache"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever can write there can run code here
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    check_args(args)
+    if args.smoke:
+        raise SystemExit(smoke(args))
+    if args.evaluate:
+        run_dir, args = Path(args.evaluate), dataclasses.replace(args, robot=read_run(Path(args.evaluate)).robot)
+        with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
+            raise SystemExit(int(not finish(args, run_dir, dict(file))["passed"]))
+    if args.resume:
+        saved = read_run(Path(args.resume))
+        unchanged = parse_args(argv, saved) == dataclasses.replace(saved, resume=args.resume)
+        require(unchanged, "--resume: the run keeps its own settings; leave the other flags out, or start a new run")
+        train(saved, Path(args.resume))
+    else:
+        train(args)
+
+def smoke(args: Args) -> int:
+    """Go through all that a run does, in short, with a verdict for each stage. Returns the exit code."""
+    failed, versions = [], [importlib.metadata.version(name) for name in ("mujoco", "mujoco-mjx")]
+    def verdict(name: str, passed, note: str) -> None:
+        failed.extend([] if passed else [name])
+        print(f"{'pass' if passed else 'FAIL'}  {name}: {note}", flush=True)
+    note = f"jax {jax.__version__} on {make_mesh(args.num_devices).devices}, mujoco and mjx {versions}"
+    verdict("versions", versions[0] == versions[1], note)  # pip alone takes a mujoco that does not fit
+    x = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
+    error = np.abs(jnp.matmul(x, x, precision="highest") - x.astype(float) @ x).max()
+    verdict("precision", error < 1e-3, f"a float32 product of two 256 x 256 matrices is off by {error:.1e} at most")
+    model = training_model(ROBOTS[args.robot], args.decimation)
+    error = abs(model.body_mass[1:].sum() - model.body_subtreemass[1])
+    verdict("robot", error < 1e-6, f"{args.robot} with {model.nu} joints and {model.body_subtreemass[1]:.3f} kg")
+    with tempfile.TemporaryDirectory() as folder:
+        short = {"num_envs": 32, "num_steps": 8, "num_minibatches": 4, "total_timesteps": 1024}
+        run_dir, policy = train(dataclasses.replace(args, **short, checkpoint_every=2, runs_dir=folder))
+        verdict("training", all(np.isfinite(x).all() for x in policy.values()), "4 iterations, the policy is finite")
+        os.rename(run_dir / "checkpoints" / "4", Path(folder) / "4")
+        _, resumed = train(read_run(run_dir), run_dir)
+    verdict("resume", all((resumed[name] == policy[name]).all() for name in policy), "the same policy, to the bit")
+    falls = drive(CMujocoEnv(ROBOTS[args.robot]), policy, np.zeros(3), 0, push=False)["falls"]
+    verdict("C MuJoCo", falls == 1, "an untrained robot falls")
+    print("FAIL: " + ", ".join(failed) if failed else "all is well")
+    return int(bool(failed))
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1277 @@
+"""Unitree's robots: model, physics and observation against facts and C MuJoCo, rewards by hand, symmetry, domain
+randomisation, the algorithm's own rules, whole runs, and a policy in a loop as Unitree's own computer runs it."""
+
+import ast
+import contextlib
+import copy
+import dataclasses
+import functools
+import io
+import json
+import math
+import re
+import signal
+import tokenize
+import tomllib
+import types
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo_mjx_unitree as unitree
+from ppo_mjx_unitree import mjx
+
+SCRIPT = Path(unitree.__file__)
+FACTS = json.loads(Path(__file__).with_name("g1_facts.json").read_text())  # all that is here and not in the script
+BODIES = FACTS["bodies"]  # the base and, in the order of actions, what each joint moves
+DEFAULT, KP, KD = (np.array(FACTS[name], float) for name in ("default", "kp", "kd"))
+TORQUE, RANGE = (np.array([body[name] for body in BODIES[1:]]) for name in ("torque", "range"))
+FEET = [i + 1 for i, body in enumerate(BODIES) if "ankle_roll" in body["name"]]  # ids of bodies; 0 is the world
+ROBOT, WORLDS = unitree.ROBOTS["g1"], 16
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # half the time to compile
+
+def as_numpy(leaf) -> np.ndarray:
+    """A copy, as the array itself may be donated."""
+    return np.array(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+def run(function, *inputs):
+    """Compile and call it."""
+    return jax.jit(function).lower(*inputs).compile(QUICK)(*inputs)
+
+def assert_same(first, second) -> None:
+    """Bit for bit, NaN included."""
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(as_numpy(a), as_numpy(b)), first, second)
+
+def random_quat(random) -> np.ndarray:
+    quat = random.standard_normal(4)
+    return quat / np.linalg.norm(quat)
+
+def rotation(quat) -> np.ndarray:
+    """The matrix of a unit quaternion w x y z, by Rodrigues' formula: from the base's frame to the world's."""
+    angle, axis = 2 * math.atan2(np.linalg.norm(quat[1:]), quat[0]), np.array(quat[1:], float)
+    x, y, z = axis / max(np.linalg.norm(axis), 1e-300)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
+
+# ---- Model
+
+BUILDS = partial(unitree.load_model, dt=0.002), partial(unitree.training_model, decimation=4)
+
+def reference_model() -> mujoco.MjModel:
+    """The facts as MJCF, in lines that share nothing with the script's."""
+    def text(values) -> str:
+        return " ".join(f"{value:.10g}" for value in values)
+    def body(row: dict) -> str:
+        joint, passive = "<freejoint/>", " ".join(f'{name}="{x}"' for name, x in FACTS["joint_passive"].items())
+        if "axis" in row:
+            joint = f'<joint name="{row["name"]}" axis="{text(row["axis"])}" range="{text(row["range"])}" {passive}/>'
+        soles = [f'<geom size="{FACTS["sole_radius"]}" pos="{text(center)}"/>' for center in FACTS["sole_centers"]]
+        inside = "".join(soles) if "ankle_roll" in row["name"] else ""
+        inside += "".join(body(child) for child in BODIES if child["parent"] == row["name"])
+        return (f'<body pos="{text(row["pos"])}" quat="{text(row["quat"])}">{joint}<inertial mass="{row["mass"]}" '
+                f'pos="{text(row["center"])}" quat="{text(row["principal"])}" diaginertia="{text(row["moments"])}"/>'
+                f"{inside}</body>")
+    return mujoco.MjModel.from_xml_string(
+        f'<mujoco><compiler angle="radian"/><worldbody>{body(BODIES[0])}</worldbody></mujoco>')
+
+def inertia_tensors(model) -> np.ndarray:
+    """About each body's centre of mass, in its frame: principal axes may come in any order."""
+    turns = np.array([rotation(quat) for quat in model.body_iquat])
+    return np.einsum("bij,bj,bkj->bik", turns, model.body_inertia, turns)
+
+def random_pose(random, data, velocities: bool = True) -> None:
+    data.qpos[:3], data.qpos[3:7] = random.uniform(-1, 1, 3), random_quat(random)
+    data.qpos[7:] = random.uniform(*RANGE.T)
+    data.qvel[:] = random.standard_normal(18) * velocities
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_model_is_the_robot(build):
+    """Bodies, masses, inertias, joints, motors and soles are the facts'."""
+    model, facts = build(ROBOT), reference_model()
+    names = ["base", *(body["name"] for body in BODIES[1:])]
+    assert [model.body(i + 1).name for i in range(model.nbody - 1)] == names
+    assert [model.joint(i).name for i in range(model.njnt)] == names
+    assert model.actuator_trnid[:, 0].tolist() == list(range(1, 13))  # one motor for each joint, in order
+    assert model.body_mass.sum() == pytest.approx(FACTS["total_mass"], abs=1e-6)
+    exact = "body_mass body_ipos body_parentid jnt_range jnt_axis jnt_type dof_armature dof_damping".split()
+    for name in exact:
+        np.testing.assert_allclose(getattr(model, name), getattr(facts, name), atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(model.body_pos[2:], facts.body_pos[2:], atol=1e-6)
+    np.testing.assert_allclose(model.body_quat[2:], facts.body_quat[2:], atol=1e-6)
+    np.testing.assert_allclose(inertia_tensors(model), inertia_tensors(facts), atol=1e-6)
+    np.testing.assert_allclose(model.jnt_range[1:], RANGE, atol=1e-6)
+    np.testing.assert_array_equal(model.actuator_ctrlrange, np.stack([-TORQUE, TORQUE], axis=1))
+    assert model.actuator_ctrllimited.all() and (model.actuator_gear[:, 0] == 1).all() and model.jnt_limited[1:].all()
+    soles = [i for i in range(model.ngeom) if model.geom_type[i] == mujoco.mjtGeom.mjGEOM_SPHERE]
+    np.testing.assert_array_equal(model.geom_bodyid[soles], np.repeat(FEET, 4))
+    np.testing.assert_allclose(model.geom_pos[soles], 2 * FACTS["sole_centers"], atol=1e-6)
+    np.testing.assert_allclose(model.geom_size[soles, 0], FACTS["sole_radius"])
+
+def test_training_model_differs_only_as_documented():
+    """MJX gets the same masses, joints and motors, without dry friction, at a step that divides the control step."""
+    exact = unitree.load_model(ROBOT, 0.002)
+    np.testing.assert_array_equal(exact.dof_frictionloss, reference_model().dof_frictionloss)
+    for decimation in (4, 5, 10):
+        fast = unitree.training_model(ROBOT, decimation)
+        assert fast.opt.timestep * decimation == pytest.approx(0.02)
+        for name in "body_mass body_inertia body_iquat jnt_range dof_armature actuator_ctrlrange qpos0".split():
+            np.testing.assert_array_equal(getattr(fast, name), getattr(exact, name), err_msg=name)
+        assert not fast.dof_frictionloss.any() and fast.opt.integrator == exact.opt.integrator
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_mass_matrix_and_bias_force(build):
+    """In the default pose and 20 random ones, at random velocities, both are those of the facts."""
+    ours, facts, random = build(ROBOT), reference_model(), np.random.default_rng(0)
+    rows = [(model, mujoco.MjData(model), np.zeros((18, 18))) for model in (ours, facts)]
+    for i in range(21):
+        if i:
+            random_pose(random, rows[0][1])
+        else:
+            rows[0][1].qpos[7:] = DEFAULT
+        rows[1][1].qpos[:], rows[1][1].qvel[:] = rows[0][1].qpos, rows[0][1].qvel
+        for model, data, matrix in rows:
+            mujoco.mj_forward(model, data)
+            mujoco.mj_fullM(model, data, matrix)
+        np.testing.assert_allclose(rows[0][2], rows[1][2], atol=1e-6)
+        np.testing.assert_allclose(rows[0][1].qfrc_bias, rows[1][1].qfrc_bias, rtol=1e-6, atol=1e-5)
+        assert not rows[0][2][6:12, 12:].any()  # what the tree's Cholesky factor relies on: the legs are not coupled
+
+def test_standing_height():
+    """In the default pose at 0.784 m, all eight soles touch the floor."""
+    model = unitree.load_model(ROBOT, 0.002)
+    data = mujoco.MjData(model)
+    data.qpos[2], data.qpos[7:] = ROBOT.stand_height, DEFAULT
+    mujoco.mj_forward(model, data)
+    soles = [i for i in range(model.ngeom) if "sole" in model.geom(i).name]
+    assert ROBOT.stand_height == pytest.approx(FACTS["standing_height"], abs=1e-4) == pytest.approx(0.784, abs=5e-4)
+    assert len(soles) == 8 and np.abs(data.geom_xpos[soles, 2] - FACTS["sole_radius"]).max() < 1e-4
+    assert model.qpos0[2] == ROBOT.stand_height and ROBOT.start_height > ROBOT.stand_height
+
+def test_only_soles_touch_the_floor():
+    """No other pair of shapes can collide, drawn or not."""
+    for drawn in (True, False):
+        model = unitree.load_model(ROBOT, 0.002, drawn)
+        kind, affinity = model.geom_contype, model.geom_conaffinity
+        pairs = (kind[:, None] & affinity | affinity[:, None] & kind) > 0
+        floor = np.array([model.geom(i).name == "floor" for i in range(model.ngeom)])
+        sole = np.array(["sole" in model.geom(i).name for i in range(model.ngeom)])
+        np.testing.assert_array_equal(pairs, floor[:, None] & sole | sole[:, None] & floor)
+        assert floor.sum() == 1 and sole.sum() == 8 and (model.ngeom > 9) == drawn
+
+def hang(model_text: str) -> str:
+    """The MJCF with the base held in the air, where it is, and a floor that nothing can touch."""
+    text = model_text.replace("</worldbody>", '</worldbody><equality><weld body1="base"/></equality>')
+    return text.replace('conaffinity="1"', 'conaffinity="0"')
+
+def test_pd_holds_a_hanging_robot(monkeypatch):
+    """By gravity, with its base held, each joint comes to rest where stiffness balances its weight and dry friction."""
+    monkeypatch.setattr(unitree, "MJCF", hang(unitree.MJCF))
+    env, random = unitree.CMujocoEnv(ROBOT), np.random.default_rng(0)
+    for seed in range(2):
+        env.reset(seed)
+        targets = DEFAULT + 0.5 * random.uniform(*(RANGE - DEFAULT[:, None]).T).clip(-1, 1)
+        for _ in range(600):
+            env.step((targets - DEFAULT) / FACTS["action_scale"])
+        mujoco.mj_forward(env.model, env.data)
+        angles, weight = env.data.qpos[7:], env.data.qfrc_bias[6:]
+        assert np.abs(env.data.qvel).max() < 1e-3 and np.abs(env.data.qpos[2] - ROBOT.stand_height) < 0.01
+        assert np.abs(KP * (targets - angles) - weight).max() < FACTS["joint_passive"]["frictionloss"] + 1e-3
+        assert 0.005 < np.abs(angles - targets).max() < 0.1 and np.abs(weight).max() > 1
+
+# ---- Observation
+
+def observe_by_hand(qpos, qvel, command, action, elapsed) -> np.ndarray:
+    """Unitree's 47 numbers, from the facts' scales."""
+    phase = 2 * math.pi * math.fmod(elapsed * 0.02, FACTS["gait_period"]) / FACTS["gait_period"]
+    raw = {"angular velocity": qvel[3:6], "gravity": rotation(qpos[3:7]).T @ [0, 0, -1], "command": command,
+           "joint angles": qpos[7:] - DEFAULT, "joint speeds": qvel[6:], "last action": action,
+           "sine of the clock": [math.sin(phase)], "cosine of the clock": [math.cos(phase)]}
+    parts = [np.array(raw[row["part"]]) * row["scale"] for row in FACTS["observation"]]
+    assert [len(part) for part in parts] == [row["size"] for row in FACTS["observation"]]
+    return np.concatenate(parts)
+
+def test_observation_layout_and_scales():
+    """Element by element, on posed robots: in NumPy, in JAX, of a batch, and as CMujocoEnv gives it."""
+    random, original = np.random.default_rng(0), unitree.CMujocoEnv(ROBOT)
+    original.reset(0)
+    rows, expected = [], []
+    for elapsed in (0, 1, 13, 39, 40, 777):
+        random_pose(random, original.data)
+        command, action = random.standard_normal(3), random.standard_normal(12)
+        rows.append((original.data.qpos.copy(), original.data.qvel.copy(), command, action, np.array(elapsed)))
+        expected.append(observe_by_hand(*rows[-1]))
+        original.action, original.elapsed = action, elapsed
+        np.testing.assert_allclose(original.observe(command), expected[-1], atol=1e-9)
+        np.testing.assert_allclose(unitree.observe(ROBOT, *rows[-1], np), expected[-1], atol=1e-9)
+    batch = tuple(np.array(column) for column in zip(*rows, strict=True))
+    np.testing.assert_allclose(unitree.observe(ROBOT, *batch, np), expected, atol=1e-9)
+    batch = [jnp.asarray(column, jnp.float32 if column.dtype == float else jnp.int32) for column in batch]
+    np.testing.assert_allclose(unitree.observe(ROBOT, *batch), expected, atol=3e-5)
+    assert np.unique(np.array(expected).round(9)).size > 6 * 40  # no two parts can be mistaken for another
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 2.0])
+def test_actor_sees_noise_and_the_critic_more(factor):
+    """Noise is uniform within its half-widths, none without a factor; the critic sees clean values and the base's
+    velocity in front."""
+    env, random, count = unitree.Env(unitree.Args(obs_noise=factor)), np.random.default_rng(0), 500
+    data = types.SimpleNamespace(qpos=np.zeros(19), qvel=np.zeros(18))
+    random_pose(random, data)
+    command, action = random.standard_normal((2, 12))[0, :3], random.standard_normal(12)
+    physics = unitree.Physics(*(jnp.asarray(x, jnp.float32) for x in (data.qpos, data.qvel, data.qvel)))
+    obs = jax.vmap(lambda key: env.observations(key, physics, command, action, 13))(
+        jax.random.split(jax.random.key(0), count))
+    clean = observe_by_hand(data.qpos, data.qvel, command, action, 13)
+    velocity = FACTS["velocity_scale"] * rotation(data.qpos[3:7]).T @ data.qvel[:3]
+    np.testing.assert_allclose(obs["critic"], np.tile(np.concatenate([velocity, clean]), (count, 1)), atol=1e-5)
+    widths = factor * np.concatenate([np.full(row["size"], row["noise"]) for row in FACTS["observation"]])
+    noise = np.asarray(obs["actor"]) - clean
+    assert (np.abs(noise) <= widths + 1e-5).all() and obs["actor"].shape == (count, 47)
+    noisy = widths > 0
+    assert noisy.sum() == (30 if factor else 0)
+    np.testing.assert_allclose(np.abs(noise[:, noisy]).max(0), widths[noisy], rtol=0.05)
+    np.testing.assert_allclose(noise[:, noisy].std(0), widths[noisy] / math.sqrt(3), rtol=0.15)
+    assert (np.abs(noise[:, noisy].mean(0)) < 0.15 * widths[noisy]).all()
+    correlation = np.corrcoef(noise[:, noisy].T) if factor else np.eye(1)
+    assert np.abs(correlation - np.eye(len(correlation))).max() < 0.25  # each number has its own noise
+
+# ---- Rewards
+
+MOTION = dict(
+    command=[0.5, -0.2, 0.3], height=0.7, velocity=[0.2, 0.2, -0.3], rates=[0.4, -0.1, 0.8], gravity=[0.6, 0.0, -0.8],
+    angles=[0.1, 0.2, -0.3, 0.4, 0.0, 0.2518, 0, 0, 0, 0.3, 0, 0.5], speeds=[1.0, -2.0] + 10 * [0.0],
+    accelerations=[10.0, 0, -20] + 9 * [0.0], torque=[3.0, -4] + 10 * [0.0], action=[1.0] + 11 * [0.0],
+    action_before=[0.0, 2] + 10 * [0.0], foot_height=[0.05, 0.02], foot_velocity=[[9.0, 9, 9], [0.1, -0.2, 0.2]],
+    contact=[False, True], stance=[True, True], reference=[0.1, 0.2, -0.3, 0.4, 0, 0.2518, 0, 0, 0, 0.3, 0, 0.3])
+EXPECTED = {  # by the words and formulas of Unitree's rewards, with the numbers above
+    "track_velocity": math.exp(-(0.3**2 + 0.4**2) / 0.25), "track_yaw": math.exp(-(0.5**2) / 0.25), "alive": 1,
+    "gait": 1 - 1,  # the right foot is on the floor when the clock wants it, the left one is not
+    "swing_height": 0.03**2,  # the left foot is in the air, 5 instead of 8 cm high
+    "stance_slip": 0.01 + 0.04 + 0.04,  # the right foot alone is on the floor
+    "vertical_velocity": 0.09, "roll_pitch_rate": 0.16 + 0.01, "tilt": 0.36, "height": 0.08**2,
+    "joint_acceleration": 500, "joint_velocity": 5, "torque": 25, "action_change": 1 + 4,
+    "joint_limits": (0.2518 - 0.9 * 0.2618) + (0.5 - 0.9 * 0.2618),  # ankle rolls; all else is within 90%
+    "upright_joints": 0.2**2 + 0.3**2, "reference": math.exp(-3 * 0.2**2)}
+
+def motion(**changes) -> unitree.Motion:
+    return unitree.Motion(**{name: jnp.array(value) for name, value in (MOTION | changes).items()})
+
+def test_every_reward_by_hand():
+    """Each term of a constructed motion, and its weight for one control step."""
+    assert EXPECTED.keys() == unitree.TERMS.keys() == ROBOT.weights.keys()
+    for name, value in EXPECTED.items():
+        assert unitree.TERMS[name](ROBOT, motion()) == pytest.approx(value, rel=1e-5), name
+    terms = unitree.reward_terms(ROBOT, motion())
+    for name, weight in ROBOT.weights.items():
+        assert terms[f"reward_{name}"] == pytest.approx(0.02 * weight * EXPECTED[name], rel=1e-5), name
+    assert min(ROBOT.weights["track_velocity"], ROBOT.weights["track_yaw"], ROBOT.weights["alive"]) > 0
+
+def test_rewards_at_their_best():
+    """Each term is at its maximum where nothing is wrong."""
+    perfect = motion(
+        command=[0.0] * 3, height=0.78, velocity=[0.0] * 3, rates=[0.0] * 3, gravity=[0.0, 0, -1], angles=DEFAULT,
+        speeds=[0.0] * 12, accelerations=[0.0] * 12, torque=[0.0] * 12, action_before=[1.0] + 11 * [0.0],
+        foot_height=[0.08, 0.0], foot_velocity=np.zeros((2, 3)), stance=[False, True], reference=DEFAULT)
+    best = {"track_velocity": 1, "track_yaw": 1, "alive": 1, "gait": 2, "reference": 1}
+    for name, term in unitree.TERMS.items():
+        assert term(ROBOT, perfect) == pytest.approx(best.get(name, 0), abs=1e-6), name
+
+# ---- Physics: the environment's step, compiled once for all tests, with the model as an argument
+
+@pytest.fixture(scope="module")
+def env():
+    return unitree.Env(unitree.Args())
+
+@pytest.fixture(scope="module")
+def starts(env):
+    """WORLDS resets, two with the command to stand, each action late by another number of physics steps."""
+    state = run(jax.vmap(env.reset), jax.random.split(jax.random.key(0), WORLDS))
+    state = with_info(state, command=state.info["command"].at[:2].set(0.0))
+    return with_domain(state, delay=jnp.arange(WORLDS) % 5)
+
+def with_info(state, **changes):
+    return state.replace(info=state.info | changes)
+
+def with_domain(state, **changes):
+    return with_info(state, domain=state.info["domain"] | changes)
+
+def model_arrays(env):
+    payloads = {name: jnp.asarray(values, jnp.float32) for name, values in env.payloads.items()}
+    return jax.tree.leaves(env.model), payloads
+
+@pytest.fixture(scope="module")
+def lowered(env, starts):
+    """The step of all worlds, traced; where MJX's solver takes its Cholesky factor from is decided there."""
+    tree = jax.tree.structure(env.model)
+    def step(leaves, payloads, state, action):
+        variant = copy.copy(env)
+        variant.model, variant.payloads = jax.tree.unflatten(tree, leaves), payloads
+        return jax.vmap(variant.step)(state, action)
+    return jax.jit(step).lower(*model_arrays(env), starts, jnp.zeros((WORLDS, 12)))
+
+@pytest.fixture(scope="module")
+def step(env, lowered):
+    """(state, action) -> state, of WORLDS worlds of `env` or of another one that differs in its model's numbers."""
+    compiled = lowered.compile(QUICK)
+    return lambda state, action, other=env: compiled(*model_arrays(other), state, jnp.asarray(action, jnp.float32))
+
+@pytest.fixture(scope="module")
+def plain(env, starts):
+    """iterations or None -> one physics step of one world as MJX itself has it, without vmap and the tree's Cholesky
+    factor, traced; with that many iterations of the solver and of its line search."""
+    data, domain = jax.tree.map(lambda x: x[0], (starts.data, starts.info["domain"]))
+    def trace(iterations: int | None):
+        single = copy.copy(env)
+        single.args = dataclasses.replace(env.args, decimation=1)
+        if iterations:
+            option = env.model.opt.replace(iterations=iterations, ls_iterations=iterations)
+            single.model = env.model.replace(opt=option)
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(single.advance).lower(data, jnp.zeros(12), jnp.zeros(12), domain)
+    return trace
+
+def control_step(compiled, state, action):
+    """Data and readings of a control step by `plain`, world by world and physics step by physics step."""
+    rows = []
+    for i in range(WORLDS):
+        data, before, domain = jax.tree.map(lambda x, i=i: x[i], (
+            state.data, state.info["action"], state.info["domain"]))
+        for substep in range(4):
+            late = domain | {"delay": jnp.where(substep < domain["delay"], 1, 0)}
+            data, readings = compiled(data, jnp.asarray(action[i]), before, late)
+        rows.append((data, readings))
+    return jax.tree.map(lambda *leaves: np.array(leaves), *rows)
+
+@pytest.fixture(scope="module")
+def converged(plain, moments):
+    """`control_step` of the moments, its solver run to the end."""
+    return control_step(plain(CONVERGED).compile(QUICK), *moments)
+
+@pytest.fixture(scope="module")
+def moments(step, starts):
+    """One moment of each of WORLDS random episodes, and actions: (states, actions)."""
+    random, states, actions = np.random.default_rng(0), [starts], []
+    for _ in range(30):
+        actions.append(random.uniform(-1, 1, (WORLDS, 12)).astype(np.float32))
+        states.append(step(states[-1], actions[-1]))
+    when = random.choice(np.delete(np.arange(8, 30), 21 - 8), WORLDS)  # at step 22 the clock is between two phases
+    def pick(*leaves):
+        return jnp.stack([leaves[t][i] for i, t in enumerate(when)])
+    chosen = np.array([actions[t][i] for i, t in enumerate(when)])
+    chosen[:4] *= 8  # some torques are beyond their limits
+    return jax.tree.map(pick, *states), chosen
+
+CONVERGED = 50  # iterations, by which the solver has stopped by itself
+
+def c_readings(model, data) -> dict[str, np.ndarray]:
+    """What C MuJoCo says about the feet at the present position and velocity, before any integration."""
+    still, velocities, velocity = mujoco.MjData(model), [], np.zeros(6)
+    still.qpos[:], still.qvel[:] = data.qpos, data.qvel
+    mujoco.mj_forward(model, still)
+    for foot in FEET:
+        mujoco.mj_objectVelocity(model, still, mujoco.mjtObj.mjOBJ_XBODY, foot, velocity, 0)
+        velocities.append(velocity[3:].copy())
+    touching = {int(model.geom_bodyid[geom]) for pair in still.contact.geom for geom in pair}
+    return {"foot_height": still.xpos[FEET, 2].copy(), "foot_velocity": np.array(velocities),
+            "contact": np.array([foot in touching for foot in FEET])}
+
+def c_model(env, row: int) -> mujoco.MjModel:
+    """The training model with one of the payloads, compiled by MuJoCo from MJCF that says so."""
+    mass, center = env.payloads["body_mass"][row, 1], env.payloads["body_ipos"][row, 1]
+    robot = dataclasses.replace(ROBOT, mass=float(mass), center=tuple(map(float, center)))
+    return unitree.training_model(robot, 4)
+
+@pytest.fixture(scope="module")
+def original(env, moments):
+    """The moments' control step by C MuJoCo with the same model, the PD law written anew: positions, velocities,
+    torques, and the readings before and after the last integration."""
+    (state, action), rows = moments, []
+    domain = jax.tree.map(np.asarray, state.info["domain"])
+    for i in range(WORLDS):
+        model = c_model(env, int(domain["payload"][i]))
+        model.geom_friction[model.geom_type == mujoco.mjtGeom.mjGEOM_SPHERE, 0] = domain["friction"][i]
+        model.opt.iterations = model.opt.ls_iterations = CONVERGED
+        data = mujoco.MjData(model)
+        data.qpos[:], data.qvel[:], data.qacc_warmstart[:] = (x[i] for x in (
+            state.data.qpos, state.data.qvel, state.data.qacc_warmstart))
+        for substep in range(4):
+            wanted = np.float64(state.info["action"][i] if substep < domain["delay"][i] else action[i])
+            torque = KP * domain["stiffness"][i] * (DEFAULT + FACTS["action_scale"] * wanted - data.qpos[7:])
+            torque = domain["strength"][i] * (torque - KD * domain["damping"][i] * data.qvel[6:])
+            data.ctrl[:] = np.clip(torque, -TORQUE, TORQUE)
+            before = c_readings(model, data)
+            mujoco.mj_step(model, data)
+        rows.append({"qpos": data.qpos.copy(), "qvel": data.qvel.copy(), "torque": data.ctrl.copy(), "before": before,
+                     "after": c_readings(model, data)})
+    return jax.tree.map(lambda *leaves: np.array(leaves), *rows)
+
+def test_moments_are_not_easy(moments, original):
+    """Both feet, one and none are on the floor, they slip, torques reach their limits, every delay is there."""
+    state, _ = moments
+    contact, slip = original["before"]["contact"], np.linalg.norm(original["before"]["foot_velocity"], axis=-1)
+    assert (contact.sum(axis=1) == 2).any() and (contact.sum(axis=1) < 2).any() and slip[contact].max() > 0.1
+    assert (np.abs(original["torque"]) == TORQUE).any() and np.abs(original["qvel"]).max() > 5
+    assert set(np.asarray(state.info["domain"]["delay"])) == set(range(5))
+    assert len(np.unique(state.info["domain"]["payload"])) > 10 and np.ptp(state.info["domain"]["friction"]) > 0.5
+
+def test_physics_is_c_mujocos(moments, converged, original):
+    """A control step of the training model, its solver run to the end, is C MuJoCo's by each world's payload, friction,
+    gains, strength and delay; but for rounding in single precision, which contacts magnify."""
+    data, readings = converged
+    np.testing.assert_allclose(data.qpos, original["qpos"], atol=5e-6)  # m or rad; observed: 5e-7
+    np.testing.assert_allclose(data.qvel, original["qvel"], atol=5e-4)  # m/s or rad/s; observed: 6e-5
+    np.testing.assert_allclose(readings["torque"], original["torque"], atol=5e-3)
+
+def test_readings_mean_the_state_before_the_last_integration(converged, original):
+    """Feet are read where C MuJoCo has them before the last integration, which is not where they are after it."""
+    _, readings = converged
+    for name, most in (("foot_height", 1e-6), ("foot_velocity", 5e-4), ("contact", 0)):
+        before, after = (np.float64(original[when][name]) for when in ("before", "after"))
+        np.testing.assert_allclose(np.float64(readings[name]), before, atol=most, err_msg=name)
+        assert np.abs(before - after).max() > max(100 * most, 0.5 if name == "contact" else 0), name
+
+def test_training_physics_stays_close(moments, step, converged):
+    """Few iterations of the solver are an approximation: this is what they cost in a control step of random actions."""
+    state = step(*moments)
+    for mine, other, median, most in ((state.data.qpos, converged[0].qpos, 0.03, 0.1),
+                                      (state.data.qvel, converged[0].qvel, 3.0, 15.0)):
+        error = np.abs(np.asarray(mine) - other)[4:].max(axis=1)
+        assert np.median(error) < median and error.max() < most  # about three times what is observed
+
+# ---- The solver's Cholesky factor
+
+@pytest.mark.parametrize(("legs", "joints"), [(2, 6), (4, 3), (1, 1)])
+def test_tree_cholesky_equals_numpy(legs, joints):
+    """It solves symmetric positive definite systems without coupling between legs as NumPy does, alone and batched."""
+    random, size = np.random.default_rng(0), 6 + legs * joints
+    root = random.standard_normal((WORLDS, size, size))
+    block = np.repeat(np.arange(legs + 1), [6] + legs * [joints])
+    free = (block[:, None] == block) | (block[:, None] == 0) | (block == 0)
+    matrices = root @ root.swapaxes(1, 2) * free
+    matrices += np.eye(size) * (1 - np.linalg.eigvalsh(matrices).min(axis=1))[:, None, None]
+    vectors = random.standard_normal((WORLDS, size))
+    expected = np.linalg.solve(matrices, vectors[..., None])[..., 0]
+    def solve(matrix, vector):
+        return unitree.tree_cho_solve(unitree.tree_cho_factor(legs, matrix), vector)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(run(jax.vmap(solve), matrices, vectors), expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(run(solve, matrices[3], vectors[3]), expected[3], rtol=1e-9)
+
+def test_step_with_the_tree_is_mjx_without(lowered, step, plain, moments):
+    """The step uses no other Cholesky factor; alone, without vmap and with MJX's own factor, each world moves the same;
+    the rewards are those of what was read there, and of the state after the step."""
+    program = plain(None)
+    assert "cholesky" not in lowered.as_text() and "cholesky" in program.as_text()
+    (state, action), new = moments, step(*moments)
+    data, readings = control_step(program.compile(QUICK), state, action)
+    np.testing.assert_allclose(new.data.qpos, data.qpos, atol=5e-6)  # observed: 6e-7
+    np.testing.assert_allclose(new.data.qvel, data.qvel, atol=5e-4)  # observed: 7e-5
+    qpos, qvel, info = np.float64(new.data.qpos), np.float64(new.data.qvel), state.info
+    turn, elapsed = [rotation(quat).T for quat in qpos[:, 3:7]], np.asarray(info["elapsed"])[:, None] + 1
+    phase, stands = (elapsed * 0.02 / FACTS["gait_period"] + [0, 0.5]) % 1, (np.arange(WORLDS) < 2)[:, None]
+    height = np.where(stands, 0, np.sin(np.pi * np.maximum(0, (phase - 0.55) / 0.45)))  # of the clock's swings, 0 to 1
+    lift = np.array([link.lift for link in ROBOT.leg])
+    reference = DEFAULT + (height[:, :, None] * lift).reshape(WORLDS, 12)
+    assert (np.asarray(info["command"])[:2] == 0).all() and np.ptp(height) > 0.9
+    rows = {
+        "command": info["command"], "height": qpos[:, 2], "velocity": np.einsum("nij,nj->ni", turn, qvel[:, :3]),
+        "rates": qvel[:, 3:6], "gravity": -np.array(turn)[:, :, 2], "angles": qpos[:, 7:], "speeds": qvel[:, 6:],
+        "accelerations": (qvel[:, 6:] - np.float64(state.data.qvel[:, 6:])) / 0.02, "action": action,
+        "action_before": info["action"], "stance": (phase < 0.55) | stands, "reference": reference, **readings}
+    rows = unitree.Motion(**{name: jnp.asarray(column) for name, column in rows.items()})
+    terms = jax.vmap(partial(unitree.reward_terms, ROBOT))(rows)
+    for name, term in terms.items():
+        np.testing.assert_allclose(new.metrics[name], term, rtol=1e-3, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(new.reward, np.maximum(sum(terms.values()), 0), rtol=1e-3, atol=1e-4)
+    error = np.linalg.norm(np.asarray(rows.velocity - rows.command)[:, :2], axis=1)
+    np.testing.assert_allclose(new.metrics["error_velocity"], error, atol=1e-4)
+    error = np.abs(rows.command[:, 2] - rows.rates[:, 2])
+    np.testing.assert_allclose(new.metrics["error_yaw"], error, atol=1e-3)
+    assert (new.reward > 0).any() and len(new.metrics) == len(terms) + 2
+    expected = [observe_by_hand(qpos[i], qvel[i], info["command"][i], action[i], elapsed[i, 0]) for i in range(WORLDS)]
+    np.testing.assert_allclose(new.obs["critic"][:, 3:], expected, atol=1e-5)
+    np.testing.assert_allclose(new.obs["critic"][:, :3], 2 * np.asarray(rows.velocity), atol=1e-5)
+
+def test_same_input_same_output(step, moments):
+    assert_same(step(*moments), step(*moments))
+
+# ---- Symmetry
+
+SIDES = np.r_[6:12, :6]  # of the joints, each leg in the other one's place
+SIGNS = np.array([-1 if re.search("roll|yaw", body["name"]) else 1 for body in BODIES[1:]])
+
+def mirror_joints(x):
+    return np.asarray(x)[..., SIDES] * SIGNS
+
+def mirror_state(state):
+    """The worlds as a mirror at the plane y = 0 shows them, half a gait period later."""
+    data, info = state.data, state.info
+    flip = {"qpos": [1, -1, 1, 1, -1, 1, -1], "qvel": [1, -1, 1, -1, 1, -1], "qacc_warmstart": [1, -1, 1, -1, 1, -1]}
+    mirrored = {name: jnp.concatenate([
+        getattr(data, name)[:, :len(signs)] * np.array(signs), mirror_joints(getattr(data, name)[:, len(signs):])],
+        axis=1) for name, signs in flip.items()}
+    return with_info(
+        state.replace(data=data.replace(**mirrored)), command=info["command"] * np.array([1, -1, -1]),
+        elapsed=info["elapsed"] + 20, action=jnp.array(mirror_joints(info["action"])))
+
+def test_mirrored_twice_is_the_original():
+    """The mirror's maps are involutions, in NumPy and JAX, and no number stays where it is but those in the plane."""
+    random = np.random.default_rng(0)
+    for mirror, size, kept in ((unitree.mirror_action, 12, 0), (unitree.mirror_observation, 47, 4)):
+        x = random.standard_normal((5, size))
+        for xp in (np, jnp):
+            once = mirror(ROBOT, xp.asarray(x), xp)
+            np.testing.assert_allclose(mirror(ROBOT, once, xp), x, rtol=1e-6)
+            assert (np.isclose(once, x).all(axis=0)).sum() == kept
+    np.testing.assert_array_equal(unitree.mirror_action(ROBOT, x[:, :12], np), mirror_joints(x[:, :12]))
+    low, high = unitree.joint_array(ROBOT, "limits").T
+    np.testing.assert_allclose(np.minimum(*(unitree.mirror_action(ROBOT, x, np) for x in (low, high))), low)
+    np.testing.assert_allclose(unitree.mirror_action(ROBOT, DEFAULT, np), DEFAULT)
+
+def mirror_errors(step, env, moments) -> dict[str, float]:
+    """How far the mirrored worlds' next states are from the mirrored next states, at most."""
+    state, action = moments
+    domain = jax.tree.map(lambda x: jnp.tile(x[:8], 2) if x.ndim == 1 else x, state.info["domain"])
+    state = with_info(state, domain=domain)
+    twin = mirror_state(state)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a[:8], b[:8]]), state, twin)
+    new = step(both, np.concatenate([action[:8], mirror_joints(action[:8])]), env)
+    right, left = (jax.tree.map(lambda x, half=half: x[half], new) for half in (slice(8), slice(8, 16)))
+    expected = mirror_state(right)
+    critic = np.concatenate([right.obs["critic"][:, :3] * np.array([1, -1, 1]),
+                             unitree.mirror_observation(ROBOT, right.obs["critic"][:, 3:])], axis=1)
+    pairs = {"qpos": (expected.data.qpos, left.data.qpos), "qvel": (expected.data.qvel, left.data.qvel),
+             "observation": (critic, left.obs["critic"]), "reward": (right.reward, left.reward)}
+    pairs |= {name: (right.metrics[name], left.metrics[name]) for name in right.metrics}
+    assert np.abs(np.asarray(right.data.qpos - left.data.qpos)).max() > 0.1
+    return {name: float(np.abs(np.asarray(a) - np.asarray(b)).max()) for name, (a, b) in pairs.items()}
+
+def without_payload(robot: str):
+    return unitree.Env(unitree.Args(robot=robot, added_mass=(0.0, 0.0), shifted_center=0.0))
+
+def test_mirrored_step_of_a_symmetric_robot(step, moments, monkeypatch):
+    """A robot without the real one's asymmetries moves in the mirror as the mirror shows it, as do its observation and
+    every reward."""
+    (x, _, z), (w, _, tilt, _) = ROBOT.center, ROBOT.principal
+    robot = dataclasses.replace(ROBOT, center=(x, 0.0, z), principal=(w, 0.0, tilt, 0.0), right={})
+    monkeypatch.setitem(unitree.ROBOTS, "symmetric", robot)
+    errors = mirror_errors(step, without_payload("symmetric"), moments)
+    limits = {"qpos": 5e-6, "qvel": 5e-4, "observation": 1e-4}
+    assert all(error < limits.get(name, 1e-3) for name, error in errors.items()), errors
+
+def test_mirrored_step_of_the_real_robot(step, moments):
+    """The real one's base and knees are not quite symmetric, by 0.2 mm and 0.1%: its mirrored step is near."""
+    errors = mirror_errors(step, without_payload("g1"), moments)
+    assert 1e-5 < errors["qpos"] < 5e-3 and 1e-3 < errors["qvel"] < 0.5, errors
+
+# ---- Randomisation, endings and a free robot, in the same step
+
+UNUSED = {".dof_M0", ".actuator_acc0", ".cam_poscom0", ".light_poscom0",  # for muscles and pictures
+          *(f".stat.{name}" for name in ("meaninertia", "meanmass", "meansize", "extent", "center"))}
+
+def test_payloads_are_compiled_models(env):
+    """Each payload's fields, put into MJX's model, make the model that MuJoCo compiles from MJCF with that base."""
+    masses, centers = env.payloads["body_mass"][:, 1] - ROBOT.mass, env.payloads["body_ipos"][:, 1] - ROBOT.center
+    assert len(masses) == unitree.NUM_PAYLOADS and -1 <= masses.min() < -0.7 and 2.7 < masses.max() <= 3
+    assert (np.abs(centers).max(axis=0) <= 0.03).all() and (np.abs(centers).max(axis=0) > 0.025).all()
+    for row in range(0, unitree.NUM_PAYLOADS, 13):
+        compiled = mjx.put_model(c_model(env, row), impl="jax")
+        ours = env.model.replace(**{name: jnp.asarray(values[row]) for name, values in env.payloads.items()})
+        unequal, same = [], 0
+        for (path, mine), other in zip(jax.tree.flatten_with_path(ours)[0], jax.tree.leaves(compiled), strict=True):
+            equal = np.allclose(mine, other, rtol=1e-6, atol=1e-9)
+            same, unequal = same + equal, unequal + [] if equal else [*unequal, jax.tree_util.keystr(path)]
+        assert same > 100 and set(unequal) <= UNUSED, unequal
+    usual = mjx.put_model(unitree.training_model(ROBOT, 4), impl="jax")
+    assert_same(env.model, usual)  # drawing payloads leaves the robot as it was
+
+def test_every_randomised_number_changes_the_physics(step, moments):
+    """Worlds that differ in one number of their domain go apart; equal ones do not."""
+    (state, action), names = moments, sorted(moments[0].info["domain"])
+    contact = int(np.argmin(np.asarray(state.data.qpos[:, 2])))
+    alike = jax.tree.map(lambda x: jnp.stack([x[contact]] * WORLDS), state)
+    alike = alike.replace(data=alike.data.replace(qvel=alike.data.qvel.at[:, 0].set(1.0)))
+    usual = {"friction": 0.8, "payload": 0, "stiffness": 1.0, "damping": 1.0, "strength": 1.0, "delay": 0}
+    other = {"friction": 0.4, "payload": 1, "stiffness": 1.1, "damping": 1.1, "strength": 0.9, "delay": 2}
+    assert names == sorted(other)
+    changed = {name: jnp.array([other[name] if i == world else usual[name] for world in range(WORLDS)])
+               for i, name in enumerate(names)}
+    data = step(with_domain(alike, **changed), np.tile(action[contact], (WORLDS, 1))).data
+    for i, name in enumerate(names):
+        assert np.abs(np.asarray(data.qvel[i] - data.qvel[-1])).max() > 1e-3, name
+    np.testing.assert_array_equal(data.qvel[len(names)], data.qvel[-1])
+
+def test_pd_holds_a_floating_robot(env, step, starts):
+    """Without gravity and delay, high above the floor, joints come to rest at their targets, whatever their gains."""
+    floating = copy.copy(env)
+    floating.model = env.model.replace(opt=env.model.opt.replace(gravity=jnp.zeros(3)))
+    targets = DEFAULT + 0.3 * np.random.default_rng(0).uniform(*(RANGE - DEFAULT[:, None]).T, (WORLDS, 12)).clip(-1, 1)
+    state = with_domain(starts, delay=jnp.zeros(WORLDS, jnp.int32))
+    state = state.replace(data=state.data.replace(qpos=state.data.qpos.at[:, 2].set(5.0)))
+    for _ in range(195):
+        state = step(state, (targets - DEFAULT) / FACTS["action_scale"], floating)
+    np.testing.assert_allclose(state.data.qpos[:, 7:], targets, atol=5e-3)
+    assert np.abs(state.data.qvel[:, 6:]).max() < 0.05 and not state.info["broken"].any()
+
+def test_broken_world_leaves_the_others_alone(step, moments):
+    """NaN or an absurd speed in one world changes no bit of another; that world ends its episode, earns nothing and
+    shows its last observation."""
+    (state, action), expected = moments, step(*moments)
+    qvel = state.data.qvel.at[3, 0].set(jnp.nan).at[5, 8].set(1e4)
+    qpos = state.data.qpos.at[7, 1].set(jnp.inf)
+    new = step(state.replace(data=state.data.replace(qpos=qpos, qvel=qvel)), action)
+    broken = np.isin(np.arange(WORLDS), [3, 5, 7])
+    np.testing.assert_array_equal(new.info["broken"], broken)
+    assert_same(*(jax.tree.map(lambda x: as_numpy(x)[~broken], x) for x in (new, expected)))
+    assert (new.done[broken] == 1).all() and (new.reward[broken] == 0).all() and not expected.info["broken"].any()
+    for name in ("actor", "critic"):
+        np.testing.assert_array_equal(new.obs[name][broken], state.obs[name][broken])
+    assert all(not np.asarray(new.metrics[name])[broken].any() for name in new.metrics)
+    late = step(with_info(state, elapsed=jnp.full(WORLDS, 999)), action)
+    assert late.info["truncated"].all() and not expected.info["truncated"].any()
+
+def test_has_fallen_by_tilt_and_height():
+    """A robot tilted by more than 0.8 rad about any horizontal axis, heading anywhere, or with its base below 0.5 m."""
+    random = np.random.default_rng(0)
+    for angle, low, fallen in ((0.79, 0.51, False), (0.81, 0.51, True), (0.79, 0.49, True), (3.0, 2.0, True)):
+        rows = []
+        for _ in range(20):
+            way, heading = random.uniform(0, 2 * np.pi, 2)
+            tilt = np.append(math.cos(angle / 2), math.sin(angle / 2) * np.array([math.cos(way), math.sin(way), 0]))
+            quat = np.zeros(4)
+            mujoco.mju_mulQuat(quat, np.array([math.cos(heading / 2), 0, 0, math.sin(heading / 2)]), tilt)
+            rows.append(np.concatenate([[9, -9, low], quat, random.standard_normal(12)]))
+        np.testing.assert_array_equal(unitree.has_fallen(ROBOT, np.array(rows), np), fallen)
+        np.testing.assert_array_equal(unitree.has_fallen(ROBOT, jnp.array(rows)), fallen)
+
+# ---- Episodes, on an environment that takes no time: its joints follow a simple law, its base stays where it is
+
+class Toy(unitree.Env):
+    """Its worlds' feet are near 8 cm, on the floor or not as the knees say."""
+    def advance(self, data, action, action_before, domain):
+        knees, qpos = data.qpos[np.array([10, 16])], data.qpos.at[7:].add(0.02 * data.qvel[6:])
+        speeds = 0.8 * data.qvel[6:] + domain["strength"] * (self.default + 0.25 * action - data.qpos[7:])
+        return data.replace(qpos=qpos, qvel=data.qvel.at[6:].set(speeds)), {
+            "torque": action, "contact": knees < 0.3, "foot_height": 0.05 + 0.1 * knees,
+            "foot_velocity": jnp.zeros((2, 3))}
+
+class Short(Toy):
+    TIME_LIMIT = 5
+
+NOTHING = unitree.Args(
+    command_x=(0.0, 0.0), command_y=(0.0, 0.0), command_yaw=(0.0, 0.0), push_speed=0.0, friction=(0.8, 0.8),
+    added_mass=(0.0, 0.0), shifted_center=0.0, gain_noise=0.0, strength_noise=0.0, action_delay=0.0, obs_noise=0.0)
+USUAL = unitree.Args(num_envs=64, num_steps=8, num_minibatches=4, update_epochs=2, total_timesteps=2048,
+                     hidden_sizes=(16,))
+
+@functools.cache
+def make(kind, args):
+    return kind(args)
+
+@functools.cache
+def make_reset(env):
+    """Keys [1000] -> states."""
+    return jax.jit(jax.vmap(env.reset)).lower(jax.random.split(jax.random.key(0), 1000)).compile(QUICK)
+
+def reset_worlds(env, count: int):
+    return jax.tree.map(lambda x: x[:count], make_reset(env)(jax.random.split(jax.random.key(0), 1000)))
+
+def path(env, state, steps: int):
+    """The states after each step without action: [steps, N, ...], as NumPy arrays."""
+    def step(state, _):
+        state = jax.vmap(env.step)(state, jnp.zeros((len(state.reward), 12)))
+        return state, state
+    return jax.tree.map(as_numpy, run(lambda state: jax.lax.scan(step, state, length=steps)[1], state))
+
+@pytest.mark.parametrize(("args", "commands", "pushes"), [
+    (USUAL, 250, 200), (dataclasses.replace(USUAL, command_every=0.1, push_every=0.06), 5, 3), (NOTHING, 0, 0)])
+def test_commands_and_pushes_come_on_schedule(args, commands, pushes):
+    """Every 5 s another command, every 4 s a push of at most 0.5 m/s along each axis, at no other time; by other
+    settings at theirs; where their ranges are 0, never. The old command is what a step is rewarded for."""
+    env, steps = make(Toy, args), 2 * commands or 60
+    start = reset_worlds(env, 32)
+    states = path(env, start, steps)
+    command, speed = (np.concatenate([as_numpy(first)[None], rest]) for first, rest in (
+        (start.info["command"], states.info["command"]), (start.data.qvel[:, :6], states.data.qvel[:, :, :6])))
+    changed = (command[1:] != command[:-1]).any(axis=-1)
+    kicked = speed[1:] - speed[:-1]
+    for moved, period in ((changed, commands), (kicked[:, :, 0] != 0, pushes), (kicked[:, :, 1] != 0, pushes)):
+        for elapsed in range(1, steps + 1):
+            share = moved[elapsed - 1].mean()
+            assert share > 0.8 if period and elapsed % period == 0 else share == 0, elapsed
+    assert not kicked[:, :, 2:].any() and (np.abs(kicked).max() > 0.45 if pushes else not kicked.any())
+    assert np.abs(kicked).max() <= 0.5 + 1e-6
+    np.testing.assert_allclose(states.obs["critic"][:, :, 9:12], command[1:] * [2, 2, 0.25], rtol=1e-6)
+    velocity = [rotation(quat).T @ v for quat, v in zip(
+        states.data.qpos[:, :, 3:7].reshape(-1, 4), speed[1:, :, :3].reshape(-1, 3), strict=True)]
+    error = np.linalg.norm(np.reshape(velocity, speed[1:, :, :3].shape)[..., :2] - command[:-1, :, :2], axis=-1)
+    np.testing.assert_allclose(states.metrics["error_velocity"], error, atol=1e-5)
+
+def test_commands_cover_their_ranges():
+    """Some say to stand, slow ones lose their planar part, the rest is uniform in its range."""
+    args, keys = USUAL, jax.random.split(jax.random.key(0), 4000)
+    command = np.asarray(run(jax.vmap(make(Toy, args).draw_command), keys))
+    planar, standing = np.linalg.norm(command[:, :2], axis=1), (command == 0).all(axis=1)
+    assert standing.mean() == pytest.approx(args.standing, abs=0.02)
+    assert not ((planar > 0) & (planar <= 0.1)).any() and 0.01 < ((planar == 0) & ~standing).mean() < 0.05
+    for values, (low, high) in zip(command.T, (args.command_x, args.command_y, args.command_yaw), strict=True):
+        values, edge = values[~standing & (planar > 0)], 0.02 * (high - low)
+        assert low <= values.min() < low + edge and high - edge < values.max() <= high
+        assert values.mean() == pytest.approx((low + high) / 2, abs=2 * edge)
+
+def test_domains_cover_their_ranges():
+    """Every episode has its own body; with all ranges at 0, each has the robot's."""
+    args, count = USUAL, 1000
+    domain = reset_worlds(make(Toy, args), count).info["domain"]
+    ranges = {"friction": args.friction} | dict.fromkeys(("stiffness", "damping", "strength"), (0.9, 1.1))
+    for name, (low, high) in ranges.items():
+        values = domain[name]
+        assert low - 1e-6 <= values.min() < low + 0.01 and high - 0.01 < values.max() <= high + 1e-6
+        assert values.mean() == pytest.approx((low + high) / 2, rel=0.03)
+    numbers = np.stack([domain[name] for name in (*ranges, "payload")])
+    assert np.abs(np.corrcoef(numbers) - np.eye(5)).max() < 0.15  # each is drawn for itself
+    np.testing.assert_array_equal(np.unique(domain["payload"]), np.arange(unitree.NUM_PAYLOADS))
+    np.testing.assert_array_equal(np.unique(domain["delay"]), np.arange(args.decimation + 1))
+    assert np.bincount(domain["delay"]).min() > 0.15 * count
+    half = Toy(dataclasses.replace(args, action_delay=0.5, decimation=10))
+    delays = run(jax.vmap(half.draw_domain), jax.random.split(jax.random.key(0), 200))["delay"]
+    np.testing.assert_array_equal(np.unique(delays), np.arange(6))
+    env = make(Toy, NOTHING)
+    domain = reset_worlds(env, 50).info["domain"]
+    for name, value in {"friction": 0.8, "stiffness": 1, "damping": 1, "strength": 1, "delay": 0}.items():
+        np.testing.assert_allclose(domain[name], value, rtol=1e-6)
+    for name, values in env.payloads.items():
+        robots = getattr(unitree.training_model(ROBOT, 4), name)
+        np.testing.assert_allclose(values, np.stack([robots] * unitree.NUM_PAYLOADS), rtol=1e-9)
+
+def test_resets():
+    """Joints at 50 to 150% of their default, the base level, 1.6 cm above the floor and moving; the same key gives the
+    same start, another one another."""
+    first = reset_worlds(make(Toy, USUAL), 1000)
+    assert_same(first, reset_worlds(make(Toy, USUAL), 1000))
+    qpos, qvel = np.asarray(first.data.qpos), np.asarray(first.data.qvel)
+    np.testing.assert_allclose(qpos[:, :7], np.tile([0, 0, 0.8, 1, 0, 0, 0], (1000, 1)), atol=1e-6)
+    factor = qpos[:, 7:][:, DEFAULT != 0] / DEFAULT[DEFAULT != 0]
+    assert 0.499 < factor.min() < 0.51 and 1.49 < factor.max() < 1.501 and not qpos[:, 7:][:, DEFAULT == 0].any()
+    fastest = np.abs(qvel[:, :6]).max(axis=0)
+    assert not qvel[:, 6:].any() and (fastest <= 0.5).all() and (fastest > 0.49).all()
+    assert len(np.unique(qvel[:, :6].round(6))) > 5900 and len(np.unique(factor.round(6))) > 5500
+    assert not first.info["elapsed"].any() and not first.info["action"].any() and not first.done.any()
+    assert first.data.qacc_warmstart.shape == (1000, 18) and not first.data.qacc_warmstart.any()
+
+def test_vmap_changes_nothing():
+    """One world's step alone gives the numbers of many worlds' step, draws and all, and twice the same."""
+    env, random = make(Toy, USUAL), np.random.default_rng(0)
+    state = with_info(reset_worlds(env, 4), elapsed=jnp.array([0, 199, 249, 999]))
+    action = jnp.asarray(random.standard_normal((4, 12)), jnp.float32)
+    together, single = run(jax.vmap(env.step), state, action), jax.jit(env.step)
+    for i in range(4):
+        world = jax.tree.map(lambda x, i=i: x[i], (state, action))
+        alone, batch = single(*world), jax.tree.map(lambda x, i=i: x[i], together)
+        assert_same(alone, single(*world))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(
+            as_numpy(a), as_numpy(b), rtol=1e-5, atol=1e-6), alone, batch)
+
+def test_endings():
+    """A tilted or low robot has fallen, an upright one has not; step 1000 is at the time limit, and none before."""
+    env, half = make(Toy, NOTHING), 0.81 / 2
+    state = reset_worlds(env, 4)
+    qpos = state.data.qpos.at[1, 3:7].set(jnp.array([math.cos(half), 0, math.sin(half), 0])).at[2, 2].set(0.49)
+    qvel = state.data.qvel.at[0, 6:].set(20.0)
+    states = path(env, state.replace(data=state.data.replace(qpos=qpos, qvel=qvel)), 1001)
+    np.testing.assert_array_equal(states.done, np.tile([0, 1, 1, 0], (1001, 1)))
+    np.testing.assert_array_equal(states.info["truncated"], np.tile(np.arange(1, 1002)[:, None] >= 1000, 4))
+    assert not states.info["broken"].any() and (states.reward >= 0).all()
+    total = sum(value for name, value in states.metrics.items() if name.startswith("reward_"))
+    np.testing.assert_allclose(states.reward, np.maximum(total, 0), atol=1e-6)
+    assert (total < 0).any() and (total > 0).any()
+
+@functools.cache
+def make_state(env, mesh):
+    """The start of a run, as `train` builds it."""
+    shardings = jax.tree.map(partial(NamedSharding, mesh), unitree.STATE_SPEC)
+    init = jax.jit(unitree.init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
+    key = jax.random.key(env.args.seed)
+    return init.lower(env.args, env, key).compile(QUICK)(key)
+
+@functools.cache
+def run_rollout(env, mesh):
+    def one_device(state):
+        return unitree.rollout(env.args, env, state.learner, state.worlds)
+    specs = {"in_specs": (unitree.STATE_SPEC,), "out_specs": (P("devices"), P(None, "devices"))}
+    program = jax.shard_map(one_device, mesh=mesh, check_vma=False, **specs)
+    return jax.tree.map(as_numpy, run(program, make_state(env, mesh)))
+
+def test_rollout_of_short_episodes(make_mesh):
+    """Observations follow each other, ends are kept, the next episode starts elsewhere; only whole ones are counted."""
+    env, mesh = make(Short, USUAL), make_mesh(1)
+    state, (worlds, steps) = make_state(env, mesh), run_rollout(env, mesh)
+    started = as_numpy(state.worlds.env_state.info["elapsed"])
+    assert set(started) == set(range(5)) and not steps.terminated.any()
+    time = started + np.arange(1, 9)[:, None]
+    np.testing.assert_array_equal(steps.done, time % 5 == 0)
+    np.testing.assert_array_equal(steps.end.env_state.info["truncated"], steps.done)
+    np.testing.assert_array_equal(steps.finished, (time == 10) | (time == 5) & (started == 0))
+    assert steps.finished.any() and (steps.done & ~steps.finished).any()
+    for name in ("actor", "critic"):
+        after = np.concatenate([steps.obs[name][1:], worlds.env_state.obs[name][None]])
+        same = np.isclose(after, steps.end.env_state.obs[name], rtol=1e-5, atol=1e-5).all(axis=-1)
+        np.testing.assert_array_equal(same, ~steps.done)
+    starts = np.concatenate([steps.obs["critic"][0], steps.obs["critic"][1:][steps.done[:-1]]])
+    assert len(np.unique(starts, axis=0)) == len(starts) > 128  # also of one world
+    rewards, late = steps.end.env_state.reward, started == 2  # these end after 3 and 8 steps
+    np.testing.assert_allclose(steps.end.episode_return[7, late], rewards[3:, late].sum(axis=0), rtol=1e-4)
+    powers = USUAL.gamma ** np.arange(5)[::-1, None]
+    np.testing.assert_allclose(
+        steps.end.discounted_return[7, late], (powers * rewards[3:, late]).sum(axis=0), rtol=1e-4)
+    np.testing.assert_array_equal(steps.end.episode_length[7, late], 5)
+    stats = jax.tree.map(as_numpy, state.learner.obs_stats["actor"])
+    mean = unitree.make_networks(USUAL, env)[0].apply(
+        state.learner.params["actor"], unitree.normalize(stats, steps.obs["actor"]))
+    np.testing.assert_allclose(steps.mean, mean, atol=1e-5)
+    noise = (steps.action - steps.mean) / np.exp(USUAL.init_log_std)
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert len(np.unique(noise.round(5))) > 0.9 * noise.size  # no two worlds or steps share their noise
+
+def test_two_devices_give_the_same_rollout(make_mesh):
+    """The worlds do not notice how many devices share them."""
+    one, two = (run_rollout(make(Short, USUAL), make_mesh(devices)) for devices in (1, 2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one, two)
+
+def test_broken_world_does_not_reach_the_networks(make_mesh):
+    """Training on two devices goes on with finite numbers, counts the reset, and keeps one learner. The worlds' clocks
+    start at random, so that their time limits do not come all at once."""
+    env, mesh = make(Toy, USUAL), make_mesh(2)
+    state = make_state(env, mesh)
+    elapsed, data = as_numpy(state.worlds.env_state.info["elapsed"]), state.worlds.env_state.data
+    assert 0 <= elapsed.min() < 100 and 900 < elapsed.max() < 1000 and len(np.unique(elapsed)) > 50
+    data = data.replace(qvel=jax.device_put(data.qvel.at[3, 0].set(jnp.nan), data.qvel.sharding))
+    worlds = state.worlds.replace(env_state=state.worlds.env_state.replace(data=data))
+    state = state.replace(worlds=worlds)
+    state, metrics = unitree.train_iteration.lower(USUAL, env, mesh, state).compile(QUICK)(state)
+    assert metrics["charts/nan_resets"] == 1 and metrics["charts/falls"] == 1
+    assert all(np.isfinite(as_numpy(x)).all() for x in jax.tree.leaves(state))
+    assert all(np.isfinite(x) for name, x in metrics.items() if not name.startswith("charts/episodic"))
+    np.testing.assert_array_equal(state.worlds.broken, np.arange(64) == 3)
+    assert state.learner.obs_stats["actor"].count == pytest.approx(512, rel=1e-3) and int(state.learner.iteration) == 1
+    for leaf in jax.tree.leaves(state.learner):
+        np.testing.assert_array_equal(*(as_numpy(shard.data) for shard in leaf.addressable_shards))
+
+def random_policy(seed: int) -> dict[str, np.ndarray]:
+    """Arrays as in policy.npz, of a network that does something of its own in every state."""
+    random, sizes = np.random.default_rng(seed), (47, 32, 16, 12)
+    policy = {"obs_mean": random.normal(0, 0.1, 47), "obs_var": random.uniform(0.5, 2, 47)}
+    for i, (rows, columns) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        policy |= {f"w{i}": random.normal(0, 1 / math.sqrt(rows), (rows, columns)),
+                   f"b{i}": random.normal(0, 0.1, columns)}
+    return {name: values.astype(np.float32) for name, values in policy.items()}
+
+# ---- Loss and update
+
+TINY = types.SimpleNamespace(  # all that the loss asks of an environment: here with one joint a leg, about x
+    action_size=2, observation_size=17,
+    robot=types.SimpleNamespace(leg=[types.SimpleNamespace(axis="1 0 0")], joints={"left": None, "right": None}))
+
+def dense(random, *sizes) -> dict:
+    return {"params": {f"Dense_{i}": {"kernel": jnp.asarray(0.3 * random.standard_normal(shape), jnp.float32),
+                                      "bias": jnp.asarray(0.3 * random.standard_normal(shape[1]), jnp.float32)}
+                       for i, shape in enumerate(zip(sizes[:-1], sizes[1:], strict=True))}}
+
+def by_hand(layers: dict, stats, x) -> np.ndarray:
+    """A network of one hidden ELU layer on normalised observations, in double precision."""
+    first, last = (jax.tree.map(np.float64, layers["params"][name]) for name in ("Dense_0", "Dense_1"))
+    x = np.clip((x - np.float64(stats.mean)) / np.sqrt(np.float64(stats.var) + 1e-8), -10, 10)
+    x = x @ first["kernel"] + first["bias"]
+    return np.where(x > 0, x, np.exp(x) - 1) @ last["kernel"] + last["bias"]
+
+def tiny_learner(random, hidden: int = 3):
+    def stats(size: int):
+        return unitree.RunningStats(
+            jnp.float32(9), *(jnp.asarray(random.uniform(0.5, 1.5, size), jnp.float32) for _ in range(2)))
+    params = {"actor": dense(random, 17, hidden, 2), "critic": dense(random, 20, hidden, 1)}
+    params["log_std"] = jnp.array([-0.5, -0.3])
+    return unitree.Learner(params, None, jnp.float32(1e-3), {"actor": stats(17), "critic": stats(20)}, None,
+                           jax.random.key(0), jnp.array(0))
+
+@pytest.mark.parametrize("mirror_coef", [0.0, 0.7])
+def test_loss_by_hand(mirror_coef):
+    """Three samples: a ratio clipped from above, one from below, one free; all terms from first principles."""
+    random = np.random.default_rng(0)
+    learner = tiny_learner(random)
+    params = learner.params | {"log_std": jnp.array([-0.4, -0.6])}
+    actor_obs, critic_obs = random.standard_normal((3, 17)), random.standard_normal((3, 20))
+    mean, value = by_hand(params["actor"], learner.obs_stats["actor"], actor_obs), by_hand(
+        params["critic"], learner.obs_stats["critic"], critic_obs)[:, 0]
+    std, old_std = np.exp([-0.4, -0.6]), np.exp([-0.5, -0.3])
+    action, ratio = mean + std * [[1.5, -1.2], [-1.3, 1.6], [1.4, 1.4]], np.array([1.5, 0.6, 1.1])
+    density = np.prod(np.exp(-0.5 * ((action - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi)), axis=1)
+    old_mean = action.copy()  # such that the old policy's density is density / ratio: off along the first number alone
+    old_mean[:, 0] += old_std[0] * np.sqrt(-2 * np.log(density / ratio * np.prod(old_std) * 2 * math.pi))
+    advantage, target = np.array([2.0, -1.0, 0.5]), np.array([1.5, -0.5, 3.0])
+    args = unitree.Args(hidden_sizes=(3,), clip_coef=0.2, vf_coef=0.5, mirror_coef=mirror_coef)
+    batch = unitree.Batch(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (
+        {"actor": actor_obs, "critic": critic_obs}, action, old_mean, advantage, target)))
+    loss, metrics = unitree.ppo_loss(args, TINY, learner, params, batch, 0.01)
+
+    grid = np.linspace(-12, 12, 200_001)
+    def divergence(m0, s0, m1, s1):  # of two normal densities, by integration
+        log0, log1 = (-0.5 * ((grid - m) / s) ** 2 - math.log(s) for m, s in ((m0, s0), (m1, s1)))
+        return (np.exp(log0) * (log0 - log1)).sum() * (grid[1] - grid[0]) / math.sqrt(2 * math.pi)
+    kl = sum(divergence(old_mean[i, j], old_std[j], mean[i, j], std[j]) for i in range(3) for j in range(2)) / 3
+    seen = actor_obs * [-1, 1, -1, 1, -1, 1, 1, -1, -1, *8 * [1]]  # rates, gravity, command; then joints, both legs
+    seen[:, 9:15] = -actor_obs[:, [10, 9, 12, 11, 14, 13]]
+    seen[:, 15:] = -actor_obs[:, 15:]  # the clock
+    mirrored = by_hand(params["actor"], learner.obs_stats["actor"], seen)
+    policy_loss = -(2.0 * 1.2 + -1.0 * 0.8 + 0.5 * 1.1) / 3  # ratios 1.5, 0.6 and 1.1, clipped where that is worse
+    entropy = np.log(std * math.sqrt(2 * math.pi * math.e)).sum()
+    expected = {
+        "losses/policy_loss": policy_loss, "losses/value_loss": 0.5 * ((value - target) ** 2).mean(),
+        "losses/entropy": entropy, "losses/clipfrac": 2 / 3, "losses/kl": kl}
+    if mirror_coef:
+        expected["losses/mirror_loss"] = ((mirrored + mean[:, ::-1]) ** 2).mean()
+    expected["losses/loss"] = (policy_loss - 0.01 * entropy + 0.5 * expected["losses/value_loss"]
+                               + mirror_coef * expected.get("losses/mirror_loss", 0))
+    assert metrics.keys() == expected.keys() and expected.get("losses/mirror_loss", 1) > 0.1
+    for name, number in expected.items():
+        np.testing.assert_allclose(metrics[name], number, rtol=1e-3, err_msg=name)
+    assert loss == metrics["losses/loss"]
+
+UPDATE_ARGS = unitree.Args(
+    hidden_sizes=(3,), num_envs=4, num_steps=4, num_minibatches=1, update_epochs=1, mirror_coef=0.0,
+    total_timesteps=16 * 4, ent_coef=0.02, final_ent_coef=0.01, learning_rate=1e-3, desired_kl=0.01, vf_coef=1.0)
+
+@pytest.fixture(scope="module")
+def update(make_mesh):
+    """(args, rate, iteration, KL divergence of the first minibatch) -> learner and metrics, and the learner before."""
+    programs = {}
+    def run(args, rate: float = 1e-3, iteration: int = 0, kl: float = 0.0):
+        random = np.random.default_rng(0)
+        learner = tiny_learner(random)
+        opt_state = unitree.make_optimizer(args).init(jax.flatten_util.ravel_pytree(learner.params)[0])
+        learner = learner.replace(opt_state=opt_state, learning_rate=jnp.float32(rate), iteration=jnp.array(iteration))
+        obs = {"actor": random.standard_normal((16, 17)), "critic": random.standard_normal((16, 20))}
+        mean = by_hand(learner.params["actor"], learner.obs_stats["actor"], obs["actor"])
+        old_mean = mean + [math.exp(-0.5) * math.sqrt(2 * kl), 0]  # at equal std, the divergence is (shift / std)^2 / 2
+        action, (advantage, target) = mean + random.standard_normal((16, 2)), random.standard_normal((2, 16))
+        batch = unitree.Batch(*jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float32), (obs, action, old_mean, advantage, target)))
+        if args not in programs:
+            program = jax.shard_map(partial(unitree.update_epochs, args, TINY), mesh=make_mesh(1), in_specs=(P(), P()),
+                                    out_specs=(P(), P()), check_vma=False)
+            programs[args] = jax.jit(program).lower(learner, batch).compile(QUICK)
+        return *programs[args](learner, batch), learner
+    return run
+
+@pytest.mark.parametrize(("rate", "factor", "expected"), [
+    (1e-3, 0.4, 1.5e-3), (1e-3, 0.6, 1e-3), (1e-3, 1.9, 1e-3), (1e-3, 2.1, 1e-3 / 1.5), (8e-3, 0.1, 1e-2),
+    (1.2e-5, 3.0, 1e-5)])
+def test_step_size_follows_the_kl_divergence(update, rate, factor, expected):
+    """rsl_rl's rule, at its four edges and two bounds, for the iterations that follow."""
+    learner, metrics, before = update(UPDATE_ARGS, rate=rate, kl=0.01 * factor)
+    assert metrics["losses/kl"] == pytest.approx(0.01 * factor, rel=1e-3)
+    assert learner.learning_rate == pytest.approx(expected, rel=1e-5)
+    moved = np.abs(np.concatenate([np.ravel(a - b) for a, b in zip(
+        jax.tree.leaves(learner.params), jax.tree.leaves(before.params), strict=True)]))
+    assert moved.max() == pytest.approx(rate, rel=0.05)  # Adam's first step; small numbers round the rest
+    assert metrics["charts/learning_rate"] == before.learning_rate and int(learner.iteration) == 1
+
+def test_step_size_without_a_divergence_falls_linearly(update):
+    """Without --desired-kl, to 0 at the end; what the divergence is does not matter."""
+    args = dataclasses.replace(UPDATE_ARGS, desired_kl=None, learning_rate=4e-3)
+    rates = [float(update(args, rate=1.0, iteration=i, kl=i / 10)[1]["charts/learning_rate"]) for i in range(4)]
+    np.testing.assert_allclose(rates, [4e-3, 3e-3, 2e-3, 1e-3], rtol=1e-5)
+
+def test_step_size_changes_once_an_iteration(update):
+    """By the mean divergence of all minibatches of all epochs."""
+    args = dataclasses.replace(UPDATE_ARGS, num_minibatches=2, update_epochs=3, desired_kl=100.0)
+    learner, _, _ = update(args, rate=2e-5)
+    assert learner.learning_rate == pytest.approx(3e-5, rel=1e-4) and int(learner.opt_state[1].count) == 6
+
+def test_entropy_bonus_falls_linearly(update):
+    """From --ent-coef to --final-ent-coef, over all iterations: read off the loss."""
+    seen = []
+    for iteration in range(4):
+        _, metrics, _ = update(UPDATE_ARGS, iteration=iteration)
+        terms = {name.removeprefix("losses/"): float(value) for name, value in metrics.items()}
+        seen.append((terms["policy_loss"] + terms["value_loss"] - terms["loss"]) / terms["entropy"])
+    np.testing.assert_allclose(seen, [0.02, 0.0175, 0.015, 0.0125], atol=1e-5)
+
+# ---- Whole runs
+
+LEARN = dataclasses.replace(  # to stand, on a robot that is always the same
+    NOTHING, num_devices=2, num_envs=384, num_steps=24, total_timesteps=30 * 384 * 24, friction=(1.0, 1.0), gamma=0.97,
+    num_minibatches=24, update_epochs=10, learning_rate=3e-3, desired_kl=0.1, ent_coef=0.0, init_log_std=-0.5,
+    hidden_sizes=(64, 64))
+
+@contextlib.contextmanager
+def watched(judge: bool):
+    """Keeps all states that `train` saves, in a list. judge: with the test in C MuJoCo at the end."""
+    states, real_save = [], unitree.save
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    def save(args, run_dir, checkpoints, state, policy):
+        states.append(jax.tree.map(as_numpy, state))
+        real_save(args, run_dir, checkpoints, state, policy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unitree, "save", save)
+        if judge:  # with one start for each command
+            patch.setattr(unitree, "GATE_STARTS", 1)
+        else:
+            patch.setattr(unitree, "judge", lambda *_: {"passed": False})
+        yield states
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+@pytest.fixture(scope="module")
+def trained(make_mesh, tmp_path_factory):
+    """The folder of a run on two devices, and its last state."""
+    make_mesh(2)
+    with watched(judge=False) as states:
+        run_dir, _ = unitree.train(dataclasses.replace(LEARN, runs_dir=str(tmp_path_factory.mktemp("runs"))))
+    return run_dir, states[-1]
+
+def load_policy(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+def episodes(step, state, policy: dict) -> np.ndarray:
+    """Returns of WORLDS episodes of at most 4 s; without a policy, of no action."""
+    alive, total = np.full(WORLDS, True), np.zeros(WORLDS)
+    for _ in range(199):
+        action = unitree.act(policy, np.asarray(state.obs["actor"])) if policy else np.zeros((WORLDS, 12))
+        state = step(state, action)
+        total += alive * np.asarray(state.reward)
+        alive &= np.asarray(state.done) == 0
+        if not alive.any():
+            break
+    return total
+
+def test_short_training_helps(trained, step, starts):
+    """After 30 iterations, a return is well above that of no action, by which the robot falls in about 1.2 s."""
+    usual = {"stiffness": 1.0, "damping": 1.0, "strength": 1.0, "friction": 1.0, "delay": 0, "payload": 0}
+    alike = {name: jnp.full_like(starts.info["domain"][name], value) for name, value in usual.items()}
+    start = with_domain(with_info(starts, command=jnp.zeros((WORLDS, 3))), **alike)
+    before, after = (episodes(step, start, policy).mean() for policy in ({}, load_policy(trained[0] / "policy.npz")))
+    assert after > 1.5 * before > 0, (before, after)  # observed: 6.1 and 2.2
+
+def test_run_folder(trained):
+    """Every iteration logs every metric, every reward's term among them; run.json tells how to repeat the run."""
+    run_dir, state = trained
+    log, iterations, steps = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload(), 30, 384 * 24
+    names = "policy_loss value_loss entropy clipfrac kl mirror_loss loss grad_norm explained_variance".split()
+    tags = {f"losses/{name}" for name in names} | {f"reward/{name}" for name in ROBOT.weights}
+    tags |= {f"charts/{name}" for name in ("learning_rate", "SPS", "nan_resets", "falls", "episodes_finished")}
+    for tag in tags:
+        events = log.Scalars(tag)
+        assert [event.step for event in events] == [steps * i for i in range(1, iterations + 1)], tag
+        assert all(math.isfinite(event.value) for event in events), tag
+    others = log.Tags()["scalars"]
+    assert tags | {"charts/episodic_return", "charts/episodic_length"} <= set(others)
+    assert all(event.value == 0 for event in log.Scalars("charts/nan_resets"))
+    best = 0.02 * ROBOT.weights["alive"]
+    np.testing.assert_allclose([event.value for event in log.Scalars("reward/alive")], best, rtol=1e-5)
+    np.testing.assert_allclose(state.learner.obs_stats["critic"].count, iterations * steps, rtol=1e-4)
+    run = json.loads((run_dir / "run.json").read_text())
+    assert len(run["devices"]) == 2 and run["versions"]["mujoco"] == run["versions"]["mujoco-mjx"]
+    assert unitree.read_run(run_dir) == dataclasses.replace(LEARN, runs_dir=str(run_dir.parent))
+    assert run["evaluation"] == {"passed": False} and run["train_s"] > 0
+
+def test_exported_policy_is_the_actor(trained, env, tmp_path):
+    """policy.npz, run by NumPy, acts as the trained network's mean, and so does the ONNX file."""
+    learner, policy = trained[1].learner, load_policy(trained[0] / "policy.npz")
+    obs = np.random.default_rng(0).normal(0, 3, (50, 47)).astype(np.float32)
+    obs[0] = 1e6  # beyond what the normaliser lets pass
+    actor, _ = unitree.make_networks(LEARN, env)
+    mean = actor.apply(learner.params["actor"], unitree.normalize(learner.obs_stats["actor"], obs))
+    assert np.ptp(mean) > 0.5
+    np.testing.assert_allclose(unitree.act(policy, obs), mean, atol=1e-5)
+    np.testing.assert_allclose(unitree.act(policy, obs[3]), mean[3], atol=1e-5)
+    onnx, file = pytest.importorskip("onnx"), tmp_path / "policy.onnx"
+    unitree.export_onnx(policy, file)
+    onnx.checker.check_model(onnx.load(file), full_check=True)
+    (action,) = pytest.importorskip("onnx.reference").ReferenceEvaluator(str(file)).run(None, {"obs": obs})
+    np.testing.assert_allclose(action, mean, atol=1e-5)
+    assert action.dtype == np.float32 and action.shape == (50, 12)
+
+def test_smoke_passes_and_resumed_is_uninterrupted(make_mesh, capsys, tmp_path, monkeypatch):
+    """--smoke goes through all stages on two devices, says so, and leaves nothing behind. Its two iterations, a
+    checkpoint and two more end in the state of four iterations to the bit."""
+    make_mesh(2)
+    monkeypatch.chdir(tmp_path)
+    jax.config.update("jax_disable_most_optimizations", True)  # less time to compile
+    with watched(judge=True) as states, pytest.raises(SystemExit) as stop:
+        unitree.main(["--smoke"])
+    jax.config.update("jax_disable_most_optimizations", False)
+    out = capsys.readouterr().out
+    assert stop.value.code == 0, out
+    stages = re.findall(r"(?m)^(pass|FAIL)  ([\w ]+): .*\S$", out)
+    assert [stage for _, stage in stages] == ["versions", "precision", "robot", "training", "resume", "C MuJoCo"]
+    assert {verdict for verdict, _ in stages} == {"pass"} and out.endswith("\nall is well\n")
+    assert not list(tmp_path.iterdir())
+    assert [int(state.learner.iteration) for state in states] == [2, 4, 4]
+    assert_same(states[1], states[2])
+    with pytest.raises(AssertionError):
+        assert_same(states[0].replace(learner=states[1].learner), states[1])  # the worlds have moved on
+
+# ---- Bad calls
+
+BAD_CALLS = [
+    "--robot r2d2", "--num-envs 0", "--num-devices 1000", "--num-minibatches 7", "--total-timesteps 100", "--gamma nan",
+    "--decimation 0", "--command-x 1.0 0.5", "--command-x 1.0", "--friction 0 1", "--added-mass -20 0",
+    "--action-delay 1.5", "--standing -0.1", "--obs-noise -1", "--push-every 0", "--command-every nan",
+    "--desired-kl -1", "--mirror-coef -1", "--hidden-sizes 0", "--init-log-std 1e6", "--no-such-flag", "stray",
+    "--resume missing", "--evaluate missing", "--evaluate garbage", "--resume started --gamma 0.5",
+    "--runs-dir a_file/below", "--export-onnx"]
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_bad_call_ends_with_one_line(tmp_path, monkeypatch, capsys, call):
+    """What cannot run is refused by code 2 and one line that names the culprit, and leaves nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(unitree.importlib.util, "find_spec", lambda name: None)  # no optional package is there
+    Path("a_file").touch()
+    for folder in ("garbage", "started"):
+        Path(folder).mkdir()
+        unitree.write_run(Path(folder), {"args": dataclasses.asdict(unitree.Args())})
+    Path("garbage", "policy.npz").write_bytes(b"garbage")
+    before = set(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        unitree.main(call.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and len(error) > 20
+    assert call.split()[0].removeprefix("--") in error or call.split()[-1] in error or "num-" in error
+    assert set(Path().rglob("*")) == before
+
+# ---- The policy on the robot's own computer
+
+def deploy(policy: dict, command, qpos, seconds: float) -> dict[str, np.ndarray]:
+    """The loop that Unitree's deployment in MuJoCo runs, written anew: the script gives the MJCF alone. Torques by hand
+    500 times a second, every tenth time a new action; until the first one, the default pose."""
+    model = unitree.load_model(ROBOT, 0.002)
+    data = mujoco.MjData(model)
+    data.qpos[:], target, action, rows = qpos, DEFAULT.copy(), np.zeros(12), []
+    layers = [(policy[f"w{i}"], policy[f"b{i}"]) for i in range(sum(name.startswith("w") for name in policy))]
+    for counter in range(1, round(seconds / 0.002) + 1):
+        data.ctrl[:] = (target - data.qpos[7:]) * KP + (0 - data.qvel[6:]) * KD
+        mujoco.mj_step(model, data)
+        if counter % 10 == 0:
+            w, x, y, z = data.qpos[3:7]
+            clock = 2 * math.pi * (counter * 0.002 % FACTS["gait_period"]) / FACTS["gait_period"]
+            obs = np.zeros(47)
+            obs[:3] = 0.25 * data.qvel[3:6]
+            obs[3:6] = 2 * (w * y - x * z), -2 * (w * x + y * z), 2 * (x * x + y * y) - 1
+            obs[6:9] = np.array(command) * [2, 2, 0.25]
+            obs[9:21], obs[21:33], obs[33:45] = data.qpos[7:] - DEFAULT, 0.05 * data.qvel[6:], action
+            obs[45:] = math.sin(clock), math.cos(clock)
+            hidden = np.clip((obs - policy["obs_mean"]) / np.sqrt(policy["obs_var"] + 1e-8), -10, 10)
+            for weights, biases in layers[:-1]:
+                hidden = hidden @ weights + biases
+                hidden = np.where(hidden > 0, hidden, np.exp(np.minimum(hidden, 0)) - 1)
+            action = hidden @ layers[-1][0] + layers[-1][1]
+            target = DEFAULT + FACTS["action_scale"] * action
+            velocity = rotation(data.qpos[3:7]).T @ data.qvel[:3]
+            rows.append({"action": action, "qpos": data.qpos.copy(), "velocity": np.append(velocity[:2], data.qvel[5])})
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+def test_deployment_loop_does_the_same():
+    """From the same start, the same policy takes the same way in Unitree's loop and in CMujocoEnv."""
+    original, policy, command = unitree.CMujocoEnv(ROBOT), random_policy(1), np.array([0.5, -0.2, 0.3])
+    original.reset(3)
+    seen = deploy(policy, command, original.data.qpos, 1.0)
+    original.step(np.zeros(12))  # until its first action, the loop holds the default pose
+    for t in range(49):
+        action = unitree.act(policy, original.observe(command))
+        np.testing.assert_allclose(action, seen["action"][t], atol=1e-6, err_msg=t)
+        np.testing.assert_allclose(original.data.qpos, seen["qpos"][t], atol=1e-6)
+        row = original.step(action)
+        np.testing.assert_allclose(row["velocity"], seen["velocity"][t + 1], atol=1e-5)
+    assert np.ptp(seen["action"], axis=0).min() > 0.1 and np.ptp(seen["qpos"], axis=0).min() > 0.01
+
+POLICY = SCRIPT.parent / "docs" / "g1_policy.npz"
+
+@pytest.mark.skipif(not POLICY.exists(), reason="no trained policy")
+@pytest.mark.parametrize("command", [(0.6, 0.0, 0.0), (0.0, 0.0, 0.0)])
+def test_trained_policy_in_the_deployment_loop(command):
+    """Ten seconds of Unitree's loop from Unitree's start, all joints at 0: it walks as it is told, or stands."""
+    start = np.array([0, 0, FACTS["file_height"], 1, *np.zeros(15)])
+    seen = deploy(load_policy(POLICY), command, start, 10.0)
+    up = np.array([rotation(quat)[2, 2] for quat in seen["qpos"][:, 3:7]])
+    assert seen["qpos"][:, 2].min() > 0.6 and up.min() > math.cos(0.5)  # no fall
+    if any(command):
+        mean = np.array([np.convolve(column, np.full(40, 1 / 40), "valid") for column in seen["velocity"][50:].T]).T
+        assert np.linalg.norm((mean - command)[:, :2], axis=1).mean() < 0.15  # m/s, means over a gait period
+        assert np.abs(mean[:, 2]).mean() < 0.2 and seen["qpos"][-1, 0] > 4
+    else:
+        assert np.linalg.norm(seen["qpos"][:, :2], axis=1).max() < 0.1
+
+@pytest.mark.parametrize(("change", "passed"), [
+    ({}, True), ({"falls": 1}, False), ({"error": 0.16}, False), ({"yaw": 0.21}, False), ({"drift": 0.11}, False),
+    ({"error": math.nan}, False)])
+def test_verdict(monkeypatch, capsys, change, passed):
+    """PASS takes every limit; errors are means over the walking commands without pushes, the drift is that of standing
+    without pushes, falls are all."""
+    good, calls = {"falls": 0, "error": 0.14, "yaw": 0.19, "drift": 0.09}, []
+    good |= dict.fromkeys(("sway", "jerk", "slip", "power"), 9.0)
+    def drive(original, policy, command, seed, push):
+        calls.append((tuple(command), seed, push))
+        other = {} if any(command) and not push else {"error": 5.0, "yaw": 5.0}
+        return good | other | ({"drift": 5.0} if push or any(command) else {}) | change
+    monkeypatch.setattr(unitree, "drive", drive)
+    result, out = unitree.judge(ROBOT, {}), capsys.readouterr().out
+    assert result["passed"] == passed and ("PASS" in out) == passed and ("FAIL" in out) != passed
+    assert len(set(calls)) == len(calls) == 2 * 8 * len(unitree.GATE)
+    assert {push for *_, push in calls} == {True, False} and {seed for _, seed, _ in calls} == set(range(8))
+    assert all(name in out for name in unitree.GATE)
+    if passed:
+        assert (result["error"], result["yaw"], result["drift"]) == pytest.approx((0.14, 0.19, 0.09))
+
+# ---- Source
+
+def test_robot_names_are_in_the_table_only():
+    """No code but ROBOTS and the settings knows a robot by name; docstrings and comments may."""
+    source = SCRIPT.read_text()
+    tree, kept = ast.parse(source), [True] * (len(source.splitlines()) + 1)
+    for node in ast.walk(tree):
+        table = isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "ROBOTS"
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if table or text or isinstance(node, ast.ClassDef) and node.name == "Args":
+            kept[node.lineno - 1:node.end_lineno] = [False] * (node.end_lineno - node.lineno + 1)
+    words = [token for token in tokenize.generate_tokens(io.StringIO(source).readline)
+             if token.type != tokenize.COMMENT and kept[token.start[0] - 1]]
+    assert len(words) > 5000
+    assert not [token.line for token in words if re.search(r"(?i)\b(g1|h1|h1_2|go2)\b", token.string)]
+    assert set(unitree.ROBOTS) >= {"g1"}
+
+def shared_blocks(file: Path) -> dict[str, str]:
+    """The text between each `# shared: NAME` and its end."""
+    return dict(re.findall(r"(?ms)^# shared: (\w+)\n(.*?)^# end shared$", file.read_text()))
+
+def test_shared_blocks_are_shared():
+    """What ppo_mjx.py has too is equal to the letter."""
+    ours, theirs = shared_blocks(SCRIPT), shared_blocks(SCRIPT.with_name("ppo_mjx.py"))
+    common = ours.keys() & theirs.keys()
+    assert len(common) >= 4
+    for name in common:  # but for the sections' numbers
+        assert re.sub(r"(?m)^# ---- \d+", "", ours[name]) == re.sub(r"(?m)^# ---- \d+", "", theirs[name]), name
+
+def test_the_file_stays_small():
+    """One file under 1,200 lines."""
+    assert len(SCRIPT.read_text().splitlines()) < 1200
+
+def test_dependencies_are_pinned_alike():
+    """Each package of the script's inline metadata (PEP 723) stands in requirements.txt with the same pin."""
+    (block,) = re.findall(r"(?ms)^# /// script\n(.*?)^# ///$", SCRIPT.read_text())
+    metadata = tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
+    lines = (line.split("#")[0].strip() for line in (SCRIPT.parent / "requirements.txt").read_text().splitlines())
+    assert set(metadata["dependencies"]) <= set(lines) and all("==" in package for package in metadata["dependencies"])
+
+def test_every_setting_is_used():
+    """No flag is without effect: each field of Args is read somewhere."""
+    fields = {field.name for field in dataclasses.fields(unitree.Args)}
+    read = {node.attr for node in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(node, ast.Attribute)
+            and (getattr(node.value, "id", None) or getattr(node.value, "attr", None)) in ("args", "self")}
+    assert fields - read == set()
