@@ -840,7 +840,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     write_run(run_dir, run)
     if args.capture_video:
         write_video(env, policy, log.history, args.seed, run_dir / "videos" / "training.mp4")
-    if log.sent and log.window.is_alive():
+    if log.window and log.pipe.poll(20) and not log.window.join(0.5) and log.window.is_alive():  # else it never opened
         say("close the window to end")
         log.window.join()
     return run_dir, policy

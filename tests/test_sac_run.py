@@ -288,9 +288,12 @@ def test_run_without_policy_or_checkpoint(folder, capsys):
 
 @pytest.mark.parametrize("flag", ["--evaluate", "--resume"])
 def test_run_of_the_other_script(tmp_path, capsys, flag):
-    """A Hopper of ppo_mjx.py is refused by its name."""
-    sac.write_run(tmp_path, {"args": dataclasses.asdict(ppo_mjx.Args(env_id="Hopper"))})
-    assert "Hopper" in refused(capsys, flag, tmp_path)
+    """A run of ppo_mjx.py is refused, and so are settings that the command line would not take."""
+    for args, reason in (
+            (ppo_mjx.Args(), "no run folder of this script"), (sac.Args(env_id="Hopper"), "Hopper: no such task"),
+            (sac.Args(num_envs=0), "--num-envs 0: must be"), (sac.Args(gravity="x"), "no run folder of this script")):
+        sac.write_run(tmp_path, {"args": dataclasses.asdict(args)})
+        assert reason in refused(capsys, flag, tmp_path)
 
 class Payload:
     """Unpickled, it makes a file."""

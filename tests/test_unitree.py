@@ -474,11 +474,12 @@ def test_step_with_the_tree_is_mjx_without(lowered, step, plain, moments):
     np.testing.assert_allclose(new.data.qvel, data.qvel, atol=5e-4)  # observed: 7e-5
     qpos, qvel, info = np.float64(new.data.qpos), np.float64(new.data.qvel), state.info
     turn, elapsed = [rotation(quat).T for quat in qpos[:, 3:7]], np.asarray(info["elapsed"])[:, None] + 1
-    phase, stands = (elapsed * 0.02 / FACTS["gait_period"] + [0, 0.5]) % 1, (np.arange(WORLDS) < 2)[:, None]
+    phase = (elapsed * 0.02 / FACTS["gait_period"] + [0, 0.5]) % 1
+    stands = (np.asarray(info["command"]) == 0).all(axis=1, keepdims=True)
     height = np.where(stands, 0, np.sin(np.pi * np.maximum(0, (phase - 0.55) / 0.45)))  # of the clock's swings, 0 to 1
     lift = np.array([link.lift for link in ROBOT.leg])
     reference = DEFAULT + (height[:, :, None] * lift).reshape(WORLDS, 12)
-    assert (np.asarray(info["command"])[:2] == 0).all() and np.ptp(height) > 0.9
+    assert 2 <= stands.sum() < 10 and np.ptp(height) > 0.9
     rows = {
         "command": info["command"], "height": qpos[:, 2], "velocity": np.einsum("nij,nj->ni", turn, qvel[:, :3]),
         "rates": qvel[:, 3:6], "gravity": -np.array(turn)[:, :, 2], "angles": qpos[:, 7:], "speeds": qvel[:, 6:],
@@ -1005,8 +1006,8 @@ def test_entropy_bonus_falls_linearly(update):
 # ---- Whole runs
 
 LEARN = dataclasses.replace(  # to stand, on a robot that is always the same
-    NOTHING, num_devices=2, num_envs=384, num_steps=24, total_timesteps=30 * 384 * 24, friction=(1.0, 1.0), gamma=0.97,
-    num_minibatches=24, update_epochs=10, learning_rate=3e-3, desired_kl=0.1, ent_coef=0.0, init_log_std=-0.5,
+    NOTHING, num_devices=2, num_envs=256, num_steps=24, total_timesteps=30 * 256 * 24, friction=(1.0, 1.0), gamma=0.97,
+    num_minibatches=16, update_epochs=10, learning_rate=3e-3, desired_kl=0.1, ent_coef=0.0, init_log_std=-0.5,
     hidden_sizes=(64, 64))
 
 @contextlib.contextmanager
@@ -1057,12 +1058,12 @@ def test_short_training_helps(trained, step, starts):
     alike = {name: jnp.full_like(starts.info["domain"][name], value) for name, value in usual.items()}
     start = with_domain(with_info(starts, command=jnp.zeros((WORLDS, 3))), **alike)
     before, after = (episodes(step, start, policy).mean() for policy in ({}, load_policy(trained[0] / "policy.npz")))
-    assert after > 1.5 * before > 0, (before, after)  # observed: 6.1 and 2.2
+    assert after > 1.4 * before > 0, (before, after)  # observed: 6.1 and 3.4
 
 def test_run_folder(trained):
     """Every iteration logs every metric, every reward's term among them; run.json tells how to repeat the run."""
     run_dir, state = trained
-    log, iterations, steps = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload(), 30, 384 * 24
+    log, iterations, steps = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload(), 30, 256 * 24
     names = "policy_loss value_loss entropy clipfrac kl mirror_loss loss grad_norm explained_variance".split()
     tags = {f"losses/{name}" for name in names} | {f"reward/{name}" for name in ROBOT.weights}
     tags |= {f"charts/{name}" for name in ("learning_rate", "SPS", "nan_resets", "falls", "episodes_finished")}
