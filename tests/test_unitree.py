@@ -696,7 +696,7 @@ def test_commands_and_pushes_come_on_schedule(args, commands, pushes):
     """Every 5 s another command, every 4 s a push of at most 0.5 m/s along each axis, at no other time; by other
     settings at theirs; where their ranges are 0, never. The old command is what a step is rewarded for."""
     env, steps = make(Toy, args), 2 * commands or 60
-    start = reset_worlds(env, 32)
+    start = reset_worlds(make(Toy, USUAL), 32) if commands else reset_worlds(env, 32)
     states = path(env, start, steps)
     command, speed = (np.concatenate([as_numpy(first)[None], rest]) for first, rest in (
         (start.info["command"], states.info["command"]), (start.data.qvel[:, :6], states.data.qvel[:, :, :6])))
@@ -771,9 +771,10 @@ def test_vmap_changes_nothing():
     env, random = make(Toy, USUAL), np.random.default_rng(0)
     state = with_info(reset_worlds(env, 4), elapsed=jnp.array([0, 199, 249, 999]))
     action = jnp.asarray(random.standard_normal((4, 12)), jnp.float32)
-    together, single = run(jax.vmap(env.step), state, action), jax.jit(env.step)
-    for i in range(4):
-        world = jax.tree.map(lambda x, i=i: x[i], (state, action))
+    together, worlds = run(jax.vmap(env.step), state, action), [
+        jax.tree.map(lambda x, i=i: x[i], (state, action)) for i in range(4)]
+    single = jax.jit(env.step).lower(*worlds[0]).compile(QUICK)
+    for i, world in enumerate(worlds):
         alone, batch = single(*world), jax.tree.map(lambda x, i=i: x[i], together)
         assert_same(alone, single(*world))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(
@@ -814,7 +815,8 @@ def test_rollout_of_short_episodes(make_mesh):
     env, mesh = make(Short, USUAL), make_mesh(1)
     state, (worlds, steps) = make_state(env, mesh), run_rollout(env, mesh)
     started = as_numpy(state.worlds.env_state.info["elapsed"])
-    assert set(started) == set(range(5)) and not steps.terminated.any()
+    assert set(started) == set(range(5))  # clocks start at random, so that time limits do not come all at once
+    assert not steps.terminated.any()
     time = started + np.arange(1, 9)[:, None]
     np.testing.assert_array_equal(steps.done, time % 5 == 0)
     np.testing.assert_array_equal(steps.end.env_state.info["truncated"], steps.done)
@@ -846,19 +848,16 @@ def test_two_devices_give_the_same_rollout(make_mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one, two)
 
 def test_broken_world_does_not_reach_the_networks(make_mesh):
-    """Training on two devices goes on with finite numbers, counts the reset, and keeps one learner. The worlds' clocks
-    start at random, so that their time limits do not come all at once."""
-    env, mesh = make(Toy, USUAL), make_mesh(2)
-    state = make_state(env, mesh)
-    elapsed, data = as_numpy(state.worlds.env_state.info["elapsed"]), state.worlds.env_state.data
-    assert 0 <= elapsed.min() < 100 and 900 < elapsed.max() < 1000 and len(np.unique(elapsed)) > 50
+    """Training on two devices goes on with finite numbers, counts the reset, and keeps one learner."""
+    env, mesh = make(Short, USUAL), make_mesh(2)
+    state = jax.tree.map(lambda x: jax.device_put(jnp.copy(x), x.sharding), make_state(env, mesh))  # to be donated
+    data = state.worlds.env_state.data
     data = data.replace(qvel=jax.device_put(data.qvel.at[3, 0].set(jnp.nan), data.qvel.sharding))
-    worlds = state.worlds.replace(env_state=state.worlds.env_state.replace(data=data))
-    state = state.replace(worlds=worlds)
+    state = state.replace(worlds=state.worlds.replace(env_state=state.worlds.env_state.replace(data=data)))
     state, metrics = unitree.train_iteration.lower(USUAL, env, mesh, state).compile(QUICK)(state)
     assert metrics["charts/nan_resets"] == 1 and metrics["charts/falls"] == 1
     assert all(np.isfinite(as_numpy(x)).all() for x in jax.tree.leaves(state))
-    assert all(np.isfinite(x) for name, x in metrics.items() if not name.startswith("charts/episodic"))
+    assert all(np.isfinite(x) for x in metrics.values()) and metrics["charts/episodic_length"] == 5
     np.testing.assert_array_equal(state.worlds.broken, np.arange(64) == 3)
     assert state.learner.obs_stats["actor"].count == pytest.approx(512, rel=1e-3) and int(state.learner.iteration) == 1
     for leaf in jax.tree.leaves(state.learner):
@@ -918,7 +917,7 @@ def test_loss_by_hand(mirror_coef):
     args = unitree.Args(hidden_sizes=(3,), clip_coef=0.2, vf_coef=0.5, mirror_coef=mirror_coef)
     batch = unitree.Batch(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (
         {"actor": actor_obs, "critic": critic_obs}, action, old_mean, advantage, target)))
-    loss, metrics = unitree.ppo_loss(args, TINY, learner, params, batch, 0.01)
+    loss, metrics = run(partial(unitree.ppo_loss, args, TINY), learner, params, batch, jnp.float32(0.01))
 
     grid = np.linspace(-12, 12, 200_001)
     def divergence(m0, s0, m1, s1):  # of two normal densities, by integration
