@@ -135,6 +135,7 @@ class Link:
     damping: float  # kd, Nm s/rad
     default: float  # angle of the hinge in the default pose, rad
     lift: float  # what is added to it in the middle of a swing, by the reference motion
+    sweep: tuple[float, float, float]  # what m/s, m/s and rad/s of the command add to it at landing, by the same
     pos: tuple[float, float, float]  # m, in the parent's frame
     quat: tuple[float, float, float, float]
     mass: float  # kg
@@ -187,26 +188,27 @@ ROBOTS = {
     <geom class="light" fromto=".016 .147 .105 .26 .149 .1" size=".034"/>
     <geom class="light" fromto=".016 -.147 .105 .26 -.149 .1" size=".034"/>""",
         leg=(
-            Link("hip_pitch", "0 1 0", (-2.5307, 2.8798), 88, 100, 2, -0.1, -0.4, (0, 0.064452, -0.1027), (1, 0, 0, 0),
-                 1.35, (0.002741, 0.047791, -0.02606), (0.954862, 0.293964, 0.0302556, 0.030122),
+            Link("hip_pitch", "0 1 0", (-2.5307, 2.8798), 88, 100, 2, -0.1, -0.4, (-0.32, 0, 0), (0, 0.064452, -0.1027),
+                 (1, 0, 0, 0), 1.35, (0.002741, 0.047791, -0.02606), (0.954862, 0.293964, 0.0302556, 0.030122),
                  (0.00181517, 0.00153422, 0.00116212), 'class="dark" fromto="0 .03 -.015 0 .06 -.03" size=".045"'),
-            Link("hip_roll", "1 0 0", (-0.5236, 2.9671), 139, 100, 2, 0, 0, (0, 0.052, -0.030465),
+            Link("hip_roll", "1 0 0", (-0.5236, 2.9671), 139, 100, 2, 0, 0, (0, 0.32, 0), (0, 0.052, -0.030465),
                  (0.996179, 0, -0.0873386, 0), 1.52, (0.029812, -0.001045, -0.087934),
                  (0.977808, -1.97119e-05, 0.205576, -0.0403793), (0.00254986, 0.00241169, 0.00148755),
                  'class="light" fromto=".022 0 -.01 .027 0 -.08" size=".048"', upright=True),
-            Link("hip_yaw", "0 0 1", (-2.7576, 2.7576), 88, 100, 2, 0, 0, (0.025001, 0, -0.12412), (1, 0, 0, 0), 1.702,
-                 (-0.057709, -0.010981, -0.15078), (0.600598, 0.15832, 0.223482, 0.751181),
+            Link("hip_yaw", "0 0 1", (-2.7576, 2.7576), 88, 100, 2, 0, 0, (0, 0, 0.22), (0.025001, 0, -0.12412),
+                 (1, 0, 0, 0), 1.702, (-0.057709, -0.010981, -0.15078), (0.600598, 0.15832, 0.223482, 0.751181),
                  (0.00776166, 0.00717575, 0.00160139), 'class="light" fromto="-.01 0 -.02 -.07 0 -.165" size=".048"',
                  upright=True),
-            Link("knee", "0 1 0", (-0.087267, 2.8798), 139, 150, 4, 0.3, 0.8, (-0.078273, 0.0021489, -0.17734),
-                 (0.996179, 0, 0.0873386, 0), 1.932, (0.005457, 0.003964, -0.12074),
+            Link("knee", "0 1 0", (-0.087267, 2.8798), 139, 150, 4, 0.3, 0.8, (0, 0, 0),
+                 (-0.078273, 0.0021489, -0.17734), (0.996179, 0, 0.0873386, 0), 1.932, (0.005457, 0.003964, -0.12074),
                  (0.923418, -0.0327699, 0.0158246, 0.382067), (0.0113804, 0.0112778, 0.00146458),
                  'class="light" fromto=".005 0 -.02 .005 0 -.26" size=".04"'),
-            Link("ankle_pitch", "0 1 0", (-0.87267, 0.5236), 50, 40, 2, -0.2, -0.4, (0, -9.4445e-05, -0.30001),
-                 (1, 0, 0, 0), 0.074, (-0.007269, 0, 0.011137), (0.603053, 0.369225, 0.369225, 0.603053),
-                 (1.89e-05, 1.40805e-05, 6.9195e-06), 'class="dark" fromto="-.005 0 .005 -.005 0 -.012" size=".02"'),
-            Link("ankle_roll", "1 0 0", (-0.2618, 0.2618), 50, 40, 2, 0, 0, (0, 0, -0.017558), (1, 0, 0, 0), 0.608,
-                 (0.026505, 0, -0.016425), (-0.000481092, 0.728482, -0.000618967, 0.685065),
+            Link("ankle_pitch", "0 1 0", (-0.87267, 0.5236), 50, 40, 2, -0.2, -0.4, (0.32, 0, 0),
+                 (0, -9.4445e-05, -0.30001), (1, 0, 0, 0), 0.074, (-0.007269, 0, 0.011137),
+                 (0.603053, 0.369225, 0.369225, 0.603053), (1.89e-05, 1.40805e-05, 6.9195e-06),
+                 'class="dark" fromto="-.005 0 .005 -.005 0 -.012" size=".02"'),
+            Link("ankle_roll", "1 0 0", (-0.2618, 0.2618), 50, 40, 2, 0, 0, (0, -0.32, 0), (0, 0, -0.017558),
+                 (1, 0, 0, 0), 0.608, (0.026505, 0, -0.016425), (-0.000481092, 0.728482, -0.000618967, 0.685065),
                  (0.00167218, 0.0016161, 0.000217621), 'class="dark" type="box" pos=".04 0 -.02" size=".1 .034 .015"')),
         right={"knee": {"principal": (0.923439, 0.0345276, 0.0116333, -0.382012),
                         "moments": (0.011374, 0.0112843, 0.00146452)}},
@@ -214,7 +216,7 @@ ROBOTS = {
         sole_radius=0.005, start_height=0.8, stand_height=0.7842, target_height=0.78, min_height=0.5, max_tilt=0.8,
         gait_period=0.8, gait_offsets=(0.0, 0.5), stance_share=0.55,
         swing_height=0.08, weights={
-            "track_velocity": 1.0, "track_yaw": 0.5, "alive": 0.15, "gait": 1.0, "swing_height": -20.0,
+            "track_velocity": 2.0, "track_yaw": 1.0, "alive": 0.15, "gait": 1.0, "swing_height": -20.0,
             "stance_slip": -0.2, "vertical_velocity": -2.0, "roll_pitch_rate": -0.05, "tilt": -1.0, "height": -10.0,
             "joint_acceleration": -2.5e-7, "joint_velocity": -1e-3, "torque": -1e-5, "action_change": -0.01,
             "joint_limits": -5.0, "upright_joints": -1.0, "reference": 1.5}),
@@ -379,6 +381,17 @@ def controller(robot: Robot) -> list[np.ndarray]:
     """The joints' default angles, stiffnesses, dampings and largest torques: [A] each."""
     return [joint_array(robot, name) for name in ("default", "stiffness", "damping", "max_torque")]
 
+def stepping(robot: Robot, phases: jax.Array, command: jax.Array) -> jax.Array:
+    """Angles [A] of a simple motion that follows a command [3], where the legs' clocks are at phases [F]: on the floor a
+    leg sweeps back, in the air it lifts and sweeps ahead. Without a command it is the default pose."""
+    stance, swing = phases / robot.stance_share, (phases - robot.stance_share) / (1 - robot.stance_share)
+    stance, swing = jnp.minimum(stance, 1.0), jnp.maximum(swing, 0.0)  # how far each has come
+    up = jnp.where((command == 0).all(), 0.0, jnp.sin(math.pi * swing))
+    ahead, one_leg = jnp.cos(math.pi * (stance - swing)), (len(phases), -1)  # 1 at landing, -1 at lift-off
+    sweep = (joint_array(robot, "sweep") @ command).reshape(one_leg)
+    legs = up[:, None] * joint_array(robot, "lift").reshape(one_leg) + ahead[:, None] * sweep
+    return joint_array(robot, "default") + legs.ravel()
+
 def to_base_frame(quat, vector, xp=jnp):
     """Turn a vector [..., 3] of the world by the inverse of a quaternion [..., 4], w x y z."""
     w, axis = quat[..., :1], -quat[..., 1:]
@@ -457,7 +470,6 @@ class Env:
         self.template, n = mjx.make_data(self.model), model.nu
         self.noise = args.obs_noise * np.repeat([0.05, 0.05, 0.0, 0.01, 0.075, 0.0, 0.0], [3, 3, 3, n, n, n, 2])
         self.default, self.stiffness, self.damping, self.max_torque = controller(self.robot)
-        self.lift = joint_array(self.robot, "lift").reshape(self.num_legs, -1)
     def draw_command(self, key: jax.Array) -> jax.Array:
         """A velocity [3] in the base's frame: m/s, m/s, rad/s. Slow ones become 0, some say: stand still."""
         args, (value_key, stand_key) = self.args, jax.random.split(key)
@@ -530,14 +542,12 @@ class Env:
         sane = jnp.isfinite(data.qpos).all() & (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN, too
         phases = (elapsed * (CONTROL_DT / robot.gait_period) + np.array(robot.gait_offsets)) % 1
         stands = (info["command"] == 0).all()
-        swing = jnp.clip((phases - robot.stance_share) / (1 - robot.stance_share), 0.0, 1.0)  # how far it has come
-        lift = jnp.where(stands, 0.0, jnp.sin(math.pi * swing))[:, None] * self.lift
         motion = Motion(
             command=info["command"], height=data.qpos[2], velocity=to_base_frame(data.qpos[3:7], data.qvel[:3]),
             rates=data.qvel[3:6], gravity=to_base_frame(data.qpos[3:7], jnp.array([0.0, 0.0, -1.0])),
             angles=data.qpos[7:], speeds=data.qvel[6:], accelerations=(data.qvel[6:] - before.qvel[6:]) / CONTROL_DT,
             action=action, action_before=info["action"], **readings,
-            stance=(phases < robot.stance_share) | stands, reference=self.default + lift.ravel())
+            stance=(phases < robot.stance_share) | stands, reference=stepping(robot, phases, info["command"]))
         terms = reward_terms(robot, motion)
         reward = jnp.where(sane, jnp.maximum(sum(terms.values()), 0.0), 0.0)
         errors = {"error_velocity": jnp.linalg.norm(motion.command[:2] - motion.velocity[:2]),

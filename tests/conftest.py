@@ -1,5 +1,6 @@
 """Two XLA devices on a CPU, one cache of compiled programs, and what several test files share."""
 
+import gc
 import os
 import signal
 from functools import partial
@@ -22,6 +23,13 @@ def compilation_cache(tmp_path_factory):
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("jax_cache"))
         jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drop a file's compiled programs: each maps memory, and Linux allows a process 65530 mappings, then it crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 @pytest.fixture(autouse=True)
 def signal_handlers():

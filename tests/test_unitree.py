@@ -463,6 +463,28 @@ def test_tree_cholesky_equals_numpy(legs, joints):
         np.testing.assert_allclose(run(jax.vmap(solve), matrices, vectors), expected, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(run(solve, matrices[3], vectors[3]), expected[3], rtol=1e-9)
 
+@pytest.mark.parametrize("command", [(1.0, 0, 0), (-0.5, 0, 0), (0, 0.4, 0), (0, 0, 0.6), (0.5, 0.2, 0.5), (0, 0, 0)])
+def test_stepping_motion_follows_the_command(command):
+    """While a foot is on the floor, the base moves over it by the command; the sole stays level; in the air it lifts."""
+    model = unitree.load_model(ROBOT, 0.002)
+    data = mujoco.MjData(model)
+    def foot(phase, side):
+        data.qpos[:7] = [0, 0, 0, 1, 0, 0, 0]
+        data.qpos[7:] = unitree.stepping(ROBOT, jnp.array([phase, (phase + 0.5) % 1]), jnp.array(command, float))
+        mujoco.mj_kinematics(model, data)
+        return data.body(f"{side}_ankle_roll").xpos.copy(), data.body(f"{side}_ankle_roll").xmat.reshape(3, 3).copy()
+    for side, start in ("left", 0.0), ("right", 0.5):
+        landing, lift_off, middle = (foot((start + share) % 1, side) for share in (0, 0.55, 0.775))
+        turn = -0.44 * command[2]
+        moved = (lift_off[0] - landing[0])[:2]
+        center = (lift_off[0] + landing[0])[:2] / 2
+        expected = -0.44 * np.array(command[:2]) + turn * np.array([-center[1], center[0]])
+        np.testing.assert_allclose(moved, expected, atol=0.06)  # a metre takes 0.44 m; turning moves the foot little
+        np.testing.assert_allclose(lift_off[1][:, 2], landing[1][:, 2], atol=0.08)  # without the ankle: 0.6
+        yaw = math.atan2(*(lift_off[1] @ landing[1].T)[[1, 0], [0, 0]])
+        assert yaw == pytest.approx(turn, abs=0.08)  # rolling a leg turns its foot a little
+        assert (middle[0][2] > landing[0][2] + 0.05) == any(command)
+
 def test_step_with_the_tree_is_mjx_without(lowered, step, plain, moments):
     """The step uses no other Cholesky factor; alone, without vmap and with MJX's own factor, each world moves the same;
     the rewards are those of what was read there, and of the state after the step."""
@@ -477,8 +499,10 @@ def test_step_with_the_tree_is_mjx_without(lowered, step, plain, moments):
     phase = (elapsed * 0.02 / FACTS["gait_period"] + [0, 0.5]) % 1
     stands = (np.asarray(info["command"]) == 0).all(axis=1, keepdims=True)
     height = np.where(stands, 0, np.sin(np.pi * np.maximum(0, (phase - 0.55) / 0.45)))  # of the clock's swings, 0 to 1
-    lift = np.array([link.lift for link in ROBOT.leg])
-    reference = DEFAULT + (height[:, :, None] * lift).reshape(WORLDS, 12)
+    lift, sweep = np.array([link.lift for link in ROBOT.leg]), np.array([link.sweep for link in ROBOT.leg])
+    ahead = np.where(phase < 0.55, np.cos(np.pi * phase / 0.55), -np.cos(np.pi * (phase - 0.55) / 0.45))
+    swept = np.asarray(info["command"]) @ sweep.T
+    reference = DEFAULT + (height[:, :, None] * lift + ahead[:, :, None] * swept[:, None]).reshape(WORLDS, 12)
     assert 2 <= stands.sum() < 10 and np.ptp(height) > 0.9
     rows = {
         "command": info["command"], "height": qpos[:, 2], "velocity": np.einsum("nij,nj->ni", turn, qvel[:, :3]),
