@@ -15,8 +15,7 @@ state, 9 rollout, 10 advantages, 11 loss and update, 12 the iteration; then the 
 files, 15 command line, 16 main.
 Shapes: T = num_steps, N = worlds on this device, B = T * N, O = observation, A = action = joints, F = feet. A record's
 fields are [T, N, ...] in a rollout, [B, ...] in a batch, [B / num_minibatches, ...] in a minibatch.
-Robots, observation, gains and rewards follow unitreerobotics/unitree_rl_gym (276801e), names CleanRL's;
-docs/ppo_mjx_unitree.md has all metrics. ppo_mjx.py has the same "shared" blocks.
+Robots, observation, gains and rewards follow unitreerobotics/unitree_rl_gym (276801e); names are CleanRL's.
 """
 
 import contextlib
@@ -96,7 +95,7 @@ class Args:
     strength_noise: float = 0.1  # largest relative error of the motors' torque
     action_delay: float = 1.0  # largest delay of an action, control steps
     # The algorithm, by CleanRL's names
-    total_timesteps: int = 20_000_000  # environment steps, over all worlds
+    total_timesteps: int = 30_000_000  # environment steps, over all worlds
     learning_rate: float = 1e-3  # Adam's step size at the start
     num_envs: int = 256  # worlds, over all devices
     num_steps: int = 16  # steps of each world in one rollout
@@ -109,9 +108,10 @@ class Args:
     final_ent_coef: float = 0.0  # and at the end; linear between
     vf_coef: float = 1.0  # weight of the value loss
     mirror_coef: float = 1.0  # weight of the mirror-symmetry loss; 0 for none
+    imitation_coef: float = 0.5  # weight of the loss that draws the actor to a simple stepping motion, at the start
+    imitation_steps: int = 600_000  # environment steps over which it falls to 0
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    desired_kl: float | None = 0.03  # adapt the step size to this KL divergence; None: anneal it linearly to 0
-    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
+    desired_kl: float | None = 0.02  # adapt the step size to this KL divergence; None: anneal it linearly to 0
     hidden_sizes: tuple[int, ...] = (256, 128)  # widths of the ELU layers, of the actor and of the critic
     init_log_std: float = -1.0  # log of the policy's standard deviation at the start
 
@@ -123,7 +123,7 @@ class Args:
         return self.total_timesteps // self.steps_per_iteration
 
 # ---- 2. Robots ------------------------------------------------------------------------------------------------------
-CONTROL_DT = 0.02  # s, of a control step
+CONTROL_DT, COMMAND_SCALE = 0.02, np.array([2.0, 2.0, 0.25])  # s, of a control step; of the command, in observations
 @dataclasses.dataclass(frozen=True)
 class Link:
     """One body of a left leg, and the hinge that moves it in its parent. Quaternions are w x y z."""
@@ -134,7 +134,7 @@ class Link:
     stiffness: float  # kp of the motor's controller, Nm/rad
     damping: float  # kd, Nm s/rad
     default: float  # angle of the hinge in the default pose, rad
-    lift: float  # what is added to it in the middle of a swing, by the reference motion
+    lift: float  # what a simple stepping motion adds to it in the middle of a swing
     sweep: tuple[float, float, float]  # what m/s, m/s and rad/s of the command add to it at landing, by the same
     pos: tuple[float, float, float]  # m, in the parent's frame
     quat: tuple[float, float, float, float]
@@ -214,12 +214,11 @@ ROBOTS = {
                         "moments": (0.011374, 0.0112843, 0.00146452)}},
         soles=((-0.05, 0.025, -0.03), (-0.05, -0.025, -0.03), (0.12, 0.03, -0.03), (0.12, -0.03, -0.03)),
         sole_radius=0.005, start_height=0.8, stand_height=0.7842, target_height=0.78, min_height=0.5, max_tilt=0.8,
-        gait_period=0.8, gait_offsets=(0.0, 0.5), stance_share=0.55,
-        swing_height=0.08, weights={
+        gait_period=0.8, gait_offsets=(0.0, 0.5), stance_share=0.55, swing_height=0.08, weights={
             "track_velocity": 2.0, "track_yaw": 1.0, "alive": 0.15, "gait": 1.0, "swing_height": -20.0,
             "stance_slip": -0.2, "vertical_velocity": -2.0, "roll_pitch_rate": -0.05, "tilt": -1.0, "height": -10.0,
             "joint_acceleration": -2.5e-7, "joint_velocity": -1e-3, "torque": -1e-5, "action_change": -0.01,
-            "joint_limits": -5.0, "upright_joints": -1.0, "reference": 1.5}),
+            "joint_limits": -5.0, "upright_joints": -1.0}),
 }
 
 # ---- 3. Model -------------------------------------------------------------------------------------------------------
@@ -264,10 +263,9 @@ def load_model(robot: Robot, dt: float, drawn: bool = True) -> mujoco.MjModel:
                         for i, sole in enumerate(robot.soles))
         for name, link in reversed(links.items()):
             if name.startswith(side):
-                shape = f"<geom {link.shape}/>" if drawn else ""
                 chain = (f'<body name="{name}" pos="{numbers(link.pos)}" quat="{numbers(link.quat)}">{inertial(link)}'
                          f'<joint name="{name}" axis="{link.axis}" range="{numbers(link.limits)}"/>'
-                         f"{shape}{chain}</body>")
+                         + f"<geom {link.shape}/>" * drawn + f"{chain}</body>")
         body += chain
     motors = "".join(f'<motor joint="{name}" ctrlrange="-{link.max_torque} {link.max_torque}"/>'
                      for name, link in links.items())
@@ -321,12 +319,10 @@ class Motion:
     foot_velocity: jax.Array  # [F, 3] m/s
     contact: jax.Array  # [F] bool
     stance: jax.Array  # [F] bool: the clock wants the foot on the floor
-    reference: jax.Array  # [A] rad, angles of a simple stepping motion
 
 def joint_limits(robot: Robot, m: Motion):
-    low, high = joint_array(robot, "limits").T
-    middle, half = (low + high) / 2, 0.9 * (high - low) / 2
-    return jnp.maximum(jnp.abs(m.angles - middle) - half, 0.0).sum()
+    limits = joint_array(robot, "limits")
+    return jnp.maximum(jnp.abs(m.angles - limits.mean(axis=1)) - 0.45 * np.ptp(limits, axis=1), 0.0).sum()
 
 TERMS = {
     "track_velocity": lambda robot, m: jnp.exp(-jnp.square(m.command[:2] - m.velocity[:2]).sum() / 0.25),
@@ -346,8 +342,6 @@ TERMS = {
     "action_change": lambda robot, m: jnp.square(m.action - m.action_before).sum(),
     "joint_limits": joint_limits,  # beyond the central 90% of the range
     "upright_joints": lambda robot, m: jnp.square(joint_array(robot, "upright") * m.angles).sum(),
-    # Ours, after Humanoid-Gym: legs that lift in turn, as the clock wants it, or stand in the default pose.
-    "reference": lambda robot, m: jnp.exp(-3 * jnp.square(m.angles - m.reference).sum()),
 }
 
 def reward_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
@@ -381,16 +375,18 @@ def controller(robot: Robot) -> list[np.ndarray]:
     """The joints' default angles, stiffnesses, dampings and largest torques: [A] each."""
     return [joint_array(robot, name) for name in ("default", "stiffness", "damping", "max_torque")]
 
-def stepping(robot: Robot, phases: jax.Array, command: jax.Array) -> jax.Array:
-    """Angles [A] of a simple motion that follows a command [3], where the legs' clocks are at phases [F]: on the floor a
-    leg sweeps back, in the air it lifts and sweeps ahead. Without a command it is the default pose."""
+def stepping_action(robot: Robot, obs: jax.Array) -> jax.Array:
+    """Actions [..., A] of a simple stepping motion, by clock and command in the actor's observations [..., O]: on the
+    floor a leg sweeps back, in the air it lifts and sweeps ahead. Without a command they hold the default pose."""
+    command, clock = obs[..., 6:9] / COMMAND_SCALE, jnp.arctan2(obs[..., -2], obs[..., -1]) / (2 * math.pi)
+    phases = (clock[..., None] + CONTROL_DT / robot.gait_period + np.array(robot.gait_offsets)) % 1  # after the action
     stance, swing = phases / robot.stance_share, (phases - robot.stance_share) / (1 - robot.stance_share)
     stance, swing = jnp.minimum(stance, 1.0), jnp.maximum(swing, 0.0)  # how far each has come
-    up = jnp.where((command == 0).all(), 0.0, jnp.sin(math.pi * swing))
-    ahead, one_leg = jnp.cos(math.pi * (stance - swing)), (len(phases), -1)  # 1 at landing, -1 at lift-off
-    sweep = (joint_array(robot, "sweep") @ command).reshape(one_leg)
-    legs = up[:, None] * joint_array(robot, "lift").reshape(one_leg) + ahead[:, None] * sweep
-    return joint_array(robot, "default") + legs.ravel()
+    up = jnp.where((command == 0).all(axis=-1, keepdims=True), 0.0, jnp.sin(math.pi * swing))
+    ahead = jnp.cos(math.pi * (stance - swing))  # 1 at landing, -1 at lift-off
+    up, ahead = (jnp.repeat(x, len(robot.leg), axis=-1) for x in (up, ahead))  # [..., A]
+    sweep = ahead * (command @ joint_array(robot, "sweep").T)
+    return (up * joint_array(robot, "lift") + sweep) / robot.action_scale
 
 def to_base_frame(quat, vector, xp=jnp):
     """Turn a vector [..., 3] of the world by the inverse of a quaternion [..., 4], w x y z."""
@@ -404,7 +400,7 @@ def observe(robot: Robot, qpos, qvel, command, action, elapsed, xp=jnp):
     down = xp.broadcast_to(xp.array([0.0, 0.0, -1.0]), qvel[..., :3].shape)
     phase = 2 * math.pi * (elapsed * (CONTROL_DT / robot.gait_period) % 1)
     return xp.concatenate([
-        0.25 * qvel[..., 3:6], to_base_frame(qpos[..., 3:7], down, xp), command * np.array([2.0, 2.0, 0.25]),
+        0.25 * qvel[..., 3:6], to_base_frame(qpos[..., 3:7], down, xp), command * COMMAND_SCALE,
         qpos[..., 7:] - joint_array(robot, "default"), 0.05 * qvel[..., 6:], action,
         xp.stack([xp.sin(phase), xp.cos(phase)], axis=-1)], axis=-1)
 
@@ -458,8 +454,7 @@ def tree_cho_solve(factor_and_lower: tuple[tuple, bool], vector: jax.Array) -> j
 class Env:
     """One world; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes. A world that is
     not finite, or faster than MAX_SPEED, is broken: its step ends the episode, earns nothing, the observation stays."""
-    MAX_SPEED = 100.0  # m/s and rad/s
-    TIME_LIMIT = 1000  # steps
+    MAX_SPEED, TIME_LIMIT = 100.0, 1000  # m/s and rad/s; steps
     def __init__(self, args: Args):
         self.args, self.robot = args, ROBOTS[args.robot]
         model = training_model(self.robot, args.decimation)
@@ -547,7 +542,7 @@ class Env:
             rates=data.qvel[3:6], gravity=to_base_frame(data.qpos[3:7], jnp.array([0.0, 0.0, -1.0])),
             angles=data.qpos[7:], speeds=data.qvel[6:], accelerations=(data.qvel[6:] - before.qvel[6:]) / CONTROL_DT,
             action=action, action_before=info["action"], **readings,
-            stance=(phases < robot.stance_share) | stands, reference=stepping(robot, phases, info["command"]))
+            stance=(phases < robot.stance_share) | stands)
         terms = reward_terms(robot, motion)
         reward = jnp.where(sane, jnp.maximum(sum(terms.values()), 0.0), 0.0)
         errors = {"error_velocity": jnp.linalg.norm(motion.command[:2] - motion.velocity[:2]),
@@ -740,18 +735,18 @@ def ppo_loss(args: Args, env: Env, learner: Learner, params: dict, mb: Batch, en
     policy_loss = -jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio).mean()
     value_loss = 0.5 * jnp.square(value - mb.target).mean()
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-    loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss
+    seen = normalize(learner.obs_stats["actor"], mirror_observation(env.robot, mb.obs["actor"]))
+    mirror_loss = jnp.square(actor.apply(params["actor"], seen) - mirror_action(env.robot, mean)).mean()
+    imitation_loss = jnp.square(mean - stepping_action(env.robot, mb.obs["actor"])).mean()
+    imitation_left = jnp.maximum(1 - learner.iteration * (args.steps_per_iteration / args.imitation_steps), 0.0)
+    loss = (policy_loss - ent_coef * entropy + args.vf_coef * value_loss + args.mirror_coef * mirror_loss
+            + args.imitation_coef * imitation_left * imitation_loss)
     variance, old_variance = jnp.exp(2 * log_std), jnp.exp(2 * old_log_std)
     kl = (log_std - old_log_std + (old_variance + jnp.square(mean - mb.mean)) / (2 * variance) - 0.5).sum(axis=-1)
-    metrics = {
+    return loss, {
         "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy,
+        "losses/mirror_loss": mirror_loss, "losses/imitation_loss": imitation_loss, "losses/loss": loss,
         "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(), "losses/kl": kl.mean()}
-    if args.mirror_coef:
-        seen = normalize(learner.obs_stats["actor"], mirror_observation(env.robot, mb.obs["actor"]))
-        wanted = mirror_action(env.robot, mean)
-        mirror_loss = jnp.square(actor.apply(params["actor"], seen) - wanted).mean()
-        loss, metrics = loss + args.mirror_coef * mirror_loss, metrics | {"losses/mirror_loss": mirror_loss}
-    return loss, metrics | {"losses/loss": loss}
 
 def update_epochs(args: Args, env: Env, learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
     """All epochs over a batch [B, ...], each device on its share. Metrics are means over all minibatches."""
@@ -789,10 +784,8 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
     """Rollout, advantages and update with one device's worlds. Returns metrics over all devices, by tag."""
     learner, mean = state.learner, partial(jax.lax.pmean, axis_name="devices")
     worlds, steps = rollout(args, env, learner, state.worlds)
-    reward, return_stats = steps.end.env_state.reward, learner.return_stats
-    if args.norm_reward:
-        return_stats = update_stats(return_stats, steps.end.discounted_return)
-        reward = jnp.clip(reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
+    return_stats = update_stats(learner.return_stats, steps.end.discounted_return)
+    reward = jnp.clip(steps.end.env_state.reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
     (_, critic), seen = make_networks(args, env), jnp.stack([steps.obs["critic"], steps.end.env_state.obs["critic"]])
     seen = normalize(learner.obs_stats["critic"], seen)
     value, next_value = critic.apply(learner.params["critic"], seen)[..., 0]
@@ -1063,7 +1056,7 @@ def make_mesh(wanted: int | None, *parts: int) -> Mesh:
 def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is built."""
     bounds = {field.name: (1, 1e9) for field in dataclasses.fields(args) if field.type in (int, int | None)}
-    zero_up = ("seed learning_rate ent_coef final_ent_coef vf_coef clip_coef mirror_coef max_grad_norm "
+    zero_up = ("seed learning_rate ent_coef final_ent_coef vf_coef clip_coef mirror_coef imitation_coef max_grad_norm "
                "desired_kl obs_noise push_speed")
     bounds |= dict.fromkeys(zero_up.split(), (0, 1e9)) | {"decimation": (1, 100), "total_timesteps": (1, 2**62)}
     bounds |= dict.fromkeys("gamma gae_lambda standing action_delay".split(), (0, 1)) | {"init_log_std": (-20, 20)}
@@ -1190,9 +1183,6 @@ def smoke(args: Args) -> int:
     x = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
     error = np.abs(jnp.matmul(x, x, precision="highest") - x.astype(float) @ x).max()
     verdict("precision", error < 1e-3, f"a float32 product of two 256 x 256 matrices is off by {error:.1e} at most")
-    model = training_model(ROBOTS[args.robot], args.decimation)
-    error = abs(model.body_mass[1:].sum() - model.body_subtreemass[1])
-    verdict("robot", error < 1e-6, f"{args.robot} with {model.nu} joints and {model.body_subtreemass[1]:.3f} kg")
     with tempfile.TemporaryDirectory() as folder:
         short = {"num_envs": 32, "num_steps": 8, "num_minibatches": 4, "total_timesteps": 1024}
         run_dir, policy = train(dataclasses.replace(args, **short, checkpoint_every=2, runs_dir=folder))
