@@ -95,7 +95,7 @@ class Args:
     strength_noise: float = 0.1  # largest relative error of the motors' torque
     action_delay: float = 1.0  # largest delay of an action, control steps
     # The algorithm, by CleanRL's names
-    total_timesteps: int = 30_000_000  # environment steps, over all worlds
+    total_timesteps: int = 15_000_000  # environment steps, over all worlds
     learning_rate: float = 1e-3  # Adam's step size at the start
     num_envs: int = 256  # worlds, over all devices
     num_steps: int = 16  # steps of each world in one rollout
@@ -458,20 +458,19 @@ class Env:
     def __init__(self, args: Args):
         self.args, self.robot = args, ROBOTS[args.robot]
         model = training_model(self.robot, args.decimation)
-        self.action_size, self.observation_size = model.nu, 11 + 3 * model.nu
-        (self.feet, self.soles), self.num_legs = find_feet(model), len(self.robot.gait_offsets)
+        (self.feet, self.soles), self.num_legs, n = find_feet(model), len(self.robot.gait_offsets), model.nu
         self.payloads = draw_payloads(args, training_model(self.robot, args.decimation))
         self.model = mjx.put_model(model, impl="jax")
-        self.template, n = mjx.make_data(self.model), model.nu
+        self.template, self.action_size = mjx.make_data(self.model), n
         self.noise = args.obs_noise * np.repeat([0.05, 0.05, 0.0, 0.01, 0.075, 0.0, 0.0], [3, 3, 3, n, n, n, 2])
         self.default, self.stiffness, self.damping, self.max_torque = controller(self.robot)
     def draw_command(self, key: jax.Array) -> jax.Array:
-        """A velocity [3] in the base's frame: m/s, m/s, rad/s. Slow ones become 0, some say: stand still."""
+        """A velocity [3] in the base's frame: m/s, m/s, rad/s. Slow ones are 0: to stand differs from any to walk."""
         args, (value_key, stand_key) = self.args, jax.random.split(key)
         low, high = np.array([args.command_x, args.command_y, args.command_yaw]).T
         command = jax.random.uniform(value_key, (3,), minval=low, maxval=high)
-        planar = jnp.where(jnp.linalg.norm(command[:2]) > 0.1, command[:2], 0.0)
-        return jnp.where(jax.random.uniform(stand_key) < args.standing, 0.0, jnp.concatenate([planar, command[2:]]))
+        slow = jnp.array([jnp.linalg.norm(command[:2])] * 2 + [jnp.abs(command[2])]) < 0.2
+        return jnp.where(slow | (jax.random.uniform(stand_key) < args.standing), 0.0, command)
     def draw_domain(self, key: jax.Array) -> dict[str, jax.Array]:
         """What domain randomisation draws for one episode."""
         args, (factor_key, friction_key, payload_key, delay_key) = self.args, jax.random.split(key, 4)
@@ -729,18 +728,19 @@ def ppo_loss(args: Args, env: Env, learner: Learner, params: dict, mb: Batch, en
     (actor, critic), log_std, old_log_std = make_networks(args, env), params["log_std"], learner.params["log_std"]
     value = critic.apply(params["critic"], normalize(learner.obs_stats["critic"], mb.obs["critic"]))[..., 0]
     mean = actor.apply(params["actor"], normalize(learner.obs_stats["actor"], mb.obs["actor"]))
-    logratio = log_prob(mean, log_std, mb.action) - log_prob(mb.mean, old_log_std, mb.action)
-    ratio = jnp.exp(logratio)
+    ratio = jnp.exp(log_prob(mean, log_std, mb.action) - log_prob(mb.mean, old_log_std, mb.action))
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio).mean()
     value_loss = 0.5 * jnp.square(value - mb.target).mean()
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
     seen = normalize(learner.obs_stats["actor"], mirror_observation(env.robot, mb.obs["actor"]))
     mirror_loss = jnp.square(actor.apply(params["actor"], seen) - mirror_action(env.robot, mean)).mean()
-    imitation_loss = jnp.square(mean - stepping_action(env.robot, mb.obs["actor"])).mean()
-    imitation_left = jnp.maximum(1 - learner.iteration * (args.steps_per_iteration / args.imitation_steps), 0.0)
+    left = jnp.maximum(1 - learner.iteration * (args.steps_per_iteration / args.imitation_steps), 0.0)
+    stands = (mb.obs["actor"][:, 6:9] == 0).all(axis=-1)
+    share = jnp.where(stands, jnp.maximum(left, 0.3), left)  # without that, robots step on the spot for ever
+    imitation_loss = (share[:, None] * jnp.square(mean - stepping_action(env.robot, mb.obs["actor"]))).mean()
     loss = (policy_loss - ent_coef * entropy + args.vf_coef * value_loss + args.mirror_coef * mirror_loss
-            + args.imitation_coef * imitation_left * imitation_loss)
+            + args.imitation_coef * imitation_loss)
     variance, old_variance = jnp.exp(2 * log_std), jnp.exp(2 * old_log_std)
     kl = (log_std - old_log_std + (old_variance + jnp.square(mean - mb.mean)) / (2 * variance) - 0.5).sum(axis=-1)
     return loss, {
