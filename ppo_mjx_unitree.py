@@ -104,12 +104,13 @@ class Args:
     num_minibatches: int = 16  # minibatches of one epoch
     update_epochs: int = 5  # passes over a rollout
     clip_coef: float = 0.2  # clipping range of the probability ratio
-    ent_coef: float = 0.003  # weight of the entropy bonus at the start
+    ent_coef: float = 0.006  # weight of the entropy bonus at the start
     final_ent_coef: float = 0.0  # and at the end; linear between
     vf_coef: float = 1.0  # weight of the value loss
     mirror_coef: float = 1.0  # weight of the mirror-symmetry loss; 0 for none
     imitation_coef: float = 0.5  # weight of the loss that draws the actor to a simple stepping motion, at the start
     imitation_steps: int = 600_000  # environment steps over which it falls to 0
+    standing_after: int = 6_000_000  # environment steps after which it is whole again, where the command is to stand
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     desired_kl: float | None = 0.02  # adapt the step size to this KL divergence; None: anneal it linearly to 0
     hidden_sizes: tuple[int, ...] = (256, 128)  # widths of the ELU layers, of the actor and of the critic
@@ -493,10 +494,9 @@ class Env:
         angles = self.default * jax.random.uniform(angle_key, (self.action_size,), minval=0.5, maxval=1.5)
         base = jnp.array([0.0, 0.0, self.robot.start_height, 1.0, 0.0, 0.0, 0.0])
         velocity = jax.random.uniform(velocity_key, (6,), minval=-0.5, maxval=0.5)
-        action, zero, no = jnp.zeros(self.action_size), jnp.zeros(()), jnp.array(False)
+        action, zero, no, elapsed = jnp.zeros(self.action_size), jnp.zeros(()), jnp.array(False), jnp.int32(0)
         qpos, qvel = jnp.concatenate([base, angles]), jnp.concatenate([velocity, action])
         data, command = Physics(qpos, qvel, jnp.zeros_like(qvel)), self.draw_command(command_key)
-        elapsed = jnp.zeros((), jnp.int32)
         obs = self.observations(noise_key, data, command, action, elapsed)
         metrics = {f"reward_{name}": zero for name in self.robot.weights} | {"error_velocity": zero, "error_yaw": zero}
         info = {"key": next_key, "command": command, "action": action, "elapsed": elapsed, "truncated": no,
@@ -735,9 +735,10 @@ def ppo_loss(args: Args, env: Env, learner: Learner, params: dict, mb: Batch, en
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
     seen = normalize(learner.obs_stats["actor"], mirror_observation(env.robot, mb.obs["actor"]))
     mirror_loss = jnp.square(actor.apply(params["actor"], seen) - mirror_action(env.robot, mean)).mean()
-    left = jnp.maximum(1 - learner.iteration * (args.steps_per_iteration / args.imitation_steps), 0.0)
-    stands = (mb.obs["actor"][:, 6:9] == 0).all(axis=-1)
-    share = jnp.where(stands, jnp.maximum(left, 0.3), left)  # without that, robots step on the spot for ever
+    steps = learner.iteration * float(args.steps_per_iteration)
+    stands = (mb.obs["actor"][:, 6:9] == 0).all(axis=-1) & (steps >= args.standing_after)
+    stands &= jnp.linalg.norm(mb.obs["critic"][:, :2], axis=-1) < 0.5  # 0.25 m/s; who was pushed has to step
+    share = jnp.where(stands, 1.0, jnp.maximum(1 - steps / args.imitation_steps, 0.0))
     imitation_loss = (share[:, None] * jnp.square(mean - stepping_action(env.robot, mb.obs["actor"]))).mean()
     loss = (policy_loss - ent_coef * entropy + args.vf_coef * value_loss + args.mirror_coef * mirror_loss
             + args.imitation_coef * imitation_loss)
@@ -851,8 +852,7 @@ def export_onnx(policy: dict, file: Path) -> None:
     print(f"ONNX: {file}")
 
 class CMujocoEnv:
-    """The robot in C MuJoCo at full accuracy and as Unitree's loop runs it: 500 physics steps a second, each with new
-    torques, 50 actions a second, no noise, nothing randomised."""
+    """The robot in C MuJoCo, as Unitree's loop runs it: 500 physics steps and 50 actions a second, nothing random."""
     SUBSTEPS = 10
     def __init__(self, robot: Robot):
         self.robot, self.model = robot, load_model(robot, CONTROL_DT / self.SUBSTEPS)

@@ -930,14 +930,15 @@ def tiny_learner(random, hidden: int = 3):
                            jax.random.key(0), jnp.array(0))
 
 @pytest.mark.parametrize(("mirror_coef", "imitation_coef", "iteration"), [
-    (0, 0, 1), (0.7, 0, 1), (0, 0.4, 1), (0, 0.4, 5)])
+    (0, 0, 1), (0.7, 0, 1), (0, 0.4, 1), (0, 0.4, 6), (0, 0.4, 7)])
 def test_loss_by_hand(mirror_coef, imitation_coef, iteration):
     """Three samples: a ratio clipped from above, one from below, one free; all terms from first principles."""
     random = np.random.default_rng(0)
     learner = tiny_learner(random).replace(iteration=jnp.array(iteration))
     params = learner.params | {"log_std": jnp.array([-0.4, -0.6])}
     actor_obs, critic_obs = random.standard_normal((3, 17)), random.standard_normal((3, 20))
-    actor_obs[1, 6:9] = 0  # the command to stand
+    actor_obs[:2, 6:9] = 0  # the command to stand
+    critic_obs[:2, :2] = [[0.4, 0.4], [0.3, -0.3]]  # twice the speed: the first was pushed
     mean, value = by_hand(params["actor"], learner.obs_stats["actor"], actor_obs), by_hand(
         params["critic"], learner.obs_stats["critic"], critic_obs)[:, 0]
     std, old_std = np.exp([-0.4, -0.6]), np.exp([-0.5, -0.3])
@@ -947,7 +948,7 @@ def test_loss_by_hand(mirror_coef, imitation_coef, iteration):
     old_mean[:, 0] += old_std[0] * np.sqrt(-2 * np.log(density / ratio * np.prod(old_std) * 2 * math.pi))
     advantage, target = np.array([2.0, -1.0, 0.5]), np.array([1.5, -0.5, 3.0])
     args = unitree.Args(hidden_sizes=(3,), clip_coef=0.2, vf_coef=0.5, mirror_coef=mirror_coef, num_envs=5, num_steps=2,
-                        imitation_coef=imitation_coef, imitation_steps=40)
+                        imitation_coef=imitation_coef, imitation_steps=40, standing_after=70)
     batch = unitree.Batch(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (
         {"actor": actor_obs, "critic": critic_obs}, action, old_mean, advantage, target)))
     loss, metrics = run(partial(unitree.ppo_loss, args, TINY), learner, params, batch, jnp.float32(0.01))
@@ -966,9 +967,10 @@ def test_loss_by_hand(mirror_coef, imitation_coef, iteration):
         phase = (math.atan2(*actor_obs[i, 15:]) / (2 * math.pi) + 0.02 / 0.8 + leg / 2) % 1
         ahead = math.cos(math.pi * phase / 0.6) if phase < 0.6 else -math.cos(math.pi * (phase - 0.6) / 0.4)
         sweep = actor_obs[i, 6:9] @ [0.1 / 2, 0.2 / 2, 0.4 / 0.25]
-        stepping[i, leg] = (sweep * ahead + 0.3 * math.sin(math.pi * max(0, phase - 0.6) / 0.4)) / 0.5 if i != 1 else 0
+        stepping[i, leg] = (sweep * ahead + 0.3 * math.sin(math.pi * max(0, phase - 0.6) / 0.4)) / 0.5 if i == 2 else 0
     weight = np.full((3, 1), max(0.0, 1 - iteration * 10 / 40))
-    weight[1] = max(0.3, weight[0, 0])  # for standing it goes on
+    if iteration == 7:
+        weight[1] = 1  # for standing, after 70 steps
     policy_loss = -(2.0 * 1.2 + -1.0 * 0.8 + 0.5 * 1.1) / 3  # ratios 1.5, 0.6 and 1.1, clipped where that is worse
     entropy = np.log(std * math.sqrt(2 * math.pi * math.e)).sum()
     expected = {
@@ -980,7 +982,7 @@ def test_loss_by_hand(mirror_coef, imitation_coef, iteration):
         policy_loss - 0.01 * entropy + 0.5 * expected["losses/value_loss"]
         + mirror_coef * expected["losses/mirror_loss"] + imitation_coef * expected["losses/imitation_loss"])
     assert metrics.keys() == expected.keys()
-    assert min(expected["losses/mirror_loss"], expected["losses/imitation_loss"]) > 0.01
+    assert expected["losses/mirror_loss"] > 0.1 and (expected["losses/imitation_loss"] > 0.01) == (iteration != 6)
     for name, number in expected.items():
         np.testing.assert_allclose(metrics[name], number, rtol=1e-3, err_msg=name)
     assert loss == metrics["losses/loss"]
