@@ -67,12 +67,9 @@ def judge(env_id: str, file: Path, episodes: int) -> list[float]:
     return returns
 
 
-def train(args: Args, env_id: str, seed: int, folder: Path) -> tuple[list[dict], dict, float]:
-    """Train in a process of its own. Returns its policies with the seconds at which each was there, and run.json."""
-    command = [sys.executable, "ppo_mjx.py", "--env-id", env_id, "--seed", str(seed)]
-    command += ["--runs-dir", str(folder / "runs"), "--total-timesteps", str(args.total_timesteps)]
-    command += ["--checkpoint-every", str(args.checkpoint_every), "--eval-every", "0", "--no-compile-cache"]
-    command += args.flags.split()
+def watch(command: list[str], folder: Path) -> tuple[list[dict], dict, float]:
+    """Train by a process of its own, with runs in folder / "runs". Returns its policies with the seconds at which each
+    was there, run.json, and all its seconds."""
     policies, newest, start = [], 0, time.perf_counter()
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -93,6 +90,14 @@ def train(args: Args, env_id: str, seed: int, folder: Path) -> tuple[list[dict],
         raise SystemExit((folder / "log.txt").read_text()[-3000:])
     run = json.loads(next((folder / "runs").glob("*/run.json")).read_text())
     return policies, run, time.perf_counter() - start
+
+
+def train(args: Args, env_id: str, seed: int, folder: Path) -> tuple[list[dict], dict, float]:
+    """What `watch` returns of one training."""
+    command = [sys.executable, "ppo_mjx.py", "--env-id", env_id, "--seed", str(seed)]
+    command += ["--runs-dir", str(folder / "runs"), "--total-timesteps", str(args.total_timesteps)]
+    command += ["--checkpoint-every", str(args.checkpoint_every), "--eval-every", "0", "--no-compile-cache"]
+    return watch(command + args.flags.split(), folder)
 
 
 def main(args: Args) -> None:

@@ -16,17 +16,15 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import tyro
+from time_to_return import ROOT, watch
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 VARIANTS = {  # flags, and weights of the reward that differ
@@ -72,31 +70,12 @@ def judge(file: Path) -> dict:
 
 
 def train(args: Args, variant: str, seed: int, folder: Path) -> tuple[list[dict], dict, float]:
-    """Train in a process of its own. Returns its policies with the seconds at which each was there, and run.json."""
+    """What `watch` returns of one training."""
     flags, weights = VARIANTS[variant]
     command = [sys.executable, __file__, "--child", json.dumps(weights), "--seed", str(seed)]
     command += ["--runs-dir", str(folder / "runs"), "--total-timesteps", str(args.total_timesteps)]
     command += ["--checkpoint-every", str(args.checkpoint_every), "--no-compile-cache", *flags]
-    policies, newest, start = [], 0, time.perf_counter()
-    with open(folder / "log.txt", "w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        while True:
-            ended = process.poll() is not None
-            for file in (folder / "runs").glob("*/policy.npz"):
-                if file.stat().st_mtime_ns > newest:
-                    newest, seconds = file.stat().st_mtime_ns, time.perf_counter() - start
-                    names = [path.name for path in (file.parent / "checkpoints").iterdir()]
-                    copy = folder / f"policy_{len(policies)}.npz"
-                    shutil.copy(file, copy)
-                    iteration = max(int(name) for name in names if name.isdigit())
-                    policies.append({"seconds": round(seconds, 1), "iteration": iteration, "file": copy})
-            if ended:
-                break
-            time.sleep(0.1)
-    if process.returncode:
-        raise SystemExit((folder / "log.txt").read_text()[-3000:])
-    run = json.loads(next((folder / "runs").glob("*/run.json")).read_text())
-    return policies, run, time.perf_counter() - start
+    return watch(command, folder)
 
 
 def main(args: Args) -> None:

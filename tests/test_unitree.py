@@ -1052,7 +1052,7 @@ def test_entropy_bonus_falls_linearly(update):
 LEARN = dataclasses.replace(  # to stand, on a robot that is always the same
     NOTHING, num_devices=2, num_envs=256, num_steps=24, total_timesteps=30 * 256 * 24, friction=(1.0, 1.0), gamma=0.97,
     num_minibatches=16, update_epochs=10, learning_rate=3e-3, desired_kl=0.1, ent_coef=0.0, init_log_std=-0.5,
-    hidden_sizes=(64, 64))
+    hidden_sizes=(64, 64), imitation_coef=0.0)
 
 @contextlib.contextmanager
 def watched(judge: bool):
