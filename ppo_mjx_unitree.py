@@ -723,7 +723,7 @@ class Batch:
     target: jax.Array  # of the value
 
 def ppo_loss(args: Args, env: Env, learner: Learner, params: dict, mb: Batch, ent_coef) -> tuple[jax.Array, dict]:
-    """PPO's loss (arXiv:1707.06347, equations 7 and 9), that of symmetry (arXiv:1801.08093, equation 6), and metrics.
+    """PPO's loss (arXiv:1707.06347, equations 7 and 9), symmetry's (1801.08093, equation 6), imitation's; and metrics.
     learner: the one that acted, for its statistics and the standard deviation; params: those that are learnt."""
     (actor, critic), log_std, old_log_std = make_networks(args, env), params["log_std"], learner.params["log_std"]
     value = critic.apply(params["critic"], normalize(learner.obs_stats["critic"], mb.obs["critic"]))[..., 0]
