@@ -233,10 +233,10 @@ MJCF = """<mujoco model="unitree">
   <asset><texture type="skybox" builtin="gradient" rgb1=".9 .95 1" rgb2=".6 .7 .85" width="64" height="64"/>
     <texture name="grid" type="2d" builtin="checker" rgb1=".55 .6 .65" rgb2=".45 .5 .55" width="64" height="64"/>
     <material name="grid" texture="grid" texuniform="true"/></asset>
-  <worldbody><light directional="true" pos="0 0 4" dir=".3 .3 -1"/>
-    <geom name="floor" type="plane" size="0 0 .05" material="grid" contype="1"/>
+  <worldbody><geom name="floor" type="plane" size="0 0 .05" material="grid" contype="1"/>
     <body name="base" pos="0 0 {robot.stand_height}"><freejoint name="base"/>
       <camera name="track" mode="trackcom" pos="1.6 -2.2 .5" xyaxes=".8 .6 0 -.12 .16 1"/>
+      <light mode="trackcom" pos="-1.5 -1.5 5" dir=".3 .3 -1" cutoff="60"/>
       {inertial}{body}
     </body></worldbody><actuator>{motors}</actuator>
 </mujoco>"""

@@ -103,6 +103,11 @@ def main(args: Args) -> None:
                    "passing": sum(policy["passed"] for policy in policies), "final": policies[-1]}  # fmt: skip
             print(json.dumps(row), flush=True)
             rows.append(row | {"curve": policies, "final_table": results[-1]["table"], "run": run})
+            write(args, rows)
+
+
+def write(args: Args, rows: list[dict]) -> None:
+    """The table so far, and all of it as JSON."""
     summary = {}
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
