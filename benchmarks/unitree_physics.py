@@ -8,7 +8,7 @@ angles, the largest of the twelve: after one control step and after 10. Speed is
 all devices; settings are timed in turn, `--repeats` times over, medians are given.
 
 Throughput: control steps/s of the script's `env.step`, physics steps/s of a scan of mjx.step as MuJoCo has it, of the
-same with the script's factorisation, and of C MuJoCo (mujoco.batch, a thread for each core, same model and settings),
+same with the script's solver, and of C MuJoCo (mujoco.batch, a thread for each core, same model and settings),
 over the number of worlds. Writes benchmarks/results/unitree_physics.json.
 """
 
@@ -59,16 +59,18 @@ class Setting:
     decimation: int = 4
     iterations: tuple[int, int] | None = None
     cg: bool = False
-    lapack: bool = False
+    mjx_solver: bool = False
     dry_friction: bool = False
     limits: bool = True
 
 
 SETTINGS = [
-    Setting("the script's"), Setting("LAPACK's Cholesky", lapack=True), Setting("1 / 4 iterations", iterations=(1, 4)),
-    Setting("3 / 5 iterations", iterations=(3, 5)), Setting("5 / 8 iterations", iterations=(5, 8)),
-    Setting("conjugate gradients, 4 / 4", iterations=(4, 4), cg=True), Setting("5 steps of 0.004 s", decimation=5),
-    Setting("10 steps of 0.002 s", decimation=10), Setting("with dry friction", dry_friction=True),
+    Setting("the script's"), Setting("MJX's own solver", mjx_solver=True),
+    Setting("1 / 4 iterations", iterations=(1, 4)), Setting("3 / 5 iterations", iterations=(3, 5)),
+    Setting("5 / 8 iterations", iterations=(5, 8)),
+    Setting("MJX's conjugate gradients, 4 / 4", iterations=(4, 4), cg=True, mjx_solver=True),
+    Setting("5 steps of 0.004 s", decimation=5), Setting("10 steps of 0.002 s", decimation=10),
+    Setting("MJX's own solver, with dry friction", dry_friction=True, mjx_solver=True),
     Setting("no joint limits", limits=False),
 ]  # fmt: skip
 QUIET = {"obs_noise": 0.0, "push_speed": 0.0, "friction": (1.0, 1.0), "added_mass": (0.0, 0.0), "shifted_center": 0.0,
@@ -87,11 +89,9 @@ def change(setting: Setting, model: mujoco.MjModel) -> mujoco.MjModel:
     return model
 
 
-def lapack():
-    """The script's factorisation replaced by JAX's own."""
-    factor, solve = jax.scipy.linalg.cho_factor, jax.scipy.linalg.cho_solve
-    own = {"tree_cho_factor": lambda _, *args, **kwargs: factor(*args, **kwargs), "tree_cho_solve": solve}
-    return mock.patch.multiple(unitree, **own)
+def our_solver():
+    """MJX with the script's constraint solver, as the script's env.step has it."""
+    return mock.patch("mujoco.mjx._src.solver.solve", unitree.solve_constraints)
 
 
 def make_env(setting: Setting) -> unitree.Env:
@@ -149,22 +149,19 @@ def compare_settings(args: Args, mesh: Mesh) -> dict:
     for setting in SETTINGS[: 2 if args.smoke else None]:
         env = make_env(setting)
 
-        def run(start, actions, before, env=env):
+        def run(start, actions, before, env=env, setting=setting):
             def step(carry, action):
                 data, before, domain = carry
                 data, _ = jax.vmap(env.advance)(data, action, before, domain)
                 return (data, action, domain), data.qpos[:, 7:]
 
-            factor = mock.patch.multiple(jax.scipy.linalg, cho_solve=unitree.tree_cho_solve,
-                                         cho_factor=partial(unitree.tree_cho_factor, env.num_legs))  # fmt: skip
             domain = jax.vmap(env.draw_domain)(jax.random.split(jax.random.key(0), len(actions)))
-            with factor:
+            with nullcontext() if setting.mjx_solver else our_solver(), jax.default_matmul_precision("highest"):
                 return jax.lax.scan(step, (start, before, domain), actions.swapaxes(0, 1))[1].swapaxes(0, 1)
 
         start = unitree.Physics(*(jnp.asarray(x, jnp.float32) for x in (qpos, qvel, warmstart)))
         operands = (start, jnp.asarray(actions, jnp.float32), jnp.asarray(before, jnp.float32))
-        with lapack() if setting.lapack else nullcontext():
-            programs[setting.name], compile_s = shard(mesh, run, *operands)
+        programs[setting.name], compile_s = shard(mesh, run, *operands)
         off = np.abs(np.asarray(programs[setting.name]()) - angles).max(axis=-1)
         rows[setting.name] = {"compile_s": compile_s} | {
             f"{steps} {name}": float(value) for steps in (1, STEPS) for name, value in
@@ -203,11 +200,9 @@ def measure_throughput(args: Args, mesh: Mesh, num_envs: int) -> dict:
         batch.step(nstep=substeps)
 
     programs, compile_s = {"C MuJoCo": in_c}, {}
-    tree = mock.patch.multiple(jax.scipy.linalg, cho_solve=unitree.tree_cho_solve,
-                               cho_factor=partial(unitree.tree_cho_factor, env.num_legs))  # fmt: skip
     programs["env.step"], compile_s["env.step"] = shard(mesh, own, state)
     programs["mjx.step"], compile_s["mjx.step"] = shard(mesh, bare, state.data)
-    with tree:
+    with our_solver():
         programs["mjx.step, ours"], compile_s["mjx.step, ours"] = shard(mesh, lambda data: bare(data), state.data)
     times = seconds_of(programs, args.repeats)
     rows = {name: num_envs * substeps / float(np.median(values)) for name, values in times.items()}
@@ -225,7 +220,7 @@ def main(args: Args) -> None:
     if args.settings:
         result["settings"] = compare_settings(args, mesh)
     if args.throughput:
-        print("| worlds | control steps/s, env.step | physics steps/s, mjx.step | the same, our factorisation | "
+        print("| worlds | control steps/s, env.step | physics steps/s, mjx.step | with our solver | "
               "C MuJoCo | ours / C |\n" + "|---" * 6 + "|")
         result["throughput"] = {n: measure_throughput(args, mesh, n) for n in args.num_envs}
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)

@@ -16,6 +16,7 @@ import tomllib
 import types
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -307,7 +308,7 @@ def model_arrays(env):
 
 @pytest.fixture(scope="module")
 def lowered(env, starts):
-    """The step of all worlds, traced; where MJX's solver takes its Cholesky factor from is decided there."""
+    """The step of all worlds, traced; which constraint solver MJX has is decided there."""
     tree = jax.tree.structure(env.model)
     def step(leaves, payloads, state, action):
         variant = copy.copy(env)
@@ -316,15 +317,18 @@ def lowered(env, starts):
     return jax.jit(step).lower(*model_arrays(env), starts, jnp.zeros((WORLDS, 12)))
 
 @pytest.fixture(scope="module")
-def step(env, lowered):
+def compiled(lowered):
+    return lowered.compile(QUICK)
+
+@pytest.fixture(scope="module")
+def step(env, compiled):
     """(state, action) -> state, of WORLDS worlds of `env` or of another one that differs in its model's numbers."""
-    compiled = lowered.compile(QUICK)
     return lambda state, action, other=env: compiled(*model_arrays(other), state, jnp.asarray(action, jnp.float32))
 
 @pytest.fixture(scope="module")
 def plain(env, starts):
-    """iterations or None -> one physics step of one world as MJX itself has it, without vmap and the tree's Cholesky
-    factor, traced; with that many iterations of the solver and of its line search."""
+    """iterations or None -> one physics step of one world, without vmap, traced: by our solver as it is set, or as MJX
+    itself has it, with that many iterations of its solver and of its line search."""
     data, domain = jax.tree.map(lambda x: x[0], (starts.data, starts.info["domain"]))
     def trace(iterations: int | None):
         single = copy.copy(env)
@@ -332,7 +336,8 @@ def plain(env, starts):
         if iterations:
             option = env.model.opt.replace(iterations=iterations, ls_iterations=iterations)
             single.model = env.model.replace(opt=option)
-        with jax.default_matmul_precision("highest"):
+        ours = mock.patch("mujoco.mjx._src.solver.solve", unitree.solve_constraints)
+        with jax.default_matmul_precision("highest"), contextlib.nullcontext() if iterations else ours:
             return jax.jit(single.advance).lower(data, jnp.zeros(12), jnp.zeros(12), domain)
     return trace
 
@@ -444,24 +449,67 @@ def test_training_physics_stays_close(moments, step, converged):
         error = np.abs(np.asarray(mine) - other)[4:].max(axis=1)
         assert np.median(error) < median and error.max() < most  # about three times what is observed
 
-# ---- The solver's Cholesky factor
+# ---- The constraint solver
 
-@pytest.mark.parametrize(("legs", "joints"), [(2, 6), (4, 3), (1, 1)])
-def test_tree_cholesky_equals_numpy(legs, joints):
-    """It solves symmetric positive definite systems without coupling between legs as NumPy does, alone and batched."""
-    random, size = np.random.default_rng(0), 6 + legs * joints
-    root = random.standard_normal((WORLDS, size, size))
-    block = np.repeat(np.arange(legs + 1), [6] + legs * [joints])
-    free = (block[:, None] == block) | (block[:, None] == 0) | (block == 0)
-    matrices = root @ root.swapaxes(1, 2) * free
-    matrices += np.eye(size) * (1 - np.linalg.eigvalsh(matrices).min(axis=1))[:, None, None]
-    vectors = random.standard_normal((WORLDS, size))
-    expected = np.linalg.solve(matrices, vectors[..., None])[..., 0]
-    def solve(matrix, vector):
-        return unitree.tree_cho_solve(unitree.tree_cho_factor(legs, matrix), vector)
+def constrained(random, worlds):
+    """A problem of the solver for so many worlds, worlds first: M, J, d, aim, push, guess."""
+    n, k = 18, 44
+    root = random.standard_normal((worlds, n, n))
+    mass = root @ root.swapaxes(1, 2) + 0.1 * np.eye(n)
+    return (mass, random.standard_normal((worlds, k, n)), random.uniform(1, 100, (worlds, k)),
+            random.standard_normal((worlds, k)), 10 * random.standard_normal((worlds, n)),
+            random.standard_normal((worlds, n)))
+
+def test_systems_are_solved_as_numpy_does():
+    """Symmetric positive definite ones, worlds last."""
+    mass, *_, right = constrained(np.random.default_rng(0), WORLDS)
     with jax.enable_x64(True):
-        np.testing.assert_allclose(run(jax.vmap(solve), matrices, vectors), expected, rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(run(solve, matrices[3], vectors[3]), expected[3], rtol=1e-9)
+        found = run(unitree.solve_spd, np.moveaxis(mass, 0, -1), right.T)
+        np.testing.assert_allclose(found.T, np.linalg.solve(mass, right[..., None])[..., 0], rtol=1e-8)
+
+def test_solver_ends_where_the_cost_is_least():
+    """There the constraints' forces hold the balance, and they only push; from anywhere, whatever the worlds beside."""
+    problem = constrained(np.random.default_rng(0), WORLDS)
+    with jax.enable_x64(True):
+        last = [np.moveaxis(x, 0, -1) for x in problem]
+        found, force = (np.moveaxis(x, -1, 0) for x in run(partial(unitree.newton, 30, 10), *last))
+        alone, _ = run(partial(unitree.newton, 30, 10), *(x[..., :1] for x in last))
+    mass, jacobian, stiffness, aim, push, _ = problem
+    balance = np.einsum("wij,wj->wi", mass, found) - push - np.einsum("wki,wk->wi", jacobian, force)
+    slack = np.einsum("wki,wi->wk", jacobian, found) - aim
+    np.testing.assert_allclose(balance, 0, atol=1e-8)
+    np.testing.assert_allclose(force, np.maximum(-stiffness * slack, 0), rtol=1e-9, atol=1e-9)
+    assert (force > 0).any() and (force == 0).any()
+    np.testing.assert_allclose(alone[:, 0], found[0], rtol=1e-9)
+
+def test_a_step_of_the_solver_never_makes_the_cost_larger():
+    """Neither the first nor later ones, also with few steps of its search."""
+    problem = constrained(np.random.default_rng(1), WORLDS)
+    def cost(a):
+        mass, jacobian, stiffness, aim, push, _ = problem
+        slack = np.minimum(np.einsum("wki,wi->wk", jacobian, a) - aim, 0)
+        return (np.einsum("wi,wij,wj->w", a, mass, a) / 2 - (push * a).sum(axis=1)
+                + (stiffness * slack**2).sum(axis=1) / 2)
+    costs = [cost(problem[-1])]
+    with jax.enable_x64(True):
+        for iterations in 1, 2, 3:
+            last = [np.moveaxis(x, 0, -1) for x in problem]
+            costs.append(cost(np.moveaxis(run(partial(unitree.newton, iterations, 4), *last)[0], -1, 0)))
+    assert (np.diff(costs, axis=0) < 1e-9).all() and (costs[1] < costs[0]).all()
+
+def test_solver_agrees_with_mjx(env, moments):
+    """Accelerations in MJX by its own solver and by ours, both run to the end, of robots on the floor; of many worlds and
+    of one."""
+    data, option = moments[0].data, env.model.opt.replace(iterations=CONVERGED, ls_iterations=CONVERGED)
+    def accelerate(data):
+        return mjx.forward(env.model.replace(opt=option), env.template.replace(**vars(data))).qacc
+    theirs = np.asarray(jax.jit(jax.vmap(accelerate))(data))
+    with mock.patch("mujoco.mjx._src.solver.solve", unitree.solve_constraints):
+        ours = np.asarray(jax.jit(jax.vmap(lambda data: accelerate(data)))(data))
+        one = jax.jit(lambda data: accelerate(data))(jax.tree.map(lambda x: x[0], data))
+    scale = np.abs(theirs).max(axis=1, keepdims=True)
+    np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-4)  # observed: 1e-5
+    np.testing.assert_allclose(one, ours[0], rtol=1e-3, atol=1e-3 * scale[0, 0])
 
 @pytest.mark.parametrize("command", [
     (1.0, 0, 0), (-0.5, 0, 0), (0, 0.4, 0), (0, 0, 0.6), (0.5, 0.2, 0.5), (0, 0, 0)])
@@ -491,13 +539,12 @@ def test_stepping_motion_follows_the_command(command):
         assert (middle[0][2] > landing[0][2] + 0.05) == any(command)
     assert any(command) or (data.qpos[7:] == DEFAULT).all()
 
-def test_step_with_the_tree_is_mjx_without(lowered, step, plain, moments):
-    """The step uses no other Cholesky factor; alone, without vmap and with MJX's own factor, each world moves the same;
-    the rewards are those of what was read there, and of the state after the step."""
-    program = plain(None)
-    assert "cholesky" not in lowered.as_text() and "cholesky" in program.as_text()
+def test_worlds_move_alone_as_they_do_together(compiled, step, plain, moments):
+    """The step factorises nothing by LAPACK; alone and without vmap each world moves the same; the rewards are those of
+    what was read there, and of the state after the step."""
+    assert "potrf" not in compiled.as_text() and "potrf" in plain(2).compile(QUICK).as_text()
     (state, action), new = moments, step(*moments)
-    data, readings = control_step(program.compile(QUICK), state, action)
+    data, readings = control_step(plain(None).compile(QUICK), state, action)
     np.testing.assert_allclose(new.data.qpos, data.qpos, atol=5e-6)  # observed: 6e-7
     np.testing.assert_allclose(new.data.qvel, data.qvel, atol=5e-4)  # observed: 7e-5
     qpos, qvel, info = np.float64(new.data.qpos), np.float64(new.data.qvel), state.info
