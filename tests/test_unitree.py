@@ -498,8 +498,8 @@ def test_a_step_of_the_solver_never_makes_the_cost_larger():
     assert (np.diff(costs, axis=0) < 1e-9).all() and (costs[1] < costs[0]).all()
 
 def test_solver_agrees_with_mjx(env, moments):
-    """Accelerations in MJX by its own solver and by ours, both run to the end, of robots on the floor; of many worlds and
-    of one."""
+    """Accelerations in MJX by its own solver and by ours, both run to the end, of robots on the floor: of many worlds,
+    and of one."""
     data, option = moments[0].data, env.model.opt.replace(iterations=CONVERGED, ls_iterations=CONVERGED)
     def accelerate(data):
         return mjx.forward(env.model.replace(opt=option), env.template.replace(**vars(data))).qacc
