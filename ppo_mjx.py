@@ -245,7 +245,6 @@ def reward_terms(task: Task, x_velocity, action, healthy, xp=jnp) -> dict:
     ctrl = -task.ctrl_cost * xp.square(action).sum(axis=-1)
     return {"reward_forward": x_velocity, "reward_ctrl": ctrl, "reward_survive": task.healthy_reward * healthy}
 
-# shared: cholesky
 def cho_factor(matrix: jax.Array, lower: bool = False) -> tuple[jax.Array, bool]:
     """Cholesky factor of one small matrix [n, n], unrolled, its diagonal inverted. Under vmap each entry is a vector
     over the worlds; LAPACK or cuSOLVER would take one world after the other."""
@@ -265,7 +264,6 @@ def cho_solve(factor_and_lower: tuple[jax.Array, bool], vector: jax.Array) -> ja
     for i in reversed(range(n)):
         x[i] = (x[i] - sum(factor[k, i] * x[k] for k in range(i + 1, n))) * factor[i, i]
     return jnp.array(x)
-# end shared
 
 class Env:
     """One world of a task; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes.
