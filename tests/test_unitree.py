@@ -497,6 +497,20 @@ def test_a_step_of_the_solver_never_makes_the_cost_larger():
             costs.append(cost(np.moveaxis(run(partial(unitree.newton, iterations, 4), *last)[0], -1, 0)))
     assert (np.diff(costs, axis=0) < 1e-9).all() and (costs[1] < costs[0]).all()
 
+def test_search_ends_where_the_slope_is_zero():
+    """Of the first step with a long search: downhill at its start, level at its end."""
+    problem = constrained(np.random.default_rng(2), 10 * WORLDS)
+    mass, jacobian, stiffness, aim, push, guess = problem
+    with jax.enable_x64(True):
+        last = [np.moveaxis(x, 0, -1) for x in problem]
+        found = np.moveaxis(run(partial(unitree.newton, 1, 40), *last)[0], -1, 0)
+    def slope(a):
+        slack = np.minimum(np.einsum("wki,wi->wk", jacobian, a) - aim, 0)
+        gradient = np.einsum("wij,wj->wi", mass, a) - push + np.einsum("wki,wk->wi", jacobian, stiffness * slack)
+        return (gradient * (found - guess)).sum(axis=1)
+    assert (slope(guess) < 0).all()
+    assert (np.abs(slope(found)) < 1e-6 * -slope(guess)).all()
+
 def test_solver_agrees_with_mjx(env, moments):
     """Accelerations in MJX by its own solver and by ours, both run to the end, of robots on the floor: of many worlds,
     and of one."""
