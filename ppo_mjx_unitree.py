@@ -446,7 +446,7 @@ def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[ja
 
 def all_worlds(function, size: int, batched: list, *arrays):
     """What jax.vmap makes of `function`, by the rules of custom_vmap: worlds become the last axis, where they are what
-    vector units work on; LAPACK and cuSOLVER would take one small system after the other."""
+    vector units work on; LAPACK would take one small system after the other."""
     last = (jnp.moveaxis(x, 0, -1) if own else jnp.broadcast_to(x[..., None], (*x.shape, size))
             for x, own in zip(arrays, batched, strict=True))
     out = tuple(jnp.moveaxis(x, -1, 0) for x in function(*last))
