@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "flax==0.12.6", "imageio[ffmpeg]==2.38.1", "jax==0.9.2", "mujoco==3.17.0", "mujoco-mjx==3.17.0", "optax==0.2.8",
-#   "orbax-checkpoint==0.12.8", "tensorboard==2.21.0", "tensorboardX==2.6.5", "tqdm==4.70.1", "tyro==1.0.17"]
+#   "tensorboard==2.21.0", "tensorboardX==2.6.5", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 """PPO for Unitree's legged robots, on MuJoCo XLA (MJX): one file, one jitted program per iteration.
 
@@ -47,13 +47,14 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import tyro
 from flax import struct
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from mujoco.rendering.classic import gl_context
 from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
 with contextlib.redirect_stdout(io.StringIO()):  # it tells everyone that the optional Warp backend is missing
@@ -75,6 +76,10 @@ class Args:
     compile_cache: bool = True  # keep compiled programs in the user's cache folder, for a quicker start next time
     resume: str | None = None  # run folder to go on with, by the settings that it was started with
     evaluate: str | None = None  # run folder whose policy to put to the test; nothing is trained
+    replay_nan: str | None = None  # nan_dump.npz of a run, to step through in MJX and in C MuJoCo side by side
+    coordinator_address: str | None = None  # host:port of process 0, if several train together; auto: ask the cluster
+    num_processes: int | None = None  # that train together, each with its own devices
+    process_id: int | None = None  # of this one, from 0
     smoke: bool = False  # build, train, save, resume and evaluate in short, and tell what works
     # The environment
     robot: Literal["g1"] = "g1"  # a row of ROBOTS
@@ -469,8 +474,8 @@ class Env:
         model = training_model(self.robot, args.decimation)
         (self.feet, self.soles), n = find_feet(model), model.nu
         self.payloads = draw_payloads(args, training_model(self.robot, args.decimation))
-        self.model = mjx.put_model(model, impl="jax")
-        self.template, self.action_size = mjx.make_data(self.model), n
+        self.model, self.action_size = mjx.put_model(model, jax.local_devices()[0], impl="jax"), n
+        self.template = mjx.make_data(self.model, jax.local_devices()[0])
         self.noise = args.obs_noise * np.repeat([0.05, 0.05, 0.0, 0.01, 0.075, 0.0, 0.0], [3, 3, 3, n, n, n, 2])
         self.default, self.stiffness, self.damping, self.max_torque = controller(self.robot)
     def draw_command(self, key: jax.Array) -> jax.Array:
@@ -527,17 +532,20 @@ class Env:
                 "torque": torque, "foot_height": position[:, 2], "foot_velocity": velocity, "contact": contact}
         data, readings = jax.lax.scan(substep, data, jnp.arange(self.args.decimation))
         return data, jax.tree.map(lambda values: values[-1], readings)
+    def push(self, info: dict) -> jax.Array:
+        """What the step after `info` adds to the base's velocity [2]."""
+        limit, key = self.args.push_speed, jax.random.split(info["key"], 4)[1]
+        push = jax.random.uniform(key, (2,), minval=-limit, maxval=limit)
+        return jnp.where((info["elapsed"] + 1) % round(self.args.push_every / CONTROL_DT) == 0, push, 0.0)
+
     def step(self, state: State, action: jax.Array) -> State:
         """One control step. action [A]: the joints' targets, as offsets from the default pose over action_scale."""
         args, robot, info, before = self.args, self.robot, state.info, state.data
-        next_key, push_key, command_key, noise_key = jax.random.split(info["key"], 4)
-        elapsed, push_steps = info["elapsed"] + 1, round(args.push_every / CONTROL_DT)
-        push = jax.random.uniform(push_key, (2,), minval=-args.push_speed, maxval=args.push_speed)
-        push = jnp.where(elapsed % push_steps == 0, push, 0.0)
+        (next_key, _, command_key, noise_key), elapsed = jax.random.split(info["key"], 4), info["elapsed"] + 1
         ours = mock.patch("mujoco.mjx._src.solver.solve", solve_constraints)
         with jax.default_matmul_precision("highest"), ours:  # while MJX is traced; TF32 would be too rough
             data, readings = self.advance(
-                before.replace(qvel=before.qvel.at[:2].add(push)), action, info["action"], info["domain"])
+                before.replace(qvel=before.qvel.at[:2].add(self.push(info))), action, info["action"], info["domain"])
         sane = jnp.isfinite(data.qpos).all() & (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN, too
         phases = (elapsed * (CONTROL_DT / robot.gait_period) + np.array(robot.gait_offsets)) % 1
         motion = Motion(
@@ -646,7 +654,8 @@ class TrainState:
 STATE_SPEC = TrainState(learner=P(), worlds=P("devices"))
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+    adam = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+    return optax.apply_if_finite(adam, 2**31 - 1)  # a gradient that is not finite is skipped and counted
 
 def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     actor_key, critic_key, shuffle_key, reset_key, clock_key, world_key = jax.random.split(key, 6)
@@ -672,7 +681,8 @@ class Transition:
     obs: dict[str, jax.Array]  # of actor and critic
     action: jax.Array  # [A]
     mean: jax.Array  # [A] of the policy
-    end: Worlds  # where the step ended, before any reset, with its reward, observation, episode return, ...
+    start: State  # where the step began
+    end: Worlds  # where it ended, before any reset, with its reward, observation, episode return, ...
     terminated: jax.Array  # bool
     done: jax.Array  # bool: terminated, or at the time limit
     finished: jax.Array  # bool: done after a whole episode, neither broken nor started on a staggered clock
@@ -697,7 +707,8 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
         zeros, counts = jnp.zeros_like(end.episode_return), jnp.zeros_like(end.episode_length)
         fresh = Worlds(jax.vmap(env.reset)(reset_key), key, zeros, zeros, counts, end.broken)
         select = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
-        return select(done, fresh, end), Transition(obs, action, mean, end, terminated, done, finished)
+        transition = Transition(obs, action, mean, worlds.env_state, end, terminated, done, finished)
+        return select(done, fresh, end), transition
     return jax.lax.scan(step, worlds, None, length=args.num_steps)
 
 # ---- 10. Advantages -------------------------------------------------------------------------------------------------
@@ -768,15 +779,18 @@ def update_epochs(args: Args, env: Env, learner: Learner, batch: Batch) -> tuple
         gradient, metrics = unravel_both(jax.lax.pmean(flat, "devices"))
         gradient = ravel_pytree(gradient)[0]
         direction, opt_state = make_optimizer(args).update(gradient, opt_state)
-        return (vector - rate * direction, opt_state), metrics | {"losses/grad_norm": jnp.linalg.norm(gradient)}
+        metrics |= {"losses/grad_norm": jnp.linalg.norm(gradient)}
+        return (vector - rate * direction, opt_state), (metrics, opt_state.notfinite_count)
     def epoch(carry, key):
         order = jax.random.permutation(key, len(batch.target))
         shuffled = jax.tree.map(lambda x: x[order].reshape(args.num_minibatches, -1, *x.shape[1:]), batch)
         return jax.lax.scan(minibatch_step, carry, shuffled)
     key = jax.random.fold_in(jax.random.fold_in(learner.key, learner.iteration), jax.lax.axis_index("devices"))
-    (vector, opt_state), metrics = jax.lax.scan(
+    (vector, opt_state), (metrics, skipped) = jax.lax.scan(
         epoch, (vector, learner.opt_state), jax.random.split(key, args.update_epochs))
-    metrics = {tag: values.mean() for tag, values in metrics.items()} | {"charts/learning_rate": jnp.float32(rate)}
+    metrics = {tag: values.mean() for tag, values in metrics.items()} | {
+        "charts/learning_rate": jnp.float32(rate), "charts/skipped_in_a_row": skipped.max(),
+        "charts/skipped_updates": opt_state.total_notfinite}
     if args.desired_kl:  # after rsl_rl, but once an iteration: so many minibatches would drive it to its bounds
         factor = jnp.where(metrics["losses/kl"] < args.desired_kl / 2, 1.5, 1.0)
         factor = jnp.where(metrics["losses/kl"] > 2 * args.desired_kl, 1 / 1.5, factor)
@@ -785,8 +799,16 @@ def update_epochs(args: Args, env: Env, learner: Learner, batch: Batch) -> tuple
                            iteration=learner.iteration + 1), metrics
 
 # ---- 12. One training iteration -------------------------------------------------------------------------------------
-def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Rollout, advantages and update with one device's worlds. Returns metrics over all devices, by tag."""
+# shared: black_box
+def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
+    """What the first world to break went through, for `dump`: of all worlds [T, N, ...] -> [1, T, ...]."""
+    world = jnp.unravel_index(jnp.argmax(broken), broken.shape)[1]
+    return jax.tree.map(lambda x: x[None, :, world], {"start": start, "action": action, "broken": broken})
+# end shared
+
+def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict, dict]:
+    """Rollout, advantages and update with one device's worlds. Returns metrics over all devices, by tag, and this
+    one's black box."""
     learner, mean = state.learner, partial(jax.lax.pmean, axis_name="devices")
     worlds, steps = rollout(args, env, learner, state.worlds)
     return_stats = update_stats(learner.return_stats, steps.end.discounted_return)
@@ -812,13 +834,16 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
         "losses/explained_variance": explained_variance, "charts/nan_resets": broken, "charts/falls": falls,
         "charts/episodic_return": returns / episodes,  # NaN, and not logged, where no episode has finished
         "charts/episodic_length": lengths / episodes, "charts/episodes_finished": episodes}
-    return TrainState(learner.replace(obs_stats=obs_stats, return_stats=return_stats), worlds), metrics
+    box = black_box(steps.start, steps.action, steps.end.env_state.info["broken"])
+    return TrainState(learner.replace(obs_stats=obs_stats, return_stats=return_stats), worlds), metrics, box
 
 @partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state")
 def train_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
     """One iteration as one program over the mesh's devices; `state` is donated, its memory is used again."""
-    run = partial(device_iteration, args, env)
-    return jax.shard_map(run, mesh=mesh, in_specs=(STATE_SPEC,), out_specs=(STATE_SPEC, P()), check_vma=False)(state)
+    run = jax.shard_map(partial(device_iteration, args, env), mesh=mesh, in_specs=(STATE_SPEC,),
+                        out_specs=(STATE_SPEC, P(), P("devices")), check_vma=False)
+    state, metrics, box = run(state)
+    return state, metrics | {"black_box": box}
 
 # ---- 13. Evaluation -------------------------------------------------------------------------------------------------
 def export_policy(learner: Learner) -> dict[str, np.ndarray]:
@@ -963,27 +988,98 @@ def write_video(robot: Robot, policy: dict, file: Path) -> None:
                 video.append_data(renderer.render())
     print(f"video: {file}")
 
+class Twin:
+    """What `Env.advance` does, in C MuJoCo at full accuracy, with the draws of one world's episode."""
+    def __init__(self, env: Env, start: State):
+        self.env, self.info = env, start.info
+        self.model = training_model(env.robot, env.args.decimation)
+        self.model.opt.iterations, self.model.opt.ls_iterations = 100, 50
+        for name, values in env.payloads.items():
+            getattr(self.model, name)[:] = values[int(self.info["domain"]["payload"])]
+        self.model.geom_friction[env.soles.ravel(), 0] = float(self.info["domain"]["friction"])
+        self.data = mujoco.MjData(self.model)
+    def step(self, action) -> None:
+        env, domain, data = self.env, self.info["domain"], self.data
+        data.qvel[:2] += env.push(self.info)
+        for i in range(env.args.decimation):
+            target = env.default + env.robot.action_scale * (self.info["action"] if i < domain["delay"] else action)
+            torque = domain["stiffness"] * env.stiffness * (target - data.qpos[7:])
+            torque -= domain["damping"] * env.damping * data.qvel[6:]
+            data.ctrl = np.clip(domain["strength"] * torque, -env.max_torque, env.max_torque)
+            mujoco.mj_step(self.model, data)
+        self.info = self.info | {"action": action, "elapsed": self.info["elapsed"] + 1,
+                                 "key": jax.random.split(self.info["key"], 4)[0]}
+
+# shared: replay
+def replay_nan(file: Path, make_env, make_original) -> None:
+    """Step what nan_dump.npz holds in MJX and in C MuJoCo side by side, each from its own states, and tell where they
+    part, by more than a hundredth of the largest speed."""
+    with or_fail(f"--replay-nan {file}"), np.load(file, allow_pickle=False) as arrays:
+        box = dict(arrays)
+        env, broken = make_env(read_args(str(box["args"]))), box["['broken']"]
+        start = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(broken)))
+        start, last = from_arrays(box, {"start": start})["start"], int(broken.argmax())
+    first = max(0, last - int(start.info["elapsed"][last]))  # no reset lies between
+    state = jax.tree.map(lambda x: x[first], start)
+    original, parted, step = make_original(env, state), None, jax.jit(env.step)
+    for name, value in vars(state.data).items():
+        setattr(original.data, name, value)
+    print("step  largest speed in MJX  in C MuJoCo  largest difference")
+    for t, action in enumerate(box["['action']"][first:last + 1], first - last):
+        state, _ = step(state, action), original.step(action)
+        mine, theirs = np.asarray(state.data.qvel), original.data.qvel
+        parted = t if parted is None and not np.abs(mine - theirs).max() <= 0.01 * np.abs(theirs).max() else parted
+        print(f"{t:4} {np.abs(mine).max():22.3g} {np.abs(theirs).max():12.3g} {np.abs(mine - theirs).max():19.3g}")
+    resets = sum(original.data.warning[kind].number for kind in (
+        mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC))
+    print(f"In step 0 the world broke. They part {'nowhere' if parted is None else f'in step {parted}'}. "
+          f"C MuJoCo {'breaks too' if resets else 'does not break'}.")
+# end shared
+
 # ---- 14. Log and files ----------------------------------------------------------------------------------------------
 # shared: bookkeeping
 def say(text: str) -> None:
-    print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
+    if jax.process_index() == 0:
+        print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
+
+# TensorBoard's events go to their file at once: the library's thread loses its queue when the process is killed, and a
+# full disk ends it unseen. Closing the file, at the latest when Python ends, does not tell of a full disk once more.
+def write_event(self: EventFileWriter, event) -> None:
+    self._ev_writer.write_event(event)
+def close_file(self: EventFileWriter, close=EventFileWriter.close) -> None:
+    with contextlib.suppress(OSError):
+        close(self)
+EventFileWriter.add_event, EventFileWriter.close = write_event, close_file
 
 class Log:
-    """TensorBoard, and a progress bar or, without a terminal, plain lines."""
+    """TensorBoard, and a progress bar or, without a terminal, plain lines. Of several processes the first writes."""
     def __init__(self, args: Args, run_dir: Path, first: int):
         self.args, self.first, self.start, self.shown = args, first * args.steps_per_iteration, time.time(), "-"
-        self.writer = SummaryWriter(str(run_dir), purge_step=self.first + 1 if first else None)
-        rows = "".join(f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows)
+        self.run_dir, self.dumped, quiet = run_dir, False, jax.process_index() > 0
+        with writing(run_dir):
+            purge = self.first + 1 if first else 0  # what was written after the last checkpoint, if ever
+            self.writer = SummaryWriter(str(run_dir), purge_step=purge, write_to_disk=not quiet)
+            rows = "".join(f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+            self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows, self.first)
         total = args.num_iterations * args.steps_per_iteration
-        self.bar = tqdm(total=total, initial=self.first, unit=" steps", unit_scale=True, disable=None)
+        self.bar = tqdm(total=total, initial=self.first, unit=" steps", unit_scale=True, disable=quiet or None)
 
-    def write(self, iteration: int, metrics: dict[str, jax.Array]) -> dict:
-        step, values = iteration * self.args.steps_per_iteration, jax.device_get(metrics)
+    def scalars(self, step: int, values: dict) -> None:
+        with writing(self.run_dir):
+            for tag, value in values.items():
+                if math.isfinite(value):
+                    self.writer.add_scalar(tag, float(value), step)
+            self.writer.flush()
+
+    def write(self, iteration: int, metrics: dict) -> dict:
+        box, step = metrics.pop("black_box"), iteration * self.args.steps_per_iteration
+        values = jax.device_get(metrics)
         sps = values["charts/SPS"] = (step - self.first) / (time.time() - self.start)
-        for tag, value in values.items():
-            if math.isfinite(value):
-                self.writer.add_scalar(tag, float(value), step)
+        self.scalars(step, values)
+        if values["charts/nan_resets"] and not self.dumped:
+            self.dumped = dump(self.args, self.run_dir / "nan_dump.npz", box)
+        skipped = values["charts/skipped_in_a_row"]  # NaN before the first update
+        require(not skipped >= 10, f"{self.run_dir}: step {step}: {skipped:.0f} gradients in a row are not finite", 1)
         self.shown = f"{values['charts/episodic_return']:.0f}" if values["charts/episodes_finished"] else self.shown
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"return {self.shown}")
@@ -991,48 +1087,115 @@ class Log:
             say(f"step {step}  return {self.shown}  SPS {sps:.0f}  time left {(self.bar.total - step) / sps:.0f} s")
         return values
 
-def save(args: Args, run_dir: Path, checkpoints: ocp.CheckpointManager, state: TrainState, policy: dict) -> None:
-    """Write a checkpoint (the whole state, and the settings) and policy.npz, each whole or not at all."""
-    items = {"state": ocp.args.StandardSave(state), "args": ocp.args.JsonSave(dataclasses.asdict(args))}
-    checkpoints.save(int(state.learner.iteration), args=ocp.args.Composite(**items))
-    checkpoints.wait_until_finished()
-    np.savez(run_dir / "policy.tmp.npz", **policy)
-    os.replace(run_dir / "policy.tmp.npz", run_dir / "policy.npz")
+def count_bytes(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-def restore(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """The newest checkpoint, in the form and on the devices of `state`."""
-    newest = checkpoints.latest_step()
-    require(newest is not None, f"--resume: {checkpoints.directory} holds no checkpoint")
-    form = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
-    with or_fail(f"--resume: checkpoint {newest} is broken; remove it to go on from the one before"):
-        return checkpoints.restore(newest, args=ocp.args.Composite(state=form))["state"]
+def is_key(x) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+def to_arrays(tree) -> dict[str, np.ndarray]:
+    """All arrays of a tree by their names, with the shares of all processes; keys as their numbers."""
+    tree = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+    tree = multihost_utils.process_allgather(tree, tiled=True)
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
+
+def from_arrays(arrays: dict[str, np.ndarray], like):
+    """The tree that `to_arrays` took apart, with the shapes and on the devices of the tree `like`."""
+    def place(path, old):
+        new, form = arrays[jax.tree_util.keystr(path)], jax.eval_shape(jax.random.key_data, old) if is_key(old) else old
+        assert (new.shape, new.dtype) == (form.shape, form.dtype), jax.tree_util.keystr(path)
+        if isinstance(old, np.ndarray):
+            return new
+        new = jax.make_array_from_callback(new.shape, old.sharding, lambda share: new[share])
+        return jax.random.wrap_key_data(new) if is_key(old) else new
+    return jax.tree.map_with_path(place, like)
+
+def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """The whole file or none. NumPy's format holds a checksum of each array, and no code."""
+    if jax.process_index() == 0:
+        with file.with_suffix(".part").open("wb") as stream:
+            np.savez(stream, **arrays)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(stream.name, file)
+
+def dump(args: Args, file: Path, box: dict) -> bool:
+    """Write what --replay-nan reads, of the first world in the run that broke: [D, T, ...] -> [T, ...]."""
+    arrays = to_arrays(box)
+    broken = arrays["['broken']"].any(axis=1)
+    if broken.any() and not file.exists():
+        arrays = {name: array[broken.argmax()] for name, array in arrays.items()}
+        with writing(file.parent):
+            write_npz(file, arrays | {"args": json.dumps(dataclasses.asdict(args))})
+        say(f"a world broke; to see how: python {sys.argv[0]} --replay-nan {shlex.quote(str(file))}")
+    return bool(broken.any())
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The newest first."""
+    return sorted((run_dir / "checkpoints").glob("*.npz"), reverse=True)
+
+def save(args: Args, run_dir: Path, state: TrainState, policy: dict) -> None:
+    """Write a checkpoint (the whole state, and the settings) and policy.npz."""
+    arrays = to_arrays(state) | {"args": json.dumps(dataclasses.asdict(args))}
+    with writing(run_dir):
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
+        write_npz(run_dir / "policy.npz", policy)  # first, since a resumed run starts after its checkpoint
+        write_npz(run_dir / "checkpoints" / f"{int(state.learner.iteration):09}.npz", arrays)
+        for old in checkpoints(run_dir)[3:] if jax.process_index() == 0 else ():
+            old.unlink()
+
+def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
+    """The newest whole checkpoint, on the devices of `state`; or `state`, if the run was stopped before the first."""
+    for file in checkpoints(run_dir):
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                saved = dict(arrays)  # which reads all, and compares the checksums
+            ours, theirs = json.loads(json.dumps(dataclasses.asdict(args))), json.loads(str(saved["args"]))
+        except Exception as error:  # there is no end to what may be wrong with a file
+            say(f"--resume: {file} is broken ({type(error).__name__}: {error!s:.80}); trying the one before")
+            continue
+        differ = ", ".join(sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)))
+        require(not differ, f"--resume: {file} differs from run.json in {differ:.200}")
+        with or_fail(f"--resume: {file} was written by other code"):
+            return from_arrays(saved, state)
+    require(not checkpoints(run_dir), f"--resume: {run_dir} holds no whole checkpoint")
+    return state
 
 def write_run(run_dir: Path, content: dict) -> None:
-    (run_dir / "run.tmp").write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(run_dir / "run.tmp", run_dir / "run.json")
+    if jax.process_index() == 0:
+        with writing(run_dir):
+            (run_dir / "run.tmp").write_text(json.dumps(content, indent=2) + "\n")
+            os.replace(run_dir / "run.tmp", run_dir / "run.json")
+
+def read_args(text: str) -> Args:
+    """The settings in a JSON text, checked as those of the command line are."""
+    args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(text).items()})
+    check_args(args)
+    return args
 
 def read_run(run_dir: Path) -> Args:
-    """The settings of a run."""
     with or_fail(f"{run_dir} is no run folder of this script"):
-        saved = json.loads((run_dir / "run.json").read_text())["args"]
-        args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in saved.items()})
-        check_args(args)
-        return args
+        return read_args(json.dumps(json.loads((run_dir / "run.json").read_text())["args"]))
 
 # ---- 15. Command line -----------------------------------------------------------------------------------------------
-def require(condition, message: str) -> None:
-    """Where the condition does not hold, end with one line and exit code 2."""
+def require(condition, message: str, code: int = 2) -> None:
+    """Where the condition does not hold, end with one line and an exit code: 2 for bad input."""
     if not condition:
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        raise SystemExit(2)
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+        if code == 1 and jax.process_count() > 1:
+            os._exit(code)  # a polite end would wait for the other processes, and they for this one
+        raise SystemExit(code)
 
 @contextlib.contextmanager
-def or_fail(message: str):
-    """End with one line and exit code 2 where the body raises, whatever it raises."""
+def or_fail(message: str, code: int = 2, kind: type[Exception] = Exception):
+    """End with one line and an exit code where the body raises, by default whatever it raises."""
     try:
         yield
-    except Exception as error:
-        require(False, f"{message} ({type(error).__name__}: {error!s:.200})")
+    except kind as error:
+        require(False, f"{message} ({type(error).__name__}: {error!s:.200})", code)
+
+def writing(run_dir: Path):
+    return or_fail(f"{run_dir}: cannot write; training has ended, the last checkpoint is whole", code=1)
 
 def parse_args(argv: list[str], default: Args = Args()) -> Args:
     box = io.StringIO()  # tyro draws one around its errors; the first paragraph tells
@@ -1043,23 +1206,75 @@ def parse_args(argv: list[str], default: Args = Args()) -> Args:
         require(not stop.code, box.getvalue().split("\n", 1)[-1].split("──")[0].replace("│", ""))
         raise
 
-def make_mesh(wanted: int | None, *parts: int) -> Mesh:
-    """The devices that share the work: as many as wanted, or else as can be, of which each of `parts` is a multiple."""
+CALL_FLAGS = "resume", "coordinator_address", "num_processes", "process_id"  # not of the run
+
+def start_jax(args: Args, num_devices: int | None) -> None:
+    """Settle what cannot change once JAX runs: its cache, the devices that a CPU is split into, other processes."""
+    require(args.exp_name == Path(args.exp_name).name, f"--exp-name {args.exp_name}: must be a plain name")
+    alone = args.coordinator_address is None and (args.num_processes, args.process_id) != (None, None)
+    require(not alone, "--num-processes, --process-id: tell them --coordinator-address as well")
+    jax.config.update("jax_enable_compilation_cache", args.compile_cache)
+    if args.compile_cache and not jax.config.jax_compilation_cache_dir:
+        folder = Path.home() / ".cache" / "mjx-rl"
+        with or_fail("--compile-cache: no folder for it; try --no-compile-cache"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)  # who can write there can run code here; fails if the folder is another user's
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices that it has
-        jax.config.update("jax_num_cpu_devices", min(wanted or cores, 64))  # one would leave the other cores idle
-    devices = jax.local_devices()
-    fits = [n for n in range(1, len(devices) + 1) if all(part % n == 0 for part in parts)]
-    require(not wanted or wanted in fits, f"--num-devices {wanted}: must divide {parts}; with these devices, {fits} do")
+        share = (num_devices or cores) // (args.num_processes or 1)
+        jax.config.update("jax_num_cpu_devices", min(max(share, 1), 64))  # one would leave the other cores idle
+    if args.coordinator_address:
+        given = (args.coordinator_address, args.num_processes, args.process_id)
+        given = () if given[0] == "auto" else given  # as SLURM, Open MPI or Kubernetes say
+        with or_fail("--coordinator-address, --num-processes, --process-id"):
+            jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
+        multihost_utils.sync_global_devices("start")  # connect them now; on CPUs Gloo waits for no more than 30 s
+
+def listen() -> list[int]:
+    """The signals that have asked to stop. The first ends the loop after its iteration, a second one the process."""
+    stops = []
+    def stop(number, _):
+        stops.append(number)
+        for each in signal.SIGINT, signal.SIGTERM:
+            signal.signal(each, signal.SIG_DFL)
+    if jax.process_count() > 1:  # JAX listens to SIGTERM itself, for `stop_wanted`
+        signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+        return stops
+    for each in signal.SIGINT, signal.SIGTERM:
+        signal.signal(each, stop)
+    return stops
+
+def stop_wanted(stops: list[int], iteration: int) -> bool:
+    """Whether this process is to stop before this iteration; several do so before the same one."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(iteration):
+        stops.append(signal.SIGTERM)
+    return len(stops) > 0
+
+def make_mesh(wanted: int | None, *parts: int) -> Mesh:
+    """The devices that share the work: as many as wanted, or else as can be, of which each of `parts` is a multiple.
+    Where there are several processes, those of all."""
+    devices = jax.devices()
+    least = len(devices) if jax.process_count() > 1 else 1
+    fits = [n for n in range(least, len(devices) + 1) if all(part % n == 0 for part in parts)]
+    known = f"--num-devices {wanted or len(devices)}: must divide {parts}; with these devices, {fits or 'none'} do"
+    require(fits and (not wanted or wanted in fits), known)
     return Mesh(np.array(devices[:wanted or fits[-1]]), ("devices",))
+
+def check_memory(mesh: Mesh, size: int, flag: str = "--num-envs") -> None:
+    """Refuse what takes more bytes, over all devices, than they have."""
+    stats = jax.local_devices()[0].memory_stats()  # None for a CPU
+    room = stats["bytes_limit"] * mesh.size if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require(size < 0.95 * room, f"{flag}: this takes {size} bytes, and the devices have {room}; try less")
 # end shared
 
 def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is built."""
     bounds = {field.name: (1, 1e9) for field in dataclasses.fields(args) if field.type in (int, int | None)}
-    zero_up = ("seed learning_rate ent_coef final_ent_coef vf_coef clip_coef mirror_coef imitation_coef max_grad_norm "
-               "desired_kl obs_noise push_speed")
-    bounds |= dict.fromkeys(zero_up.split(), (0, 1e9)) | {"decimation": (1, 100), "total_timesteps": (1, 2**62)}
+    zero_up = ("seed process_id learning_rate ent_coef final_ent_coef vf_coef clip_coef mirror_coef imitation_coef "
+               "max_grad_norm desired_kl obs_noise push_speed")
+    bounds |= dict.fromkeys(zero_up.split(), (0, 1e9)) | {"decimation": (1, 100), "update_epochs": (1, 1e3)}
+    bounds |= {"total_timesteps": (1, 2**62)}
     bounds |= dict.fromkeys("gamma gae_lambda standing action_delay".split(), (0, 1)) | {"init_log_std": (-20, 20)}
     bounds |= dict.fromkeys("gain_noise strength_noise shifted_center".split(), (0, 0.9))
     bounds |= dict.fromkeys(["command_every", "push_every"], (CONTROL_DT, 1e6)) | {"friction": (0.01, 10)}
@@ -1069,7 +1284,8 @@ def check_args(args: Args) -> None:
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         low, high = value if isinstance(value, tuple) else (value, value)
         require(value is None or least <= low <= high <= most, f"{flag} {value}: must be between {least} and {most}")
-    require(min(args.hidden_sizes, default=0) > 0, f"--hidden-sizes {args.hidden_sizes}: must be widths, like 256 128")
+    widths = args.hidden_sizes and min(args.hidden_sizes) > 0 and max(args.hidden_sizes) <= 4096
+    require(widths, f"--hidden-sizes {args.hidden_sizes}: must be widths up to 4096, like 256 128")
     steps = args.steps_per_iteration
     require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: less than a rollout of {steps}")
     require(steps % args.num_minibatches == 0, f"--num-minibatches {args.num_minibatches}: must divide {steps}")
@@ -1089,24 +1305,22 @@ def finish(args: Args, run_dir: Path, policy: dict) -> dict:
 
 def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     """Train from the start, or on from the newest checkpoint of run_dir. Returns the run's folder and its policy."""
-    start, resuming, stops = time.time(), run_dir is not None, []
-    for number in signal.SIGINT, signal.SIGTERM:  # the first ends the loop after its iteration, the same again at once
-        signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
+    start, resuming, stops = time.time(), run_dir is not None, listen()
     if args.capture_video:
         make_renderer(load_model(ROBOTS[args.robot], CONTROL_DT)).close()  # better to fail now than after training
     mesh = make_mesh(args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches)
-    args = dataclasses.replace(args, num_devices=mesh.size)
+    args = dataclasses.replace(args, num_devices=mesh.size, **dict.fromkeys(CALL_FLAGS))
     run_dir = run_dir or Path(args.runs_dir) / f"{args.robot}__{args.exp_name}__{args.seed}__{int(start)}"
     with or_fail(f"--runs-dir {args.runs_dir}"):
-        run_dir.mkdir(parents=True, exist_ok=resuming)
-    checkpoints = ocp.CheckpointManager(
-        (run_dir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=3))
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()  # better to fail now than later
     say(f"building {args.robot} for {mesh.size} x {mesh.devices[0].device_kind}")
-    env, shardings = Env(args), jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
+    env, key, shardings = Env(args), jax.random.key(args.seed), jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
     init = jax.jit(init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
-    state = init(args, env, jax.random.key(args.seed))
-    state = restore(checkpoints, state) if resuming else state
-    first = iteration = int(state.learner.iteration)
+    check_memory(mesh, count_bytes(jax.eval_shape(init, args, env, key)))
+    state = init(args, env, key)
+    state = restore(args, run_dir, state) if resuming else state
+    first = iteration = saved = int(state.learner.iteration)
     say("compiling the training iteration")
     events, compile_start = [], time.perf_counter()
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
@@ -1115,36 +1329,44 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     run = {
         "compile_s": round(seconds, 2), "compile_cache": "hit" if any("cache_hits" in e for e in events) else "miss",
-        "bytes_per_world": sum(leaf.nbytes for leaf in jax.tree.leaves(state.worlds)) // args.num_envs,
+        "bytes_per_world": count_bytes(state.worlds) // args.num_envs,
         "peak_bytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) * mesh.size}
+    check_memory(mesh, run["peak_bytes"])
     say("compiled: " + ", ".join(f"{name} {value}" for name, value in run.items()))
     packages, kinds = ("jax", "mujoco", "mujoco-mjx", "flax", "optax"), [device.device_kind for device in mesh.devices]
     run |= {"args": dataclasses.asdict(args), "commit": git.stdout.strip(), "devices": kinds,
             "versions": {name: importlib.metadata.version(name) for name in packages}}
+    with or_fail(f"--runs-dir, --exp-name: {run_dir}"):
+        run_dir.mkdir(exist_ok=resuming or jax.process_index() > 0)
     write_run(run_dir, run)
-    if args.track:
+    if args.track and jax.process_index() == 0:
         wandb = importlib.import_module("wandb")
         wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
     steps, log, pending = args.steps_per_iteration, Log(args, run_dir, first), None
     say(f"{args.num_iterations} * {steps} steps, {args.total_timesteps % steps} unused: {run_dir}")
-    while iteration < args.num_iterations and not stops:
+    multihost_utils.sync_global_devices("compiled")  # where there are several processes
+    while iteration < args.num_iterations and not stop_wanted(stops, iteration):
         state, metrics = compiled(state)
         iteration += 1
         if pending:  # read one iteration late, so that the device never waits for Python
             log.write(*pending)
         pending = (iteration, metrics)
         if iteration % args.checkpoint_every == 0:
-            save(args, run_dir, checkpoints, state, export_policy(state.learner))
+            log.write(*pending)  # so that the curves reach as far as the checkpoint
+            pending, saved = None, iteration
+            save(args, run_dir, state, export_policy(state.learner))
     if pending:
         log.write(*pending)
     log.bar.close()
     run["train_s"], policy = time.time() - log.start, export_policy(state.learner)
-    if checkpoints.latest_step() != iteration:
-        save(args, run_dir, checkpoints, state, policy)
+    if saved < iteration:
+        save(args, run_dir, state, policy)
     log.writer.close()
     if stops:
         say(f"stopped after iteration {iteration}; to go on: python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}")
         raise SystemExit(128 + stops[0])
+    if jax.process_index() > 0:
+        return run_dir, policy  # the first one does the rest
     say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
     run["evaluation"] = finish(args, run_dir, policy)
     write_run(run_dir, run)
@@ -1152,26 +1374,23 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    jax.config.update("jax_enable_compilation_cache", args.compile_cache)
-    if args.compile_cache and not jax.config.jax_compilation_cache_dir:
-        folder = Path.home() / ".cache" / "mjx-rl"
-        with or_fail("--compile-cache: no folder for it; try --no-compile-cache"):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever can write there can run code here
-        jax.config.update("jax_compilation_cache_dir", str(folder))
     check_args(args)
+    saved = read_run(Path(args.resume)) if args.resume else args
+    start_jax(args, saved.num_devices)
     if args.smoke:
         raise SystemExit(smoke(args))
+    if args.replay_nan:
+        return replay_nan(Path(args.replay_nan), Env, Twin)
     if args.evaluate:
         run_dir, args = Path(args.evaluate), dataclasses.replace(args, robot=read_run(Path(args.evaluate)).robot)
         with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
             raise SystemExit(int(not finish(args, run_dir, dict(file))["passed"]))
     if args.resume:
-        saved = read_run(Path(args.resume))
-        unchanged = parse_args(argv, saved) == dataclasses.replace(saved, resume=args.resume)
+        unchanged = parse_args(argv, saved) == dataclasses.replace(saved, **{x: getattr(args, x) for x in CALL_FLAGS})
         require(unchanged, "--resume: the run keeps its own settings; leave the other flags out, or start a new run")
-        train(saved, Path(args.resume))
-    else:
-        train(args)
+    lost = jax.errors.JaxRuntimeError if args.coordinator_address else ()
+    with or_fail("another process has ended; start all of them again, with --resume", 1, lost):
+        train(saved, Path(args.resume) if args.resume else None)
 
 def smoke(args: Args) -> int:
     """Go through all that a run does, in short, with a verdict for each stage. Returns the exit code."""
@@ -1188,7 +1407,7 @@ def smoke(args: Args) -> int:
         short = {"num_envs": 32, "num_steps": 8, "num_minibatches": 4, "total_timesteps": 1024}
         run_dir, policy = train(dataclasses.replace(args, **short, checkpoint_every=2, runs_dir=folder))
         verdict("training", all(np.isfinite(x).all() for x in policy.values()), "4 iterations, the policy is finite")
-        os.rename(run_dir / "checkpoints" / "4", Path(folder) / "4")
+        checkpoints(run_dir)[0].unlink()
         _, resumed = train(read_run(run_dir), run_dir)
     verdict("resume", all((resumed[name] == policy[name]).all() for name in policy), "the same policy, to the bit")
     verdict("C MuJoCo", drive(CMujocoEnv(ROBOTS[args.robot]), policy, (0, 0, 0), 0, False)["falls"], "falls untrained")

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flax==0.12.6", "imageio[ffmpeg]==2.38.1", "jax==0.9.2", "matplotlib==3.11.2", "mujoco==3.17.0",
-#   "mujoco-mjx==3.17.0", "optax==0.2.8", "orbax-checkpoint==0.12.8", "tensorboard==2.21.0", "tensorboardX==2.6.5",
+#   "mujoco-mjx==3.17.0", "optax==0.2.8", "tensorboard==2.21.0", "tensorboardX==2.6.5",
 #   "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 """SAC on a thousand pendulums at once, on MuJoCo XLA (MJX): one file, one jitted program per iteration.
@@ -50,12 +50,13 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import tyro
 from flax import struct
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
 with contextlib.redirect_stdout(io.StringIO()):  # it tells everyone that the optional Warp backend is missing
@@ -77,6 +78,10 @@ class Args:
     compile_cache: bool = True  # keep compiled programs in the user's cache folder, for a quicker start next time
     resume: str | None = None  # run folder to go on with, by the settings that it was started with
     evaluate: str | None = None  # run folder whose policy to judge; nothing is trained
+    replay_nan: str | None = None  # nan_dump.npz of a run, to step through in MJX and in C MuJoCo side by side
+    coordinator_address: str | None = None  # host:port of process 0, if several train together; auto: ask the cluster
+    num_processes: int | None = None  # that train together, each with its own devices
+    process_id: int | None = None  # of this one, from 0
     smoke: bool = False  # build, train, save, resume and evaluate in short, and tell what works
     # The environment; what is None is the task's own (see TASKS)
     env_id: Literal["Pendulum-v1", "PointMass"] = "Pendulum-v1"  # a rod, equal to Gymnasium's; or a mass at its end
@@ -187,8 +192,8 @@ class Env:
         changes = {name: getattr(args, name) for name in numbers if getattr(args, name) is not None}
         self.task = dataclasses.replace(TASKS[args.env_id], **changes)
         self.gymnasium_id = "Pendulum-v1" if self.task == TASKS["Pendulum-v1"] else None
-        self.model = mjx.put_model(load_model(self.task), impl="jax")
-        self.template = mjx.make_data(self.model)
+        self.model = mjx.put_model(load_model(self.task), jax.local_devices()[0], impl="jax")
+        self.template = mjx.make_data(self.model, jax.local_devices()[0])
 
     def reset(self, key: jax.Array) -> State:
         """A new episode, anywhere on the circle and slow. key: one PRNG key."""
@@ -310,7 +315,8 @@ class TrainState:
 STATE_SPEC = TrainState(P(), P("devices"), P(None, "devices"))
 
 def make_optimizer(args: Args, name: str) -> optax.GradientTransformation:
-    return optax.adam(args.policy_lr if name == "actor" else args.q_lr)
+    adam = optax.adam(args.policy_lr if name == "actor" else args.q_lr)
+    return optax.apply_if_finite(adam, 2**31 - 1)  # a gradient that is not finite is skipped and counted
 
 def init_learner_and_worlds(args: Args, env: Env, key: jax.Array) -> tuple[Learner, Worlds]:
     actor_key, critics_key, learner_key, reset_key, clock_key, world_key = jax.random.split(key, 6)
@@ -355,6 +361,7 @@ def interact(args: Args, env: Env, learner: Learner, worlds: Worlds):
     select = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
     told = {"episodes": finished, "returns": finished * end.episode_return, "lengths": finished * end.episode_length,
             "angle": worlds.env_state.data.qpos[:, 0]} | state.metrics
+    told["steps"] = {"start": worlds.env_state, "action": env.task.max_torque * action, "broken": broken}
     step = Transition(obs, action, state.reward, state.obs, state.done)
     draw_key = jax.random.fold_in(jax.random.fold_in(learner.key, -1 - learner.steps), jax.lax.axis_index("devices"))
     return select(done, fresh, end), step, told, draw(args, draw_key, learner.steps + 1, len(obs))
@@ -430,7 +437,9 @@ def update(args: Args, env: Env, learner: Learner, mb: Transition) -> tuple[Lear
     noise = jax.random.normal(actor_key, (args.policy_frequency, *mb.action.shape))
     updates_of_actor = partial(jax.lax.scan, partial(update_actor, args, env, mb.obs))
     learner, actor_metrics = when(updates % args.policy_frequency == 0, updates_of_actor, learner, noise)
-    return learner, metrics | {tag: values.mean() for tag, values in actor_metrics.items()}
+    skipped = jnp.stack([opt.notfinite_count for opt in learner.opt.values()]).max().astype(float)  # NaN: no update
+    return learner, metrics | {tag: values.mean() for tag, values in actor_metrics.items()} | {
+        "charts/skipped_in_a_row": skipped}
 
 # ---- 10. One training iteration -------------------------------------------------------------------------------------
 def learn(args: Args, env: Env, learner: Learner, mbs: Transition) -> tuple[Learner, dict[str, jax.Array]]:
@@ -439,32 +448,43 @@ def learn(args: Args, env: Env, learner: Learner, mbs: Transition) -> tuple[Lear
     ready = learner.steps * args.num_envs >= args.learning_starts
     return when(ready, partial(jax.lax.scan, partial(update, args, env)), learner, mbs)
 
-def summarize(metrics: dict[str, jax.Array], told: dict[str, jax.Array], broken: jax.Array) -> dict[str, jax.Array]:
+# shared: black_box
+def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
+    """What the first world to break went through, for `dump`: of all worlds [T, N, ...] -> [1, T, ...]."""
+    world = jnp.unravel_index(jnp.argmax(broken), broken.shape)[1]
+    return jax.tree.map(lambda x: x[None, :, world], {"start": start, "action": action, "broken": broken})
+# end shared
+
+def summarize(metrics: dict[str, jax.Array], told: dict[str, jax.Array], learner: Learner, worlds: Worlds) -> dict:
     """What goes to TensorBoard, from metrics [T, K] and what the worlds told [T, N]; NaN is not logged."""
     episodes = told["episodes"].sum()
     terms = {name.replace("_", "/", 1): told[name].mean() for name in told if name.startswith("reward_")}
     return {tag: jnp.nanmean(values) for tag, values in metrics.items()} | terms | {
         "charts/episodic_return": told["returns"].sum() / episodes, "charts/episodes_finished": episodes,
-        "charts/episodic_length": told["lengths"].sum() / episodes, "charts/nan_resets": broken.sum(),
+        "charts/episodic_length": told["lengths"].sum() / episodes, "charts/nan_resets": worlds.broken.sum(),
+        "charts/skipped_in_a_row": jnp.nanmax(metrics["charts/skipped_in_a_row"]),
+        "charts/skipped_updates": sum(opt.total_notfinite for opt in learner.opt.values()),
         "angles": told["angle"][:, :4]}
 
 def device_iteration(args: Args, env: Env, state: TrainState):
-    """num_steps times: step one device's worlds, write, update. Returns metrics [T, K] and what was told [T, N]."""
+    """num_steps times: step one device's worlds, write, update. Returns metrics [T, K], what was told [T, N], and the
+    black box."""
     def step(state: TrainState, _):
         worlds, transition, told, indices = interact(args, env, state.learner, state.worlds)
         buffer = write(state.buffer, state.learner.steps, transition)
         learner, metrics = learn(args, env, state.learner, gather(buffer, indices))
         return TrainState(learner, worlds, buffer), (metrics, told)
     state, (metrics, told) = jax.lax.scan(step, state, None, length=args.num_steps)
-    return state.replace(learner=state.learner.replace(iteration=state.learner.iteration + 1)), metrics, told
+    box = black_box(**told.pop("steps"))
+    return state.replace(learner=state.learner.replace(iteration=state.learner.iteration + 1)), metrics, told, box
 
 @partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state")
 def train_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState):
     """One iteration as one program over the mesh's devices; `state` is donated, its memory is used again."""
     run = jax.shard_map(partial(device_iteration, args, env), mesh=mesh, in_specs=(STATE_SPEC,),
-                        out_specs=(STATE_SPEC, P(), P(None, "devices")), check_vma=False)
-    state, metrics, told = run(state)
-    return state, summarize(metrics, told, state.worlds.broken)
+                        out_specs=(STATE_SPEC, P(), P(None, "devices"), P("devices")), check_vma=False)
+    state, metrics, told, box = run(state)
+    return state, summarize(metrics, told, state.learner, state.worlds) | {"black_box": box}
 
 def host_iteration(args: Args, mesh: Mesh, interact_program, learn_program, state: TrainState):
     """The same with the buffer in the host's memory: only minibatches go to the devices, a step at a time."""
@@ -479,8 +499,8 @@ def host_iteration(args: Args, mesh: Mesh, interact_program, learn_program, stat
         learner, metrics = learn_program(learner, mbs)
         history.append((metrics, told))
     metrics, told = jax.tree.map(lambda *steps: jnp.stack(steps), *history)
-    learner = learner.replace(iteration=learner.iteration + 1)
-    return TrainState(learner, worlds, buffer), summarize(metrics, told, worlds.broken)
+    learner, box = learner.replace(iteration=learner.iteration + 1), black_box(**told.pop("steps"))
+    return TrainState(learner, worlds, buffer), summarize(metrics, told, learner, worlds) | {"black_box": box}
 
 def compile_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState):
     """The iteration compiled, as a function of the state, and the programs that it consists of."""
@@ -518,7 +538,7 @@ class CMujocoEnv:
     """The task in C MuJoCo, with the interface of Gymnasium."""
     def __init__(self, env: Env):
         self.env, self.task, self.model = env, env.task, load_model(env.task)
-        self.data = mujoco.MjData(self.model)
+        self.data, self.elapsed = mujoco.MjData(self.model), 0
 
     def reset(self, seed: int):
         start = jax.device_get(self.env.reset(jax.random.key(seed)).data)
@@ -571,27 +591,76 @@ def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
     return table
 # end shared
 
+# shared: replay
+def replay_nan(file: Path, make_env, make_original) -> None:
+    """Step what nan_dump.npz holds in MJX and in C MuJoCo side by side, each from its own states, and tell where they
+    part, by more than a hundredth of the largest speed."""
+    with or_fail(f"--replay-nan {file}"), np.load(file, allow_pickle=False) as arrays:
+        box = dict(arrays)
+        env, broken = make_env(read_args(str(box["args"]))), box["['broken']"]
+        start = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(broken)))
+        start, last = from_arrays(box, {"start": start})["start"], int(broken.argmax())
+    first = max(0, last - int(start.info["elapsed"][last]))  # no reset lies between
+    state = jax.tree.map(lambda x: x[first], start)
+    original, parted, step = make_original(env, state), None, jax.jit(env.step)
+    for name, value in vars(state.data).items():
+        setattr(original.data, name, value)
+    print("step  largest speed in MJX  in C MuJoCo  largest difference")
+    for t, action in enumerate(box["['action']"][first:last + 1], first - last):
+        state, _ = step(state, action), original.step(action)
+        mine, theirs = np.asarray(state.data.qvel), original.data.qvel
+        parted = t if parted is None and not np.abs(mine - theirs).max() <= 0.01 * np.abs(theirs).max() else parted
+        print(f"{t:4} {np.abs(mine).max():22.3g} {np.abs(theirs).max():12.3g} {np.abs(mine - theirs).max():19.3g}")
+    resets = sum(original.data.warning[kind].number for kind in (
+        mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC))
+    print(f"In step 0 the world broke. They part {'nowhere' if parted is None else f'in step {parted}'}. "
+          f"C MuJoCo {'breaks too' if resets else 'does not break'}.")
+# end shared
+
 # ---- 12. Log and files ----------------------------------------------------------------------------------------------
 # shared: bookkeeping
 def say(text: str) -> None:
-    print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
+    if jax.process_index() == 0:
+        print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
+
+# TensorBoard's events go to their file at once: the library's thread loses its queue when the process is killed, and a
+# full disk ends it unseen. Closing the file, at the latest when Python ends, does not tell of a full disk once more.
+def write_event(self: EventFileWriter, event) -> None:
+    self._ev_writer.write_event(event)
+def close_file(self: EventFileWriter, close=EventFileWriter.close) -> None:
+    with contextlib.suppress(OSError):
+        close(self)
+EventFileWriter.add_event, EventFileWriter.close = write_event, close_file
 
 class Log:
-    """TensorBoard, and a progress bar or, without a terminal, plain lines."""
+    """TensorBoard, and a progress bar or, without a terminal, plain lines. Of several processes the first writes."""
     def __init__(self, args: Args, run_dir: Path, first: int):
         self.args, self.first, self.start, self.shown = args, first * args.steps_per_iteration, time.time(), "-"
-        self.writer = SummaryWriter(str(run_dir), purge_step=self.first + 1 if first else None)
-        rows = "".join(f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows)
+        self.run_dir, self.dumped, quiet = run_dir, False, jax.process_index() > 0
+        with writing(run_dir):
+            purge = self.first + 1 if first else 0  # what was written after the last checkpoint, if ever
+            self.writer = SummaryWriter(str(run_dir), purge_step=purge, write_to_disk=not quiet)
+            rows = "".join(f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+            self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows, self.first)
         total = args.num_iterations * args.steps_per_iteration
-        self.bar = tqdm(total=total, initial=self.first, unit=" steps", unit_scale=True, disable=None)
+        self.bar = tqdm(total=total, initial=self.first, unit=" steps", unit_scale=True, disable=quiet or None)
 
-    def write(self, iteration: int, metrics: dict[str, jax.Array]) -> dict:
-        step, values = iteration * self.args.steps_per_iteration, jax.device_get(metrics)
+    def scalars(self, step: int, values: dict) -> None:
+        with writing(self.run_dir):
+            for tag, value in values.items():
+                if math.isfinite(value):
+                    self.writer.add_scalar(tag, float(value), step)
+            self.writer.flush()
+
+    def write(self, iteration: int, metrics: dict) -> dict:
+        box, step = metrics.pop("black_box"), iteration * self.args.steps_per_iteration
+        values = jax.device_get(metrics)
         sps = values["charts/SPS"] = (step - self.first) / (time.time() - self.start)
-        for tag, value in values.items():
-            if math.isfinite(value):
-                self.writer.add_scalar(tag, float(value), step)
+        self.scalars(step, values)
+        if values["charts/nan_resets"] and not self.dumped:
+            self.dumped = dump(self.args, self.run_dir / "nan_dump.npz", box)
+        skipped = values["charts/skipped_in_a_row"]  # NaN before the first update
+        require(not skipped >= 10, f"{self.run_dir}: step {step}: {skipped:.0f} gradients in a row are not finite", 1)
         self.shown = f"{values['charts/episodic_return']:.0f}" if values["charts/episodes_finished"] else self.shown
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"return {self.shown}")
@@ -599,48 +668,115 @@ class Log:
             say(f"step {step}  return {self.shown}  SPS {sps:.0f}  time left {(self.bar.total - step) / sps:.0f} s")
         return values
 
-def save(args: Args, run_dir: Path, checkpoints: ocp.CheckpointManager, state: TrainState, policy: dict) -> None:
-    """Write a checkpoint (the whole state, and the settings) and policy.npz, each whole or not at all."""
-    items = {"state": ocp.args.StandardSave(state), "args": ocp.args.JsonSave(dataclasses.asdict(args))}
-    checkpoints.save(int(state.learner.iteration), args=ocp.args.Composite(**items))
-    checkpoints.wait_until_finished()
-    np.savez(run_dir / "policy.tmp.npz", **policy)
-    os.replace(run_dir / "policy.tmp.npz", run_dir / "policy.npz")
+def count_bytes(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-def restore(checkpoints: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """The newest checkpoint, in the form and on the devices of `state`."""
-    newest = checkpoints.latest_step()
-    require(newest is not None, f"--resume: {checkpoints.directory} holds no checkpoint")
-    form = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
-    with or_fail(f"--resume: checkpoint {newest} is broken; remove it to go on from the one before"):
-        return checkpoints.restore(newest, args=ocp.args.Composite(state=form))["state"]
+def is_key(x) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+def to_arrays(tree) -> dict[str, np.ndarray]:
+    """All arrays of a tree by their names, with the shares of all processes; keys as their numbers."""
+    tree = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+    tree = multihost_utils.process_allgather(tree, tiled=True)
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
+
+def from_arrays(arrays: dict[str, np.ndarray], like):
+    """The tree that `to_arrays` took apart, with the shapes and on the devices of the tree `like`."""
+    def place(path, old):
+        new, form = arrays[jax.tree_util.keystr(path)], jax.eval_shape(jax.random.key_data, old) if is_key(old) else old
+        assert (new.shape, new.dtype) == (form.shape, form.dtype), jax.tree_util.keystr(path)
+        if isinstance(old, np.ndarray):
+            return new
+        new = jax.make_array_from_callback(new.shape, old.sharding, lambda share: new[share])
+        return jax.random.wrap_key_data(new) if is_key(old) else new
+    return jax.tree.map_with_path(place, like)
+
+def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """The whole file or none. NumPy's format holds a checksum of each array, and no code."""
+    if jax.process_index() == 0:
+        with file.with_suffix(".part").open("wb") as stream:
+            np.savez(stream, **arrays)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(stream.name, file)
+
+def dump(args: Args, file: Path, box: dict) -> bool:
+    """Write what --replay-nan reads, of the first world in the run that broke: [D, T, ...] -> [T, ...]."""
+    arrays = to_arrays(box)
+    broken = arrays["['broken']"].any(axis=1)
+    if broken.any() and not file.exists():
+        arrays = {name: array[broken.argmax()] for name, array in arrays.items()}
+        with writing(file.parent):
+            write_npz(file, arrays | {"args": json.dumps(dataclasses.asdict(args))})
+        say(f"a world broke; to see how: python {sys.argv[0]} --replay-nan {shlex.quote(str(file))}")
+    return bool(broken.any())
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The newest first."""
+    return sorted((run_dir / "checkpoints").glob("*.npz"), reverse=True)
+
+def save(args: Args, run_dir: Path, state: TrainState, policy: dict) -> None:
+    """Write a checkpoint (the whole state, and the settings) and policy.npz."""
+    arrays = to_arrays(state) | {"args": json.dumps(dataclasses.asdict(args))}
+    with writing(run_dir):
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
+        write_npz(run_dir / "policy.npz", policy)  # first, since a resumed run starts after its checkpoint
+        write_npz(run_dir / "checkpoints" / f"{int(state.learner.iteration):09}.npz", arrays)
+        for old in checkpoints(run_dir)[3:] if jax.process_index() == 0 else ():
+            old.unlink()
+
+def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
+    """The newest whole checkpoint, on the devices of `state`; or `state`, if the run was stopped before the first."""
+    for file in checkpoints(run_dir):
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                saved = dict(arrays)  # which reads all, and compares the checksums
+            ours, theirs = json.loads(json.dumps(dataclasses.asdict(args))), json.loads(str(saved["args"]))
+        except Exception as error:  # there is no end to what may be wrong with a file
+            say(f"--resume: {file} is broken ({type(error).__name__}: {error!s:.80}); trying the one before")
+            continue
+        differ = ", ".join(sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)))
+        require(not differ, f"--resume: {file} differs from run.json in {differ:.200}")
+        with or_fail(f"--resume: {file} was written by other code"):
+            return from_arrays(saved, state)
+    require(not checkpoints(run_dir), f"--resume: {run_dir} holds no whole checkpoint")
+    return state
 
 def write_run(run_dir: Path, content: dict) -> None:
-    (run_dir / "run.tmp").write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(run_dir / "run.tmp", run_dir / "run.json")
+    if jax.process_index() == 0:
+        with writing(run_dir):
+            (run_dir / "run.tmp").write_text(json.dumps(content, indent=2) + "\n")
+            os.replace(run_dir / "run.tmp", run_dir / "run.json")
+
+def read_args(text: str) -> Args:
+    """The settings in a JSON text, checked as those of the command line are."""
+    args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(text).items()})
+    check_args(args)
+    return args
 
 def read_run(run_dir: Path) -> Args:
-    """The settings of a run."""
     with or_fail(f"{run_dir} is no run folder of this script"):
-        saved = json.loads((run_dir / "run.json").read_text())["args"]
-        args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in saved.items()})
-        check_args(args)
-        return args
+        return read_args(json.dumps(json.loads((run_dir / "run.json").read_text())["args"]))
 
 # ---- 13. Command line -----------------------------------------------------------------------------------------------
-def require(condition, message: str) -> None:
-    """Where the condition does not hold, end with one line and exit code 2."""
+def require(condition, message: str, code: int = 2) -> None:
+    """Where the condition does not hold, end with one line and an exit code: 2 for bad input."""
     if not condition:
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        raise SystemExit(2)
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+        if code == 1 and jax.process_count() > 1:
+            os._exit(code)  # a polite end would wait for the other processes, and they for this one
+        raise SystemExit(code)
 
 @contextlib.contextmanager
-def or_fail(message: str):
-    """End with one line and exit code 2 where the body raises, whatever it raises."""
+def or_fail(message: str, code: int = 2, kind: type[Exception] = Exception):
+    """End with one line and an exit code where the body raises, by default whatever it raises."""
     try:
         yield
-    except Exception as error:
-        require(False, f"{message} ({type(error).__name__}: {error!s:.200})")
+    except kind as error:
+        require(False, f"{message} ({type(error).__name__}: {error!s:.200})", code)
+
+def writing(run_dir: Path):
+    return or_fail(f"{run_dir}: cannot write; training has ended, the last checkpoint is whole", code=1)
 
 def parse_args(argv: list[str], default: Args = Args()) -> Args:
     box = io.StringIO()  # tyro draws one around its errors; the first paragraph tells
@@ -651,39 +787,85 @@ def parse_args(argv: list[str], default: Args = Args()) -> Args:
         require(not stop.code, box.getvalue().split("\n", 1)[-1].split("──")[0].replace("│", ""))
         raise
 
-def make_mesh(wanted: int | None, *parts: int) -> Mesh:
-    """The devices that share the work: as many as wanted, or else as can be, of which each of `parts` is a multiple."""
+CALL_FLAGS = "resume", "coordinator_address", "num_processes", "process_id"  # not of the run
+
+def start_jax(args: Args, num_devices: int | None) -> None:
+    """Settle what cannot change once JAX runs: its cache, the devices that a CPU is split into, other processes."""
+    require(args.exp_name == Path(args.exp_name).name, f"--exp-name {args.exp_name}: must be a plain name")
+    alone = args.coordinator_address is None and (args.num_processes, args.process_id) != (None, None)
+    require(not alone, "--num-processes, --process-id: tell them --coordinator-address as well")
+    jax.config.update("jax_enable_compilation_cache", args.compile_cache)
+    if args.compile_cache and not jax.config.jax_compilation_cache_dir:
+        folder = Path.home() / ".cache" / "mjx-rl"
+        with or_fail("--compile-cache: no folder for it; try --no-compile-cache"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)  # who can write there can run code here; fails if the folder is another user's
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices that it has
-        jax.config.update("jax_num_cpu_devices", min(wanted or cores, 64))  # one would leave the other cores idle
-    devices = jax.local_devices()
-    fits = [n for n in range(1, len(devices) + 1) if all(part % n == 0 for part in parts)]
-    require(not wanted or wanted in fits, f"--num-devices {wanted}: must divide {parts}; with these devices, {fits} do")
+        share = (num_devices or cores) // (args.num_processes or 1)
+        jax.config.update("jax_num_cpu_devices", min(max(share, 1), 64))  # one would leave the other cores idle
+    if args.coordinator_address:
+        given = (args.coordinator_address, args.num_processes, args.process_id)
+        given = () if given[0] == "auto" else given  # as SLURM, Open MPI or Kubernetes say
+        with or_fail("--coordinator-address, --num-processes, --process-id"):
+            jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
+        multihost_utils.sync_global_devices("start")  # connect them now; on CPUs Gloo waits for no more than 30 s
+
+def listen() -> list[int]:
+    """The signals that have asked to stop. The first ends the loop after its iteration, a second one the process."""
+    stops = []
+    def stop(number, _):
+        stops.append(number)
+        for each in signal.SIGINT, signal.SIGTERM:
+            signal.signal(each, signal.SIG_DFL)
+    if jax.process_count() > 1:  # JAX listens to SIGTERM itself, for `stop_wanted`
+        signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+        return stops
+    for each in signal.SIGINT, signal.SIGTERM:
+        signal.signal(each, stop)
+    return stops
+
+def stop_wanted(stops: list[int], iteration: int) -> bool:
+    """Whether this process is to stop before this iteration; several do so before the same one."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(iteration):
+        stops.append(signal.SIGTERM)
+    return len(stops) > 0
+
+def make_mesh(wanted: int | None, *parts: int) -> Mesh:
+    """The devices that share the work: as many as wanted, or else as can be, of which each of `parts` is a multiple.
+    Where there are several processes, those of all."""
+    devices = jax.devices()
+    least = len(devices) if jax.process_count() > 1 else 1
+    fits = [n for n in range(least, len(devices) + 1) if all(part % n == 0 for part in parts)]
+    known = f"--num-devices {wanted or len(devices)}: must divide {parts}; with these devices, {fits or 'none'} do"
+    require(fits and (not wanted or wanted in fits), known)
     return Mesh(np.array(devices[:wanted or fits[-1]]), ("devices",))
+
+def check_memory(mesh: Mesh, size: int, flag: str = "--num-envs") -> None:
+    """Refuse what takes more bytes, over all devices, than they have."""
+    stats = jax.local_devices()[0].memory_stats()  # None for a CPU
+    room = stats["bytes_limit"] * mesh.size if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require(size < 0.95 * room, f"{flag}: this takes {size} bytes, and the devices have {room}; try less")
 # end shared
 
 def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is built."""
     bounds = {field.name: (1, 1e9) for field in dataclasses.fields(args) if field.type in (int, int | None)}
-    bounds |= dict.fromkeys("seed eval_every learning_starts policy_lr q_lr gravity reward_scale".split(), (0, 1e9))
+    zero_up = "seed process_id eval_every learning_starts policy_lr q_lr gravity reward_scale"
+    bounds |= dict.fromkeys(zero_up.split(), (0, 1e9))
     bounds |= dict.fromkeys("length mass max_torque max_speed".split(), (0.05, 1e4)) | {"dt": (1e-3, 0.2)}
     bounds |= {"gamma": (0, 1), "tau": (0, 1), "alpha": (1e-9, 1e9), "total_timesteps": (1, 2**62)}
+    bounds |= {"eval_episodes": (1, 1e4), "updates_per_step": (1, 1e3), "policy_frequency": (1, 1e3)}
     for name, (least, most) in bounds.items():
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         require(value is None or least <= value <= most, f"{flag} {value}: must be between {least} and {most}")
-    require(min(args.hidden_sizes, default=0) > 0, f"--hidden-sizes {args.hidden_sizes}: must be widths, like 64 64")
+    widths = args.hidden_sizes and min(args.hidden_sizes) > 0 and max(args.hidden_sizes) <= 4096
+    require(widths, f"--hidden-sizes {args.hidden_sizes}: must be widths up to 4096, like 64 64")
     require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: below {args.steps_per_iteration} in all")
     require(args.env_id in TASKS, f"--env-id {args.env_id}: no such task")
     require(buffer_rows(args), f"--buffer-size {args.buffer_size}: less than one step of {args.num_envs} worlds")
     require(not args.track or importlib.util.find_spec("wandb"), "--track: wandb is missing; pip install wandb")
-
-def check_buffer(args: Args, env: Env, mesh: Mesh) -> int:
-    """The replay buffer's bytes; one that does not fit into its memory is refused."""
-    size = sum(4 * ring.size for ring in jax.tree.leaves(jax.eval_shape(partial(init_buffer, args, env))))
-    stats = mesh.devices[0].memory_stats() if args.buffer_device == "device" else None  # None for a CPU
-    room = stats["bytes_limit"] * mesh.size if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    require(size < 0.9 * room, f"--buffer-size {args.buffer_size}: needs {size} bytes; {args.buffer_device} has {room}")
-    return size
 
 # ---- 14. Pictures ---------------------------------------------------------------------------------------------------
 class Picture:
@@ -746,7 +928,7 @@ class PictureLog(Log):
             end.close()
 
     def write(self, iteration: int, metrics: dict[str, jax.Array]) -> None:
-        angles, values = np.asarray(metrics.pop("angles")), super().write(iteration, metrics)
+        (angles,), values = to_arrays(metrics.pop("angles")).values(), super().write(iteration, metrics)
         if self.args.capture_video or self.window:
             self.history.append((iteration * self.args.steps_per_iteration, values, angles))
         with contextlib.suppress(EOFError, OSError):  # the window is closed
@@ -775,21 +957,22 @@ def write_video(env: Env, policy: dict, history: list, seed: int, file: Path) ->
 # ---- 15. Main and smoke test ----------------------------------------------------------------------------------------
 def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     """Train from the start, or on from the newest checkpoint of run_dir. Returns the run's folder and its policy."""
-    start, resuming, stops = time.time(), run_dir is not None, []
-    for number in signal.SIGINT, signal.SIGTERM:  # the first ends the loop after its iteration, the same again at once
-        signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
+    start, resuming, stops = time.time(), run_dir is not None, listen()
     mesh = make_mesh(args.num_devices, args.num_envs, args.batch_size)
-    args, env = dataclasses.replace(args, num_devices=mesh.size), Env(args)
-    buffer_bytes = check_buffer(args, env, mesh)
+    args = dataclasses.replace(args, num_devices=mesh.size, **dict.fromkeys(CALL_FLAGS))
+    key, env = jax.random.key(args.seed), Env(args)
+    buffer_bytes = count_bytes(jax.eval_shape(partial(init_buffer, args, env)))
+    check_memory(mesh, buffer_bytes, "--buffer-size")
+    check_memory(mesh, count_bytes(jax.eval_shape(partial(init_learner_and_worlds, args, env), key)))
+    require(jax.process_count() == 1 or args.buffer_device == "device", "--buffer-device host: of one process only")
     run_dir = run_dir or Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start)}"
     with or_fail(f"--runs-dir {args.runs_dir}"):
-        run_dir.mkdir(parents=True, exist_ok=resuming)
-    checkpoints = ocp.CheckpointManager(
-        (run_dir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=3))
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()  # better to fail now than later
     say(f"building {args.env_id} for {mesh.size} x {mesh.devices[0].device_kind}, buffer of {buffer_bytes} bytes")
-    state = init_train_state(args, env, mesh, jax.random.key(args.seed))
-    state = restore(checkpoints, state) if resuming else state
-    first = iteration = int(state.learner.iteration)
+    state = init_train_state(args, env, mesh, key)
+    state = restore(args, run_dir, state) if resuming else state
+    first = iteration = saved = int(state.learner.iteration)
     say("compiling the training iteration")
     events, compile_start = [], time.perf_counter()
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
@@ -798,20 +981,24 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     run = {
         "compile_s": round(seconds, 2), "compile_cache": "hit" if any("cache_hits" in e for e in events) else "miss",
-        "bytes_per_world": sum(leaf.nbytes for leaf in jax.tree.leaves(state.worlds)) // args.num_envs,
+        "bytes_per_world": count_bytes(state.worlds) // args.num_envs,
         "buffer_bytes": buffer_bytes, "peak_bytes": mesh.size * max(
             program.argument_size_in_bytes + program.temp_size_in_bytes for program in memory)}
+    check_memory(mesh, run["peak_bytes"])
     say("compiled: " + ", ".join(f"{name} {value}" for name, value in run.items()))
     packages, kinds = ("jax", "mujoco", "mujoco-mjx", "flax", "optax"), [device.device_kind for device in mesh.devices]
     run |= {"args": dataclasses.asdict(args), "commit": git.stdout.strip(), "devices": kinds,
             "versions": {name: importlib.metadata.version(name) for name in packages}}
+    with or_fail(f"--runs-dir, --exp-name: {run_dir}"):
+        run_dir.mkdir(exist_ok=resuming or jax.process_index() > 0)
     write_run(run_dir, run)
-    if args.track:
+    if args.track and jax.process_index() == 0:
         wandb = importlib.import_module("wandb")
         wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
     steps, log, pending = args.steps_per_iteration, PictureLog(args, run_dir, first), None
     say(f"{args.num_iterations} * {steps} steps, {args.total_timesteps % steps} unused: {run_dir}")
-    while iteration < args.num_iterations and not stops:
+    multihost_utils.sync_global_devices("compiled")  # where there are several processes
+    while iteration < args.num_iterations and not stop_wanted(stops, iteration):
         state, metrics = run_iteration(state)
         iteration += 1
         if pending:  # read one iteration late, so that the device never waits for Python
@@ -820,22 +1007,26 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
         if args.eval_every and iteration % args.eval_every == 0:
             keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
             value = evaluate_mjx(env, export_policy(env, state.learner), keys).mean()
-            log.writer.add_scalar("eval/episodic_return", float(value), iteration * steps)
+            log.scalars(iteration * steps, {"eval/episodic_return": value})
         if iteration % args.checkpoint_every == 0:
-            save(args, run_dir, checkpoints, state, export_policy(env, state.learner))
+            log.write(*pending)  # so that the curves reach as far as the checkpoint
+            pending, saved = None, iteration
+            save(args, run_dir, state, export_policy(env, state.learner))
     if pending:
         log.write(*pending)
     log.bar.close()
     run["train_s"], policy = time.time() - log.start, export_policy(env, state.learner)
-    if checkpoints.latest_step() != iteration:
-        save(args, run_dir, checkpoints, state, policy)
+    if saved < iteration:
+        save(args, run_dir, state, policy)
     if stops:
         log.writer.close()
         say(f"stopped after iteration {iteration}; to go on: python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}")
         raise SystemExit(128 + stops[0])
+    if jax.process_index() > 0:
+        return run_dir, policy  # the first one does the rest
     say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
     run["evaluation"] = judge(args, env, policy)
-    log.writer.add_scalar("eval/c_mujoco_return", run["evaluation"]["C MuJoCo"]["mean"], iteration * steps)
+    log.scalars(iteration * steps, {"eval/c_mujoco_return": run["evaluation"]["C MuJoCo"]["mean"]})
     log.writer.close()
     write_run(run_dir, run)
     if args.capture_video:
@@ -847,28 +1038,26 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    jax.config.update("jax_enable_compilation_cache", args.compile_cache)
-    if args.compile_cache and not jax.config.jax_compilation_cache_dir:
-        folder = Path.home() / ".cache" / "mjx-rl"
-        with or_fail("--compile-cache: no folder for it; try --no-compile-cache"):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever can write there can run code here
-        jax.config.update("jax_compilation_cache_dir", str(folder))
     check_args(args)
+    saved = read_run(Path(args.resume)) if args.resume else args
+    start_jax(args, saved.num_devices)
     if args.smoke:
         raise SystemExit(smoke(args))
+    if args.replay_nan:
+        return replay_nan(Path(args.replay_nan), Env, lambda env, _: CMujocoEnv(env))
     if args.evaluate:
         run_dir, env = Path(args.evaluate), Env(read_run(Path(args.evaluate)))
         with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
             judge(args, env, policy := dict(file))
         if args.capture_video:
             write_video(env, policy, [], args.seed, run_dir / "videos" / "policy.mp4")
-    elif args.resume:
-        saved = read_run(Path(args.resume))
-        unchanged = parse_args(argv, saved) == dataclasses.replace(saved, resume=args.resume)
+        return None
+    if args.resume:
+        unchanged = parse_args(argv, saved) == dataclasses.replace(saved, **{x: getattr(args, x) for x in CALL_FLAGS})
         require(unchanged, "--resume: the run keeps its own settings; leave the other flags out, or start a new run")
-        train(saved, Path(args.resume))
-    else:
-        train(args)
+    lost = jax.errors.JaxRuntimeError if args.coordinator_address else ()
+    with or_fail("another process has ended; start all of them again, with --resume", 1, lost):
+        train(saved, Path(args.resume) if args.resume else None)
 
 def smoke(args: Args) -> int:
     """Go through all that a run does, in short, with a verdict for each stage. Returns the exit code."""
@@ -887,7 +1076,7 @@ def smoke(args: Args) -> int:
         short = {"num_envs": 64, "num_steps": 8, "batch_size": 64, "learning_starts": 512, "total_timesteps": 2048}
         run_dir, policy = train(dataclasses.replace(args, **short, checkpoint_every=2, eval_every=2, runs_dir=folder))
         verdict("training", all(np.isfinite(x).all() for x in policy.values()), "4 iterations, the policy is finite")
-        os.rename(run_dir / "checkpoints" / "4", Path(folder) / "4")
+        checkpoints(run_dir)[0].unlink()
         _, resumed = train(read_run(run_dir), run_dir)
     verdict("resume", all((resumed[name] == policy[name]).all() for name in policy), "the same policy, to the bit")
     returns = evaluate_on_host(original, policy, 2, args.seed).round(1)

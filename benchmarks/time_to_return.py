@@ -70,19 +70,17 @@ def judge(env_id: str, file: Path, episodes: int) -> list[float]:
 def watch(command: list[str], folder: Path) -> tuple[list[dict], dict, float]:
     """Train by a process of its own, with runs in folder / "runs". Returns its policies with the seconds at which each
     was there, run.json, and all its seconds."""
-    policies, newest, start = [], 0, time.perf_counter()
+    policies, seen, start = [], set(), time.perf_counter()
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         while True:
             ended = process.poll() is not None
-            for file in (folder / "runs").glob("*/policy.npz"):
-                if file.stat().st_mtime_ns > newest:
-                    newest, seconds = file.stat().st_mtime_ns, time.perf_counter() - start
-                    names = [path.name for path in (file.parent / "checkpoints").iterdir()]
-                    copy = folder / f"policy_{len(policies)}.npz"
-                    shutil.copy(file, copy)
-                    iteration = max(int(name) for name in names if name.isdigit())
-                    policies.append({"seconds": seconds, "iteration": iteration, "file": copy})
+            for checkpoint in sorted((folder / "runs").glob("*/checkpoints/*.npz")):
+                if checkpoint.name not in seen:  # its policy.npz has been written before it
+                    seen.add(checkpoint.name)
+                    seconds, copy = time.perf_counter() - start, folder / f"policy_{len(policies)}.npz"
+                    shutil.copy(checkpoint.parent.parent / "policy.npz", copy)
+                    policies.append({"seconds": seconds, "iteration": int(checkpoint.stem), "file": copy})
             if ended:
                 break
             time.sleep(0.05)

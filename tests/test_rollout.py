@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -153,10 +152,7 @@ def test_resumed_run_is_the_uninterrupted_run(env, start, make_mesh, tmp_path):
         for _ in range(iterations):
             state, _ = ppo_mjx.train_iteration(ARGS, env, mesh, state)
         return state
-    with ocp.CheckpointManager(tmp_path / "checkpoints") as checkpoints:
-        ppo_mjx.save(ARGS, tmp_path, checkpoints, run(start(2), 2), {})
-    other_start = start(2, dataclasses.replace(ARGS, seed=2))
-    with ocp.CheckpointManager(tmp_path / "checkpoints") as checkpoints:
-        restored = ppo_mjx.restore(checkpoints, other_start)
+    ppo_mjx.save(ARGS, tmp_path, run(start(2), 2), {})
+    restored = ppo_mjx.restore(ARGS, tmp_path, start(2, dataclasses.replace(ARGS, seed=2)))
     assert int(restored.learner.iteration) == 2
     assert_same(run(restored, 2), run(start(2), 4))

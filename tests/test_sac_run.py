@@ -15,7 +15,6 @@ import imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -64,7 +63,8 @@ def test_smoke_fails(tmp_path, monkeypatch, capsys):
     def train(args, run_dir=None):
         if run_dir is None:
             run_dir = Path(args.runs_dir, "run")
-            Path(run_dir, "checkpoints", "4").mkdir(parents=True)
+            Path(run_dir, "checkpoints").mkdir(parents=True)
+            Path(run_dir, "checkpoints", "4.npz").touch()
             sac.write_run(run_dir, {"args": dataclasses.asdict(args)})
         return run_dir, next(policies)
     def step(self, action):
@@ -100,7 +100,7 @@ def interrupt(number: int, *flags) -> tuple[int, int, list[str]]:
     return int(shown[1]), int(end[1]), flags
 
 def saved_iterations(run_dir: Path) -> set[int]:
-    return {int(folder.name) for folder in (run_dir / "checkpoints").iterdir()}
+    return {int(file.stem) for file in sac.checkpoints(run_dir)}
 
 def test_signals_save_and_the_run_goes_on(tmp_path):
     """SIGTERM, then SIGINT in the process that goes on, each end training by a checkpoint, the command to go on and
@@ -134,15 +134,12 @@ def test_resume_on_two_devices_is_bit_equal(tmp_path, make_mesh, without_judge, 
     policy = (run_dir / "policy.npz").read_bytes()
     assert saved_iterations(run_dir) == {2, 4}
     (run_dir / "policy.npz").unlink()
-    (tmp_path / "whole").mkdir()
-    os.rename(run_dir / "checkpoints" / "4", tmp_path / "whole" / "4")
+    (tmp_path / "whole" / "checkpoints").mkdir(parents=True)
+    os.rename(sac.checkpoints(run_dir)[0], tmp_path / "whole" / "checkpoints" / "4.npz")
     sac.main(["--resume", str(run_dir)])
     args = sac.read_run(run_dir)
     start = sac.init_train_state(args, sac.Env(args), mesh, jax.random.key(9))
-    states = []
-    for folder in (tmp_path / "whole", run_dir / "checkpoints"):
-        with ocp.CheckpointManager(folder) as checkpoints:
-            states.append(sac.restore(checkpoints, start))
+    states = [sac.restore(args, folder, start) for folder in (tmp_path / "whole", run_dir)]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(as_numpy(a), as_numpy(b)), *states)
     assert int(states[1].learner.iteration) == 4 and int(states[1].learner.steps) == 32 > sac.buffer_rows(args)
     assert states[1].worlds.key.sharding.num_devices == 2 and np.abs(states[1].buffer.obs).min(axis=(1, 2)).all()

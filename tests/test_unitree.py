@@ -1120,9 +1120,9 @@ def watched(judge: bool):
     """Keeps all states that `train` saves, in a list. judge: with the test in C MuJoCo at the end."""
     states, real_save = [], unitree.save
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    def save(args, run_dir, checkpoints, state, policy):
+    def save(args, run_dir, state, policy):
         states.append(jax.tree.map(as_numpy, state))
-        real_save(args, run_dir, checkpoints, state, policy)
+        real_save(args, run_dir, state, policy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unitree, "save", save)
         if judge:  # with one start for each command
