@@ -1112,18 +1112,17 @@ def from_arrays(arrays: dict[str, np.ndarray], like):
 
 def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """The whole file or none. NumPy's format holds a checksum of each array, and no code."""
-    if jax.process_index() == 0:
-        with file.with_suffix(".part").open("wb") as stream:
-            np.savez(stream, **arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(stream.name, file)
+    with file.with_suffix(".part").open("wb") as stream:
+        np.savez(stream, **arrays)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(stream.name, file)
 
 def dump(args: Args, file: Path, box: dict) -> bool:
     """Write what --replay-nan reads, of the first world in the run that broke: [D, T, ...] -> [T, ...]."""
     arrays = to_arrays(box)
     broken = arrays["['broken']"].any(axis=1)
-    if broken.any() and not file.exists():
+    if broken.any() and jax.process_index() == 0 and not file.exists():
         arrays = {name: array[broken.argmax()] for name, array in arrays.items()}
         with writing(file.parent):
             write_npz(file, arrays | {"args": json.dumps(dataclasses.asdict(args))})
@@ -1137,11 +1136,13 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def save(args: Args, run_dir: Path, state: TrainState, policy: dict) -> None:
     """Write a checkpoint (the whole state, and the settings) and policy.npz."""
     arrays = to_arrays(state) | {"args": json.dumps(dataclasses.asdict(args))}
+    if jax.process_index() > 0:
+        return
     with writing(run_dir):
         (run_dir / "checkpoints").mkdir(exist_ok=True)
         write_npz(run_dir / "policy.npz", policy)  # first, since a resumed run starts after its checkpoint
         write_npz(run_dir / "checkpoints" / f"{int(state.learner.iteration):09}.npz", arrays)
-        for old in checkpoints(run_dir)[3:] if jax.process_index() == 0 else ():
+        for old in checkpoints(run_dir)[3:]:
             old.unlink()
 
 def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
@@ -1170,6 +1171,9 @@ def write_run(run_dir: Path, content: dict) -> None:
 def read_args(text: str) -> Args:
     """The settings in a JSON text, checked as those of the command line are."""
     args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(text).items()})
+    for field in dataclasses.fields(args):
+        kind = getattr(field.type, "__origin__", field.type)  # tuple of tuple[int, ...]
+        assert kind is Literal or isinstance(getattr(args, field.name), kind | int), field.name
     check_args(args)
     return args
 
@@ -1336,8 +1340,9 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     packages, kinds = ("jax", "mujoco", "mujoco-mjx", "flax", "optax"), [device.device_kind for device in mesh.devices]
     run |= {"args": dataclasses.asdict(args), "commit": git.stdout.strip(), "devices": kinds,
             "versions": {name: importlib.metadata.version(name) for name in packages}}
-    with or_fail(f"--runs-dir, --exp-name: {run_dir}"):
-        run_dir.mkdir(exist_ok=resuming or jax.process_index() > 0)
+    if jax.process_index() == 0:
+        with or_fail(f"--runs-dir, --exp-name: {run_dir}"):
+            run_dir.mkdir(exist_ok=resuming)
     write_run(run_dir, run)
     if args.track and jax.process_index() == 0:
         wandb = importlib.import_module("wandb")

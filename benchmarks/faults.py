@@ -9,6 +9,7 @@ Each fault is told by one line: what was done, how many times, whether all went 
 benchmarks/results/NAME.json. The exit code is 1 if a promise was broken.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib.metadata
@@ -175,6 +176,15 @@ def row(fault: str, script: str, times: int, good: int, seen: str) -> dict:
 
 
 # ---- Faults ---------------------------------------------------------------------------------------------------------
+def parts(runs: Path) -> set[tuple]:
+    """Checkpoints that are being written, or were left in the middle."""
+    found = set()
+    for part in runs.glob("*/checkpoints/*.part"):
+        with contextlib.suppress(FileNotFoundError):  # it was put in place meanwhile
+            found.add((part, part.stat().st_mtime_ns))
+    return found
+
+
 def kill(args: Args, script: str, folder: Path):
     """kill -9 at random moments, every other time in the middle of writing a checkpoint, until the run is done."""
     dice, iterations = random.Random(args.seed), 150 * args.kills
@@ -182,17 +192,17 @@ def kill(args: Args, script: str, folder: Path):
     while True:
         run_dir = only_run(runs)
         flags = ["--resume", str(run_dir)] if run_dir else [*flags_of(script, iterations), "--runs-dir", str(runs)]
-        run = Run(command(script, *flags), folder)
+        before, run = parts(runs), Run(command(script, *flags), folder)
         run.wait_for(run.trains)
         if kills < args.kills:
             if kills % 2:
-                run.wait_for(lambda: any(runs.glob("*/checkpoints/*.part")), 20)
+                run.wait_for(lambda before=before: parts(runs) - before, 20)
             else:
                 time.sleep(dice.uniform(0, 1.0))
             if run.process.poll() is None:
                 run.process.kill()
                 run.end()
-                kills, cut = kills + 1, cut + any(runs.glob("*/checkpoints/*.part"))
+                kills, cut = kills + 1, cut + bool(parts(runs) - before)
                 continue
         if run.end() not in (0, 1) or "trained for" not in run.text:
             return [row("kill -9, then --resume", script, args.kills, 0, run.text[-300:])]
@@ -353,6 +363,7 @@ def nan(args: Args, script: str, folder: Path):
 
 FUZZER = """
 import contextlib, io, json, os, pathlib, random, signal, sys, time, traceback
+import jax
 import {script} as m
 def late(*_):
     raise TimeoutError("it hangs")
@@ -372,6 +383,7 @@ for line in sys.stdin:
     except BaseException:
         trace = traceback.format_exc()[-600:]
     signal.alarm(0)
+    jax.clear_caches()  # each program maps memory, and Linux allows a process 65530 mappings
     new = sorted(map(str, set(pathlib.Path().rglob("*")) - before))
     print(json.dumps([argv, code, error.getvalue(), trace, new, time.time() - start]), flush=True)
 """
@@ -424,7 +436,7 @@ def fuzz(args: Args, script: str, folder: Path):
     for problem in bad:
         print("     ", problem)
     if len(results) < args.fuzz:
-        print("     ", calls[len(results)], done.stderr[-500:])
+        print("     ", calls[len(results)], done.returncode, done.stderr[-500:])
     slowest = max(result[-1] for result in results)
     return [row("random flags", script, args.fuzz, len(results) - len(bad),
                 f"{ran} ran, {refused} refused by one line; the slowest took {slowest:.0f} s")]

@@ -47,4 +47,4 @@ def test_shared_blocks_are_shared():
             places.setdefault(name, {})[script.name] = re.sub(r"(?m)^# ---- \d+\.", "# ----", block)
     assert {"bookkeeping", "evaluation"} <= places.keys()
     for name, blocks in places.items():
-        assert len(blocks) > 1 and len(set(blocks.values())) == 1 and max(map(len, blocks.values())) > 400, name
+        assert len(blocks) > 1 and len(set(blocks.values())) == 1 and max(map(len, blocks.values())) > 300, name

@@ -380,6 +380,14 @@ def test_hostile_run_json_writes_nowhere_else(copy, tmp_path, monkeypatch):
     sac.train(sac.read_run(copy), copy)
     assert {path.name for path in tmp_path.iterdir()} == {"copy"}
 
+@pytest.mark.parametrize("change", [{"num_envs": 16.5}, {"seed": None}, {"seed": "1"}, {"gamma": "x"}, {"gamma": [1]},
+                                    {"hidden_sizes": 8}, {"hidden_sizes": ["8"]}, {"tau": {}}, {"no_such": 1}])
+def test_run_json_with_wrong_types_is_refused(copy, capsys, change):
+    """As the command line would refuse it."""
+    run = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(run | {"args": run["args"] | change}))
+    assert "no run folder" in refused(capsys, partial(sac.main, ["--resume", str(copy)]))
+
 def test_compile_cache_is_for_its_user_alone(tmp_path, monkeypatch):
     """Also where the folder was there before."""
     folder, before = tmp_path / ".cache" / "mjx-rl", jax.config.jax_compilation_cache_dir
