@@ -252,7 +252,7 @@ def reward_terms(task: Task, x_velocity, action, healthy, xp=jnp) -> dict:
 
 def cho_factor(matrix: jax.Array, lower: bool = False) -> tuple[jax.Array, bool]:
     """Cholesky factor of one small matrix [n, n], unrolled, its diagonal inverted. Under vmap each entry is a vector
-    over the worlds; LAPACK or cuSOLVER would take one world after the other."""
+    over the worlds; LAPACK would take one world after the other."""
     n = matrix.shape[-1]
     factor = [[jnp.zeros_like(matrix[0, 0])] * n for _ in range(n)]
     for i in range(n):

@@ -87,6 +87,7 @@ def watch(command: list[str], folder: Path) -> tuple[list[dict], dict, float]:
     if process.returncode:
         raise SystemExit((folder / "log.txt").read_text()[-3000:])
     run = json.loads(next((folder / "runs").glob("*/run.json")).read_text())
+    del run["args"]["runs_dir"]  # a temporary folder, of no use to a reader
     return policies, run, time.perf_counter() - start
 
 
