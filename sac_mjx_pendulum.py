@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["flax==0.12.6", "imageio[ffmpeg]==2.38.1", "jax==0.9.2", "matplotlib==3.11.2", "mujoco==3.17.0",
 #   "mujoco-mjx==3.17.0", "optax==0.2.8", "tensorboard==2.21.0", "tensorboardX==2.6.5",
-#   "tqdm==4.70.1", "tyro==1.0.17"]
+#   "tqdm==4.70.1", "typeguard==4.6.0", "tyro==1.0.17"]
 # ///
 """SAC on a thousand pendulums at once, on MuJoCo XLA (MJX): one file, one jitted program per iteration.
 
@@ -50,6 +50,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import optax
+import typeguard
 import tyro
 from flax import struct
 from jax.experimental import multihost_utils
@@ -119,6 +120,10 @@ class Args:
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.steps_per_iteration
+    @property
+    def random_steps(self) -> int:
+        """Steps of each world before the first update."""
+        return math.ceil(self.learning_starts / self.num_envs)
 
 # ---- 2. Model -------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
@@ -351,7 +356,7 @@ def interact(args: Args, env: Env, learner: Learner, worlds: Worlds):
     noise = jax.vmap(partial(jax.random.normal, shape=(env.action_size,)))(action_key)
     action, _ = sample_action(actor.apply(learner.actor, obs), noise)
     by_chance = 2 * jax.scipy.stats.norm.cdf(noise) - 1  # uniform from -1 to 1
-    action = jnp.where(learner.steps * args.num_envs < args.learning_starts, by_chance, action)
+    action = jnp.where(learner.steps < args.random_steps, by_chance, action)
     state = jax.vmap(env.step)(worlds.env_state, env.task.max_torque * action)
     broken, done = state.info["broken"], (state.done > 0) | state.info["truncated"]
     end = Worlds(state, key, worlds.episode_return + state.reward, worlds.episode_length + 1, worlds.broken + broken)
@@ -445,12 +450,12 @@ def update(args: Args, env: Env, learner: Learner, mb: Transition) -> tuple[Lear
 def learn(args: Args, env: Env, learner: Learner, mbs: Transition) -> tuple[Learner, dict[str, jax.Array]]:
     """All updates that follow one step of the worlds, by minibatches [K, B, ...]. Metrics [K], NaN without updates."""
     learner = learner.replace(steps=learner.steps + 1)
-    ready = learner.steps * args.num_envs >= args.learning_starts
-    return when(ready, partial(jax.lax.scan, partial(update, args, env)), learner, mbs)
+    return when(learner.steps >= args.random_steps, partial(jax.lax.scan, partial(update, args, env)), learner, mbs)
 
 # shared: black_box
 def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
-    """What the first world to break went through, for `dump`: of all worlds [T, N, ...] -> [1, T, ...]."""
+    """What the first world to break went through, for `dump`: of all worlds [T, N, ...] -> [1, T, ...], so that the
+    first axis is that of the devices."""
     world = jnp.unravel_index(jnp.argmax(broken), broken.shape)[1]
     return jax.tree.map(lambda x: x[None, :, world], {"start": start, "action": action, "broken": broken})
 # end shared
@@ -596,24 +601,24 @@ def replay_nan(file: Path, make_env, make_original) -> None:
     """Step what nan_dump.npz holds in MJX and in C MuJoCo side by side, each from its own states, and tell where they
     part, by more than a hundredth of the largest speed."""
     with or_fail(f"--replay-nan {file}"), np.load(file, allow_pickle=False) as arrays:
-        box = dict(arrays)
-        env, broken = make_env(read_args(str(box["args"]))), box["['broken']"]
+        saved = dict(arrays)
+        env, broken, actions = make_env(read_args(str(saved["args"]))), saved["['broken']"], saved["['action']"]
         start = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(broken)))
-        start, last = from_arrays(box, {"start": start})["start"], int(broken.argmax())
+        start, last = from_arrays(saved, {"start": start})["start"], int(broken.argmax())
     first = max(0, last - int(start.info["elapsed"][last]))  # no reset lies between
     state = jax.tree.map(lambda x: x[first], start)
     original, parted, step = make_original(env, state), None, jax.jit(env.step)
     for name, value in vars(state.data).items():
         setattr(original.data, name, value)
     print("step  largest speed in MJX  in C MuJoCo  largest difference")
-    for t, action in enumerate(box["['action']"][first:last + 1], first - last):
+    for t, action in enumerate(actions[first:last + 1], first - last):
         state, _ = step(state, action), original.step(action)
         mine, theirs = np.asarray(state.data.qvel), original.data.qvel
         parted = t if parted is None and not np.abs(mine - theirs).max() <= 0.01 * np.abs(theirs).max() else parted
         print(f"{t:4} {np.abs(mine).max():22.3g} {np.abs(theirs).max():12.3g} {np.abs(mine - theirs).max():19.3g}")
     resets = sum(original.data.warning[kind].number for kind in (
         mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC))
-    print(f"In step 0 the world broke. They part {'nowhere' if parted is None else f'in step {parted}'}. "
+    print(f"In step 0 the world broke in training. They part {'nowhere' if parted is None else f'in step {parted}'}. "
           f"C MuJoCo {'breaks too' if resets else 'does not break'}.")
 # end shared
 
@@ -635,18 +640,18 @@ EventFileWriter.add_event, EventFileWriter.close = write_event, close_file
 class Log:
     """TensorBoard, and a progress bar or, without a terminal, plain lines. Of several processes the first writes."""
     def __init__(self, args: Args, run_dir: Path, first: int):
-        self.args, self.first, self.start, self.shown = args, first * args.steps_per_iteration, time.time(), "-"
+        self.args, self.start, self.shown, self.first_step = args, time.time(), "-", first * args.steps_per_iteration
         self.run_dir, self.dumped, quiet = run_dir, False, jax.process_index() > 0
-        with writing(run_dir):
-            purge = self.first + 1 if first else 0  # what was written after the last checkpoint, if ever
+        with writing(run_dir / "events*"):
+            purge = self.first_step + 1 if first else 0  # TensorBoard forgets what an interrupted run wrote from there
             self.writer = SummaryWriter(str(run_dir), purge_step=purge, write_to_disk=not quiet)
             rows = "".join(f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-            self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows, self.first)
+            self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows, self.first_step)
         total = args.num_iterations * args.steps_per_iteration
-        self.bar = tqdm(total=total, initial=self.first, unit=" steps", unit_scale=True, disable=quiet or None)
+        self.bar = tqdm(total=total, initial=self.first_step, unit=" steps", unit_scale=True, disable=quiet or None)
 
     def scalars(self, step: int, values: dict) -> None:
-        with writing(self.run_dir):
+        with writing(self.run_dir / "events*"):
             for tag, value in values.items():
                 if math.isfinite(value):
                     self.writer.add_scalar(tag, float(value), step)
@@ -655,7 +660,7 @@ class Log:
     def write(self, iteration: int, metrics: dict) -> dict:
         box, step = metrics.pop("black_box"), iteration * self.args.steps_per_iteration
         values = jax.device_get(metrics)
-        sps = values["charts/SPS"] = (step - self.first) / (time.time() - self.start)
+        sps = values["charts/SPS"] = (step - self.first_step) / (time.time() - self.start)
         self.scalars(step, values)
         if values["charts/nan_resets"] and not self.dumped:
             self.dumped = dump(self.args, self.run_dir / "nan_dump.npz", box)
@@ -671,63 +676,79 @@ class Log:
 def count_bytes(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-def is_key(x) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+def bare(x):
+    """Keys as their numbers."""
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 def to_arrays(tree) -> dict[str, np.ndarray]:
-    """All arrays of a tree by their names, with the shares of all processes; keys as their numbers."""
-    tree = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
-    tree = multihost_utils.process_allgather(tree, tiled=True)
+    """All arrays of a tree by their names, with the shares of all processes."""
+    tree = multihost_utils.process_allgather(jax.tree.map(bare, tree), tiled=True)
     return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
 def from_arrays(arrays: dict[str, np.ndarray], like):
-    """The tree that `to_arrays` took apart, with the shapes and on the devices of the tree `like`."""
+    """The tree that `to_arrays` took apart, in the place of the tree `like`, of the same shapes, which it deletes."""
     def place(path, old):
-        new, form = arrays[jax.tree_util.keystr(path)], jax.eval_shape(jax.random.key_data, old) if is_key(old) else old
-        assert (new.shape, new.dtype) == (form.shape, form.dtype), jax.tree_util.keystr(path)
+        name, form = jax.tree_util.keystr(path), jax.eval_shape(bare, old)
+        new = arrays[name]
+        if (new.shape, new.dtype) != (form.shape, form.dtype):
+            raise ValueError(f"{name} is {new.dtype} {new.shape}, not {form.dtype} {form.shape}")
         if isinstance(old, np.ndarray):
             return new
-        new = jax.make_array_from_callback(new.shape, old.sharding, lambda share: new[share])
-        return jax.random.wrap_key_data(new) if is_key(old) else new
+        old.delete()
+        new = jax.make_array_from_callback(new.shape, old.sharding, lambda index: new[index])
+        return jax.random.wrap_key_data(new) if form.dtype != old.dtype else new
     return jax.tree.map_with_path(place, like)
 
-def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """The whole file or none. NumPy's format holds a checksum of each array, and no code."""
-    with file.with_suffix(".part").open("wb") as stream:
-        np.savez(stream, **arrays)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(stream.name, file)
+def writing(file: Path):
+    return or_fail(f"cannot write {file}; what was saved before is whole", 1, OSError)
 
-def dump(args: Args, file: Path, box: dict) -> bool:
-    """Write what --replay-nan reads, of the first world in the run that broke: [D, T, ...] -> [T, ...]."""
-    arrays = to_arrays(box)
-    broken = arrays["['broken']"].any(axis=1)
+@contextlib.contextmanager
+def replacing(file: Path):
+    """A stream for what is to be in the file; it is there as a whole or not at all."""
+    part = file.with_suffix(".part")
+    with writing(file):
+        part.unlink(missing_ok=True)
+        with part.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+
+def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    with replacing(file) as stream:  # NumPy's format holds a checksum of each array, and no code
+        np.savez(stream, **arrays)
+
+def dump(args: Args, file: Path, black_box: dict) -> bool:
+    """Write what --replay-nan reads, of the first world in the run that broke: [D, T, ...] -> [T, ...], for D devices.
+    Returns whether one broke."""
+    arrays = to_arrays(black_box)
+    broken = arrays["['broken']"]
     if broken.any() and jax.process_index() == 0 and not file.exists():
-        arrays = {name: array[broken.argmax()] for name, array in arrays.items()}
-        with writing(file.parent):
-            write_npz(file, arrays | {"args": json.dumps(dataclasses.asdict(args))})
-        say(f"a world broke; to see how: python {sys.argv[0]} --replay-nan {shlex.quote(str(file))}")
+        device = broken.T.argmax() % len(broken)  # where it was first
+        arrays = {name: array[device] for name, array in arrays.items()}
+        write_npz(file, arrays | {"args": json.dumps(dataclasses.asdict(args))})
+        say(f"a world broke; to see how: {shlex.join(['python', sys.argv[0], '--replay-nan', str(file)])}")
     return bool(broken.any())
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The newest first."""
-    return sorted((run_dir / "checkpoints").glob("*.npz"), reverse=True)
+    return sorted((run_dir / "checkpoints").glob("[0-9]*.npz"), reverse=True)
 
 def save(args: Args, run_dir: Path, state: TrainState, policy: dict) -> None:
     """Write a checkpoint (the whole state, and the settings) and policy.npz."""
     arrays = to_arrays(state) | {"args": json.dumps(dataclasses.asdict(args))}
     if jax.process_index() > 0:
         return
-    with writing(run_dir):
-        (run_dir / "checkpoints").mkdir(exist_ok=True)
+    folder = run_dir / "checkpoints"
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
         write_npz(run_dir / "policy.npz", policy)  # first, since a resumed run starts after its checkpoint
-        write_npz(run_dir / "checkpoints" / f"{int(state.learner.iteration):09}.npz", arrays)
-        for old in checkpoints(run_dir)[3:]:
+        write_npz(folder / f"{int(state.learner.iteration):09}.npz", arrays)
+        for old in [*checkpoints(run_dir)[3:], *folder.glob("*.part")]:
             old.unlink()
 
 def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
-    """The newest whole checkpoint, on the devices of `state`; or `state`, if the run was stopped before the first."""
+    """The newest whole checkpoint, in the place of `state`; or `state`, if the run was stopped before the first."""
     for file in checkpoints(run_dir):
         try:
             with np.load(file, allow_pickle=False) as arrays:
@@ -745,16 +766,16 @@ def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
 
 def write_run(run_dir: Path, content: dict) -> None:
     if jax.process_index() == 0:
-        with writing(run_dir):
-            (run_dir / "run.tmp").write_text(json.dumps(content, indent=2) + "\n")
-            os.replace(run_dir / "run.tmp", run_dir / "run.json")
+        with replacing(run_dir / "run.json") as stream:
+            stream.write(json.dumps(content, indent=2).encode() + b"\n")
 
 def read_args(text: str) -> Args:
     """The settings in a JSON text, checked as those of the command line are."""
     args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(text).items()})
+    every = typeguard.CollectionCheckStrategy.ALL_ITEMS
     for field in dataclasses.fields(args):
-        kind = getattr(field.type, "__origin__", field.type)  # tuple of tuple[int, ...]
-        assert kind is Literal or isinstance(getattr(args, field.name), kind | int), field.name
+        with or_fail(f"setting {field.name}"):
+            typeguard.check_type(getattr(args, field.name), field.type, collection_check_strategy=every)
     check_args(args)
     return args
 
@@ -767,7 +788,7 @@ def require(condition, message: str, code: int = 2) -> None:
     """Where the condition does not hold, end with one line and an exit code: 2 for bad input."""
     if not condition:
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-        if code == 1 and jax.process_count() > 1:
+        if jax.distributed.is_initialized():
             os._exit(code)  # a polite end would wait for the other processes, and they for this one
         raise SystemExit(code)
 
@@ -779,78 +800,80 @@ def or_fail(message: str, code: int = 2, kind: type[Exception] = Exception):
     except kind as error:
         require(False, f"{message} ({type(error).__name__}: {error!s:.200})", code)
 
-def writing(run_dir: Path):
-    return or_fail(f"{run_dir}: cannot write; training has ended, the last checkpoint is whole", code=1)
-
 def parse_args(argv: list[str], default: Args = Args()) -> Args:
-    box = io.StringIO()  # tyro draws one around its errors; the first paragraph tells
+    text = io.StringIO()  # tyro draws a box around its errors; the first paragraph tells
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(text):
             return tyro.cli(Args, args=argv, default=default)
     except SystemExit as stop:
-        require(not stop.code, box.getvalue().split("\n", 1)[-1].split("──")[0].replace("│", ""))
+        require(not stop.code, text.getvalue().split("\n", 1)[-1].split("──")[0].replace("│", ""))
         raise
 
-CALL_FLAGS = "resume", "coordinator_address", "num_processes", "process_id"  # not of the run
+# Flags of one call, which run.json does not keep.
+CALL_FLAGS = "resume evaluate replay_nan smoke compile_cache coordinator_address num_processes process_id".split()
 
-def start_jax(args: Args, num_devices: int | None) -> None:
+def start_jax(args: Args) -> None:
     """Settle what cannot change once JAX runs: its cache, the devices that a CPU is split into, other processes."""
     require(args.exp_name == Path(args.exp_name).name, f"--exp-name {args.exp_name}: must be a plain name")
     alone = args.coordinator_address is None and (args.num_processes, args.process_id) != (None, None)
     require(not alone, "--num-processes, --process-id: tell them --coordinator-address as well")
     jax.config.update("jax_enable_compilation_cache", args.compile_cache)
     if args.compile_cache and not jax.config.jax_compilation_cache_dir:
-        folder = Path.home() / ".cache" / "mjx-rl"
-        with or_fail("--compile-cache: no folder for it; try --no-compile-cache"):
+        try:
+            folder = Path.home() / ".cache" / "mjx-rl"
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)  # who can write there can run code here; fails if the folder is another user's
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+        except (OSError, RuntimeError) as error:
+            print(f"compiled programs are not kept, as there is no folder for them: {error}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices that it has
-        share = (num_devices or cores) // (args.num_processes or 1)
-        jax.config.update("jax_num_cpu_devices", min(max(share, 1), 64))  # one would leave the other cores idle
+        each = (args.num_devices or cores) // (args.num_processes or 1)
+        jax.config.update("jax_num_cpu_devices", min(max(each, 1), 64))  # one would leave the other cores idle
     if args.coordinator_address:
-        given = (args.coordinator_address, args.num_processes, args.process_id)
-        given = () if given[0] == "auto" else given  # as SLURM, Open MPI or Kubernetes say
         with or_fail("--coordinator-address, --num-processes, --process-id"):
-            jax.distributed.initialize(*given, heartbeat_timeout_seconds=20)
-        multihost_utils.sync_global_devices("start")  # connect them now; on CPUs Gloo waits for no more than 30 s
+            jax.distributed.initialize(  # what is None, it asks SLURM or Open MPI
+                None if args.coordinator_address == "auto" else args.coordinator_address, args.num_processes,
+                args.process_id, heartbeat_timeout_seconds=20, shutdown_timeout_seconds=3600)
+            multihost_utils.sync_global_devices("start")  # they meet now, as on CPUs Gloo waits for no more than 30 s
+
+def on_signals(handler) -> None:
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, handler)
 
 def listen() -> list[int]:
     """The signals that have asked to stop. The first ends the loop after its iteration, a second one the process."""
     stops = []
     def stop(number, _):
         stops.append(number)
-        for each in signal.SIGINT, signal.SIGTERM:
-            signal.signal(each, signal.SIG_DFL)
-    if jax.process_count() > 1:  # JAX listens to SIGTERM itself, for `stop_wanted`
+        on_signals(signal.SIG_DFL)
+    if jax.process_count() == 1:
+        on_signals(stop)
+    else:  # JAX listens to SIGTERM itself, for `stop_wanted`
         signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        return stops
-    for each in signal.SIGINT, signal.SIGTERM:
-        signal.signal(each, stop)
     return stops
 
 def stop_wanted(stops: list[int], iteration: int) -> bool:
-    """Whether this process is to stop before this iteration; several do so before the same one."""
+    """Whether to stop before this iteration. Of several processes all do if one is asked to; `stops` tells them."""
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(iteration):
         stops.append(signal.SIGTERM)
     return len(stops) > 0
 
 def make_mesh(wanted: int | None, *parts: int) -> Mesh:
     """The devices that share the work: as many as wanted, or else as can be, of which each of `parts` is a multiple.
-    Where there are several processes, those of all."""
+    Where there are several processes, all devices of all of them."""
     devices = jax.devices()
     least = len(devices) if jax.process_count() > 1 else 1
     fits = [n for n in range(least, len(devices) + 1) if all(part % n == 0 for part in parts)]
-    known = f"--num-devices {wanted or len(devices)}: must divide {parts}; with these devices, {fits or 'none'} do"
-    require(fits and (not wanted or wanted in fits), known)
+    message = f"--num-devices {wanted or len(devices)}: must divide {parts}; with these devices, {fits or 'none'} do"
+    require(fits and (not wanted or wanted in fits), message)
     return Mesh(np.array(devices[:wanted or fits[-1]]), ("devices",))
 
-def check_memory(mesh: Mesh, size: int, flag: str = "--num-envs") -> None:
-    """Refuse what takes more bytes, over all devices, than they have."""
-    stats = jax.local_devices()[0].memory_stats()  # None for a CPU
+def check_memory(mesh: Mesh | None, size: int, flag: str = "--num-envs") -> None:
+    """Refuse what takes more bytes than the devices of the mesh have together, or without a mesh, the host."""
+    stats = jax.local_devices()[0].memory_stats() if mesh else None  # None for a CPU
     room = stats["bytes_limit"] * mesh.size if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    require(size < 0.95 * room, f"{flag}: this takes {size} bytes, and the devices have {room}; try less")
+    require(size < 0.95 * room, f"{flag}: this takes {size} bytes of the {room} that there are; try less")
 # end shared
 
 def check_args(args: Args) -> None:
@@ -963,16 +986,17 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     """Train from the start, or on from the newest checkpoint of run_dir. Returns the run's folder and its policy."""
     start, resuming, stops = time.time(), run_dir is not None, listen()
     mesh = make_mesh(args.num_devices, args.num_envs, args.batch_size)
-    args = dataclasses.replace(args, num_devices=mesh.size, **dict.fromkeys(CALL_FLAGS))
+    args = dataclasses.replace(args, num_devices=mesh.size, **{x: getattr(Args, x) for x in CALL_FLAGS})
     key, env = jax.random.key(args.seed), Env(args)
     buffer_bytes = count_bytes(jax.eval_shape(partial(init_buffer, args, env)))
-    check_memory(mesh, buffer_bytes, "--buffer-size")
+    check_memory(None if args.buffer_device == "host" else mesh, buffer_bytes, "--buffer-size")
     check_memory(mesh, count_bytes(jax.eval_shape(partial(init_learner_and_worlds, args, env), key)))
     require(jax.process_count() == 1 or args.buffer_device == "device", "--buffer-device host: of one process only")
     run_dir = run_dir or Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start)}"
-    with or_fail(f"--runs-dir {args.runs_dir}"):
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()  # better to fail now than later
+    if jax.process_index() == 0:
+        with or_fail(f"--runs-dir {args.runs_dir}"):
+            run_dir.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()  # better to fail now
     say(f"building {args.env_id} for {mesh.size} x {mesh.devices[0].device_kind}, buffer of {buffer_bytes} bytes")
     state = init_train_state(args, env, mesh, key)
     state = restore(args, run_dir, state) if resuming else state
@@ -1002,7 +1026,8 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
         wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
     steps, log, pending = args.steps_per_iteration, PictureLog(args, run_dir, first), None
     say(f"{args.num_iterations} * {steps} steps, {args.total_timesteps % steps} unused: {run_dir}")
-    multihost_utils.sync_global_devices("compiled")  # where there are several processes
+    with or_fail("the processes differ in their flags, or in the checkpoint that they found", kind=AssertionError):
+        multihost_utils.sync_global_devices(f"{args} {first}")
     while iteration < args.num_iterations and not stop_wanted(stops, iteration):
         state, metrics = run_iteration(state)
         iteration += 1
@@ -1025,17 +1050,21 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
         save(args, run_dir, state, policy)
     if stops:
         log.writer.close()
-        say(f"stopped after iteration {iteration}; to go on: python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}")
+        again = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+        say(f"stopped after iteration {iteration}; to go on: {again}")
         raise SystemExit(128 + stops[0])
+    on_signals(signal.SIG_DFL)
     if jax.process_index() > 0:
         return run_dir, policy  # the first one does the rest
     say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
     run["evaluation"] = judge(args, env, policy)
-    log.scalars(iteration * steps, {"eval/c_mujoco_return": run["evaluation"]["C MuJoCo"]["mean"]})
+    end = iteration * steps + 1  # one later than all others, so that a run that is resumed once more replaces it
+    log.scalars(end, {"eval/c_mujoco_return": run["evaluation"]["C MuJoCo"]["mean"]})
     log.writer.close()
     write_run(run_dir, run)
     if args.capture_video:
-        write_video(env, policy, log.history, args.seed, run_dir / "videos" / "training.mp4")
+        with writing(run_dir / "videos"):
+            write_video(env, policy, log.history, args.seed, run_dir / "videos" / "training.mp4")
     if log.window and log.pipe.poll(20) and not log.window.join(0.5) and log.window.is_alive():  # else it never opened
         say("close the window to end")
         log.window.join()
@@ -1044,8 +1073,12 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     check_args(args)
-    saved = read_run(Path(args.resume)) if args.resume else args
-    start_jax(args, saved.num_devices)
+    if args.resume:
+        saved = dataclasses.replace(read_run(Path(args.resume)), **{x: getattr(args, x) for x in CALL_FLAGS})
+        unchanged = parse_args(argv, saved) == saved
+        require(unchanged, "--resume: the run keeps its own settings; leave the other flags out, or start a new run")
+        args = saved
+    start_jax(args)
     if args.smoke:
         raise SystemExit(smoke(args))
     if args.replay_nan:
@@ -1055,14 +1088,15 @@ def main(argv: list[str]) -> None:
         with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
             judge(args, env, policy := dict(file))
         if args.capture_video:
-            write_video(env, policy, [], args.seed, run_dir / "videos" / "policy.mp4")
+            with writing(run_dir / "videos"):
+                write_video(env, policy, [], args.seed, run_dir / "videos" / "policy.mp4")
         return None
-    if args.resume:
-        unchanged = parse_args(argv, saved) == dataclasses.replace(saved, **{x: getattr(args, x) for x in CALL_FLAGS})
-        require(unchanged, "--resume: the run keeps its own settings; leave the other flags out, or start a new run")
-    lost = jax.errors.JaxRuntimeError if args.coordinator_address else ()
-    with or_fail("another process has ended; start all of them again, with --resume", 1, lost):
-        train(saved, Path(args.resume) if args.resume else None)
+    run_dir = Path(args.resume) if args.resume else None
+    if not args.coordinator_address:
+        train(args, run_dir)
+    else:  # where one fails, all end at once
+        with or_fail("this or another process has failed; start all of them again, with --resume", 1):
+            train(args, run_dir)
 
 def smoke(args: Args) -> int:
     """Go through all that a run does, in short, with a verdict for each stage. Returns the exit code."""
