@@ -1086,7 +1086,8 @@ def main(argv: list[str]) -> None:
     if args.evaluate:
         run_dir, env = Path(args.evaluate), Env(read_run(Path(args.evaluate)).env_id, args.physics)
         with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
-            judge(args, env, policy := dict(file))
+            policy = dict(file)
+        judge(args, env, policy)
         if args.capture_video:
             with writing(run_dir / "videos"):
                 write_video(env, policy, args.seed, run_dir / "videos" / "c_mujoco.mp4")
