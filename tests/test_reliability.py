@@ -183,7 +183,7 @@ def test_disk_that_is_full_ends_the_run_with_a_line(tmp_path):
 
 # ---- NaN
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [ppo_mjx, sac])  # the benchmark has the third
 def test_exploding_world_is_reset_and_can_be_replayed(script, tmp_path, monkeypatch, capsys):
     """Worlds that break are counted, the first one's steps are kept, training goes on; --replay-nan shows the break."""
     monkeypatch.chdir(tmp_path)
@@ -191,12 +191,8 @@ def test_exploding_world_is_reset_and_can_be_replayed(script, tmp_path, monkeypa
         task = ppo_mjx.TASKS["Hopper"]
         task = dataclasses.replace(task, mjcf=task.mjcf.replace('gear="200"', 'gear="2000000"'))
         monkeypatch.setitem(ppo_mjx.TASKS, "Hopper", task)
-    elif script is sac:
-        monkeypatch.setitem(sac.TASKS, "Pendulum-v1", dataclasses.replace(sac.TASKS["Pendulum-v1"], gravity=3e38))
     else:
-        robot = unitree.ROBOTS["g1"]
-        leg = tuple(dataclasses.replace(link, stiffness=1e6, max_torque=1e9) for link in robot.leg)
-        monkeypatch.setitem(unitree.ROBOTS, "g1", dataclasses.replace(robot, leg=leg))
+        monkeypatch.setitem(sac.TASKS, "Pendulum-v1", dataclasses.replace(sac.TASKS["Pendulum-v1"], gravity=3e38))
     folder, policy = script.train(small_args(script, 2, tmp_path))
     assert all(np.isfinite(array).all() for array in policy.values())
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
@@ -212,7 +208,7 @@ def test_exploding_world_is_reset_and_can_be_replayed(script, tmp_path, monkeypa
     *_, last, verdict = capsys.readouterr().out.splitlines()
     assert verdict.startswith("In step 0 the world broke in training. They part in step") and last.split()[0] == "0"
     if script is not sac:  # which limits the speed
-        assert not float(last.split()[1]) < (100 if script is unitree else 200), "the replayed world must break, too"
+        assert not float(last.split()[1]) < 200, "the replayed world must break, too"
 
 def test_sane_run_dumps_nothing(run_dir):
     assert not list(run_dir.glob("nan_dump*"))
@@ -244,28 +240,26 @@ def test_ten_bad_gradients_in_a_row_stop_the_run(script, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "10 gradients in a row are not finite" in error and str(tmp_path) in error
 
-@pytest.mark.parametrize("script", [ppo_mjx, sac])
-def test_bad_gradients_are_seen_in_the_metrics(script, tmp_path, monkeypatch, capsys):
+def test_bad_gradients_are_seen_in_the_metrics(tmp_path, monkeypatch, capsys):
     """A loss that is NaN in all updates: the run stops by itself, with one line, before it saves anything."""
-    name = "critic_loss" if script is sac else "ppo_loss"
-    real = getattr(script, name)
+    real = sac.critic_loss
     def broken(*inputs):
         loss, metrics = real(*inputs)
         return loss * jnp.nan, metrics
-    monkeypatch.setattr(script, name, broken)
+    monkeypatch.setattr(sac, "critic_loss", broken)
     jax.clear_caches()  # of the loss that is not broken
     with pytest.raises(SystemExit) as stop:
-        script.train(small_args(script, 20, tmp_path, checkpoint_every=10, eval_every=0))
+        sac.train(small_args(sac, 20, tmp_path, checkpoint_every=10, eval_every=0))
     jax.clear_caches()
     (folder,) = tmp_path.iterdir()
-    assert stop.value.code == 1 and not script.checkpoints(folder)
+    assert stop.value.code == 1 and not sac.checkpoints(folder)
     assert "gradients in a row are not finite" in capsys.readouterr().err
 
 # ---- Bad input
 
 def test_random_calls_run_or_are_refused(tmp_path):
     """A sample of the 300 that benchmarks/faults.py draws."""
-    promised(faults.fuzz(faults.Args(fuzz=25), "sac_mjx_pendulum", tmp_path))
+    promised(faults.fuzz(faults.Args(fuzz=10), "sac_mjx_pendulum", tmp_path))
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_does_not_fit_into_memory_is_refused(script, tmp_path, monkeypatch, capsys):
