@@ -477,12 +477,14 @@ def processes(args: Args, script: str, folder: Path):
             rows.append(row(f"{count} processes", script, 1, 0, f"exit codes {codes}"))
             continue
         a, b = curves(one), curves(two)
+        few = 4 if script == "ppo_mjx_unitree" else 8  # iterations; its contacts amplify rounding soon
         early, late = (max(abs(x - y) / (abs(x) + 1e-3) for tag in a for (step, x), (_, y) in zip(
-            a[tag], b[tag], strict=True) if step <= last * STEPS[script]) for last in (4, 60))
+            a[tag], b[tag], strict=True) if step <= last * STEPS[script]) for last in (few, 60))
         files = len(list(two.glob("events*")))
         passed = all(code in FINISHED for code in codes) and early < 1e-3 and len(list(many.iterdir())) == files == 1
         rows.append(row(f"{count} processes against {count} devices of one", script, 1, int(passed),
-                        f"largest relative difference of all curves: {early:.1e} in 4 iterations, {late:.1e} in 60"))
+                        f"largest relative difference of all curves: {early:.1e} in {few} iterations, "
+                        f"{late:.1e} in 60"))
     flags = flags_of(script, 60)
     flags[flags.index("--num-devices") + 1] = "2"
     for first, second in ((2, 1), (1, 2)):

@@ -240,19 +240,21 @@ def test_ten_bad_gradients_in_a_row_stop_the_run(script, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "10 gradients in a row are not finite" in error and str(tmp_path) in error
 
-def test_bad_gradients_are_seen_in_the_metrics(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("script", [ppo_mjx, sac])
+def test_bad_gradients_are_seen_in_the_metrics(script, tmp_path, monkeypatch, capsys):
     """A loss that is NaN in all updates: the run stops by itself, with one line, before it saves anything."""
-    real = sac.critic_loss
+    name = "critic_loss" if script is sac else "ppo_loss"
+    real = getattr(script, name)
     def broken(*inputs):
         loss, metrics = real(*inputs)
         return loss * jnp.nan, metrics
-    monkeypatch.setattr(sac, "critic_loss", broken)
+    monkeypatch.setattr(script, name, broken)
     jax.clear_caches()  # of the loss that is not broken
     with pytest.raises(SystemExit) as stop:
-        sac.train(small_args(sac, 20, tmp_path, checkpoint_every=10, eval_every=0))
+        script.train(small_args(script, 20, tmp_path, checkpoint_every=10, eval_every=0))
     jax.clear_caches()
     (folder,) = tmp_path.iterdir()
-    assert stop.value.code == 1 and not sac.checkpoints(folder)
+    assert stop.value.code == 1 and not script.checkpoints(folder)
     assert "gradients in a row are not finite" in capsys.readouterr().err
 
 # ---- Bad input
