@@ -1,0 +1,109 @@
+"""What the benchmarks share: devices, turns, child processes, tables, result files."""
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))  # the training scripts
+PACKAGES = ("jax", "mujoco", "mujoco-mjx", "flax", "optax", "gymnasium", "brax", "stable-baselines3", "sbx-rl", "torch")
+
+
+def count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_mesh(count: int | None = None):
+    """All devices (or the first `count`) as a mesh with the axis "devices"; a CPU is one device for each core, which
+    has to be told before JAX starts."""
+    import jax
+    import numpy as np
+
+    try:
+        jax.config.update("jax_num_cpu_devices", count_cores())
+    except RuntimeError:
+        pass  # JAX has started already, with the devices that it has
+    return jax.sharding.Mesh(np.array(jax.devices()[:count]), ("devices",))
+
+
+def compile_sharded(mesh, function, *operands):
+    """`function` over the mesh, its operands split along the first axis: a call without arguments that waits for the
+    result and returns it, the seconds of compiling, and the compiled program."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec as P
+
+    start = time.perf_counter()
+    run = jax.shard_map(function, mesh=mesh, in_specs=P("devices"), out_specs=P("devices"), check_vma=False)
+    compiled = jax.jit(run).lower(*operands).compile()
+    seconds = time.perf_counter() - start
+    placed = jax.device_put(operands, NamedSharding(mesh, P("devices")))
+    return lambda: jax.block_until_ready(compiled(*placed)), seconds, compiled
+
+
+def take_turns(programs: dict, repeats: int, warmups: int = 1) -> dict[str, list[float]]:
+    """Seconds of each program, `repeats` times, in turn, so that a slow phase of the machine meets all of them."""
+    seconds = {name: [] for name in programs}
+    for turn in range(warmups + repeats):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            program()
+            if turn >= warmups:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median of the pairs' ratios."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def run_child(command: list[str], timeout: float | None = None, **environment: str) -> dict:
+    """Run a process to its end; the last line that it prints is JSON. RuntimeError, with its end, if it fails."""
+    process = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout)  # fmt: skip
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n"
+                           f"{process.stdout[-2000:]}\n{process.stderr[-2000:]}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+def table(header: list[str], rows: list[list]) -> None:
+    """Print as Markdown; numbers with three significant digits, and thousands without an exponent."""
+    def cell(value) -> str:
+        if not isinstance(value, float):
+            return "-" if value is None else str(value)
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for row in rows:
+        print("| " + " | ".join(map(cell, row)) + " |", flush=True)
+
+
+def write(name: str, args, result: dict, smoke: bool = False, devices: list[str] | None = None) -> None:
+    """benchmarks/results/NAME.json (what ran on an accelerator: results/gpu/NAME.json) with what it takes to do it
+    again. devices: their kinds; without them JAX is asked."""
+    if devices is None:
+        import jax
+
+        devices = [device.device_kind for device in jax.devices()]
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
+    installed = {dist.metadata["Name"].lower(): dist.version for dist in metadata.distributions()}
+    note = {
+        "command": " ".join(["python", *(Path(x).relative_to(ROOT).as_posix() if Path(x).is_absolute() and
+                                         Path(x).is_relative_to(ROOT) else x for x in sys.argv)]),
+        "commit": git.stdout.strip(), "devices": devices, "machine": f"{platform.machine()}, {count_cores()} cores",
+        "versions": {name: installed[name] for name in PACKAGES if name in installed},
+        "args": dataclasses.asdict(args),
+    }  # fmt: skip
+    folder = RESULTS if all(kind == "cpu" for kind in devices) else RESULTS / "gpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}{'_smoke' if smoke else ''}.json"
+    file.write_text(json.dumps(note | result, indent=1) + "\n")
+    print(f"wrote {file.relative_to(ROOT)}")
