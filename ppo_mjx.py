@@ -60,6 +60,7 @@ from tqdm import tqdm
 
 with contextlib.redirect_stdout(io.StringIO()):  # it tells everyone that the optional Warp backend is missing
     from mujoco import mjx
+    from mujoco.mjx._src import solver
 
 # ---- 1. Settings ----------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +213,7 @@ def load_model(task: Task, physics: str = "exact") -> mujoco.MjModel:
         return mujoco.MjModel.from_xml_string(task.mjcf)
     cap = f'<custom><numeric name="max_contact_points" data="{task.fast_max_contacts}"/></custom></mujoco>'
     model = mujoco.MjModel.from_xml_string(task.mjcf.replace("</mujoco>", cap))
-    model.opt.iterations, model.opt.ls_iterations = 3, 6  # of Newton's method, and of its line search
+    model.opt.iterations, model.opt.ls_iterations = 4, 8  # of Newton's method, and of its line search
     for geom in range(1, model.ngeom):  # 0 is the floor
         model.geom_contype[geom] = model.geom(geom).name.startswith(task.fast_shapes)
         model.geom_conaffinity[geom] = 0
@@ -251,25 +252,88 @@ def reward_terms(task: Task, x_velocity, action, healthy, xp=jnp) -> dict:
     ctrl = -task.ctrl_cost * xp.square(action).sum(axis=-1)
     return {"reward_forward": x_velocity, "reward_ctrl": ctrl, "reward_survive": task.healthy_reward * healthy}
 
-def cho_factor(matrix: jax.Array, lower: bool = False) -> tuple[jax.Array, bool]:
-    """Cholesky factor of one small matrix [n, n], unrolled, its diagonal inverted. Under vmap each entry is a vector
-    over the worlds; LAPACK would take one world after the other."""
-    n = matrix.shape[-1]
-    factor = [[jnp.zeros_like(matrix[0, 0])] * n for _ in range(n)]
-    for i in range(n):
-        for j in range(i + 1):
-            rest = matrix[i, j] - sum(factor[i][k] * factor[j][k] for k in range(j))
-            factor[i][j] = jax.lax.rsqrt(rest) if i == j else rest * factor[j][j]
-    return jnp.array(factor), lower
+# shared: solver
+WORLDS_AT_ONCE = 32  # on a core of a CPU: what they take fits into its cache
 
-def cho_solve(factor_and_lower: tuple[jax.Array, bool], vector: jax.Array) -> jax.Array:
-    """Solve matrix @ x = vector [n] by the factor of `cho_factor`: forwards, then backwards."""
-    factor, n, x = factor_and_lower[0], len(vector), list(vector)
-    for i in range(n):
-        x[i] = (x[i] - sum(factor[i, k] * x[k] for k in range(i))) * factor[i, i]
-    for i in reversed(range(n)):
-        x[i] = (x[i] - sum(factor[k, i] * x[k] for k in range(i + 1, n))) * factor[i, i]
-    return jnp.array(x)
+def times(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    """[k, n, N] @ [n, N] -> [k, N]. A sum of vectors over the worlds; XLA would multiply world by world."""
+    return sum(matrix[:, i] * x[i] for i in range(len(x)))
+
+def solve_spd(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    """matrix^-1 right for symmetric positive definite [n, n, N] and [n, N], by Cholesky, a column at a time."""
+    rest, columns, x = jnp.concatenate([matrix, right[None]]), [], []  # of the last row comes L^-1 right
+    for _ in right:
+        columns.append(rest[:, 0] * jax.lax.rsqrt(rest[0, 0]))
+        rest = rest[1:, 1:] - columns[-1][1:, None] * columns[-1][None, 1:-1]
+    for diagonal, *below, value in map(jnp.unstack, reversed(columns)):
+        x = [(value - sum(a * b for a, b in zip(below, x, strict=True))) / diagonal, *x]
+    return jnp.stack(x)
+
+def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The constraint solver: accelerations a [n, N], forces [k, N] of one-sided constraints (contacts, limits), and
+    what these do to the joints, J' forces [n, N].
+    MuJoCo's cost is least at a: a' M a / 2 - push a + sum of d min(J a - aim, 0)^2 / 2. problem: M [n, n, N],
+    J [k, n, N], d [k, N], aim [k, N], push [n, N], a guess of a. In loops, else XLA computes much anew for each use."""
+    def iteration(_, carry):
+        M, J, d, aim, push, a = carry
+        slack, rest = times(J, a) - aim, times(M, a) - push
+        active = jnp.where(slack < 0, d, 0.0)
+        gradient = rest + sum(J[k] * (active * slack)[k] for k in range(len(d)))
+        hessian = M + sum((J[k] * active[k])[:, None] * J[k] for k in range(len(d)))
+        step = -solve_spd(hessian, gradient)
+        Js, slope_0, curve_0 = times(J, step), sum(step * rest), sum(step * times(M, step))
+        def search(_, carry):  # for the root of the slope along the step: Newton's method, inside of what encloses it
+            length, low, high = carry
+            ahead = slack + length * Js
+            pull = jnp.where(ahead < 0, d * Js, 0.0)
+            slope = slope_0 + length * curve_0 + sum(pull * ahead)
+            low, high = jnp.where(slope < 0, length, low), jnp.where(slope < 0, high, length)
+            middle = jnp.where(jnp.isinf(high), 2 * length, (low + high) / 2)
+            length -= slope / (curve_0 + sum(pull * Js))
+            return [jnp.where((length >= low) & (length <= high), length, middle), low, high]
+        length, *_ = jax.lax.fori_loop(0, ls_iterations, search, [jnp.full_like(slope_0, x) for x in (1, 0, math.inf)])
+        return M, J, d, aim, push, a + length * step
+    M, J, d, aim, push, a = jax.lax.fori_loop(0, iterations, iteration, problem)
+    force = -d * jnp.minimum(times(J, a) - aim, 0.0)
+    return a, force, sum(J[k] * force[k] for k in range(len(d)))
+
+def over_worlds(function):
+    """`function`, whose arrays have the worlds as their last axis, as a function of one world. jax.vmap gives it all
+    worlds: as the last axis they are what vector units work on; LAPACK would take one small system after the other."""
+    @jax.custom_batching.custom_vmap
+    def one_world(*arrays):
+        return tuple(x[..., 0] for x in function(*(x[..., None] for x in arrays)))
+    @one_world.def_vmap
+    def all_worlds(size: int, batched: list, *arrays):
+        arrays = [x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip(arrays, batched, strict=True)]
+        if size > WORLDS_AT_ONCE and jax.default_backend() == "cpu":
+            out = jax.lax.map(lambda x: one_world(*x), arrays, batch_size=WORLDS_AT_ONCE)
+        else:
+            out = tuple(jnp.moveaxis(x, -1, 0) for x in function(*(jnp.moveaxis(x, 0, -1) for x in arrays)))
+        return out, (True,) * len(out)
+    return one_world
+
+def solve_constraints(model: mjx.Model, data: mjx.Data, otherwise=solver.solve) -> mjx.Data:
+    """What MJX is to call as solver.solve. MJX's own solves what this does not know: equalities, dry friction, elliptic
+    cones."""
+    rows = data._impl
+    if rows.ne or rows.nf or model.opt.cone != mujoco.mjtCone.mjCONE_PYRAMIDAL:
+        return otherwise(model, data)
+    solve = over_worlds(partial(newton, model.opt.iterations, model.opt.ls_iterations))
+    qacc, force, pull = solve(rows.M, rows.efc_J, rows.efc_D, rows.efc_aref, data.qfrc_smooth, data.qacc_warmstart)
+    return data.tree_replace({"qacc": qacc, "qfrc_constraint": pull, "_impl.efc_force": force})
+# end shared
+
+@contextlib.contextmanager
+def our_algebra(constraints: bool):
+    """MJX while it is traced: in full precision (TF32 would be too rough), with linear systems solved by `solve_spd`,
+    and if so told, the constraints by `newton`."""
+    solve = over_worlds(lambda matrix, right: (solve_spd(matrix, right),))
+    cholesky = {"cho_factor": lambda matrix, lower=False: (matrix, lower),  # MJX does no more with it than solve
+                "cho_solve": lambda factor, right: solve(factor[0], right)[0]}
+    with jax.default_matmul_precision("highest"), mock.patch.multiple(jax.scipy.linalg, **cholesky):
+        with mock.patch.object(solver, "solve", solve_constraints if constraints else solver.solve):
+            yield
 
 class Env:
     """One world of a task; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes.
@@ -281,7 +345,8 @@ class Env:
         model = load_model(self.task, physics)
         self.control_dt = model.opt.timestep * self.task.frame_skip  # s
         self.action_size, self.observation_size = model.nu, model.nq - 1 + model.nv
-        self.one_step = physics == "fast" and model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
+        self.fast = physics == "fast"
+        self.one_step = self.fast and model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
         device, self.init_qpos = jax.local_devices()[0], np.array(model.qpos0)
         self.model = mjx.put_model(model, device, impl="jax")
         self.template = mjx.make_data(self.model, device)
@@ -321,8 +386,7 @@ class Env:
 
     def step(self, state: State, action: jax.Array) -> State:
         """One control step. action [A] in [-1, 1]: the motors' torques as shares of their gear."""
-        unrolled = mock.patch.multiple(jax.scipy.linalg, cho_factor=cho_factor, cho_solve=cho_solve)
-        with jax.default_matmul_precision("highest"), unrolled:  # while MJX is traced; TF32 would be too rough
+        with our_algebra(constraints=self.fast):
             data = self.advance(state.data, action)
         sane = jnp.isfinite(data.qpos).all() & (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN, too
         healthy = is_healthy(self.task, data.qpos, data.qvel)

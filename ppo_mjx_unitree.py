@@ -60,6 +60,7 @@ from tqdm import tqdm
 
 with contextlib.redirect_stdout(io.StringIO()):  # it tells everyone that the optional Warp backend is missing
     from mujoco import mjx
+    from mujoco.mjx._src import solver
 
 # ---- 1. Settings ----------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
@@ -410,6 +411,9 @@ def has_fallen(robot: Robot, qpos, xp=jnp):  # [..., 7 + A] -> bool [...]
     up = 1 - 2 * (xp.square(qpos[..., 4]) + xp.square(qpos[..., 5]))  # cosine of the tilt
     return (up < math.cos(robot.max_tilt)) | (qpos[..., 2] < robot.min_height)
 
+# shared: solver
+WORLDS_AT_ONCE = 32  # on a core of a CPU: what they take fits into its cache
+
 def times(matrix: jax.Array, x: jax.Array) -> jax.Array:
     """[k, n, N] @ [n, N] -> [k, N]. A sum of vectors over the worlds; XLA would multiply world by world."""
     return sum(matrix[:, i] * x[i] for i in range(len(x)))
@@ -424,8 +428,9 @@ def solve_spd(matrix: jax.Array, right: jax.Array) -> jax.Array:
         x = [(value - sum(a * b for a, b in zip(below, x, strict=True))) / diagonal, *x]
     return jnp.stack(x)
 
-def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The constraint solver: accelerations a [n, N], and forces [k, N] of one-sided constraints (contacts, limits).
+def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The constraint solver: accelerations a [n, N], forces [k, N] of one-sided constraints (contacts, limits), and
+    what these do to the joints, J' forces [n, N].
     MuJoCo's cost is least at a: a' M a / 2 - push a + sum of d min(J a - aim, 0)^2 / 2. problem: M [n, n, N],
     J [k, n, N], d [k, N], aim [k, N], push [n, N], a guess of a. In loops, else XLA computes much anew for each use."""
     def iteration(_, carry):
@@ -448,23 +453,35 @@ def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[ja
         length, *_ = jax.lax.fori_loop(0, ls_iterations, search, [jnp.full_like(slope_0, x) for x in (1, 0, math.inf)])
         return M, J, d, aim, push, a + length * step
     M, J, d, aim, push, a = jax.lax.fori_loop(0, iterations, iteration, problem)
-    return a, -d * jnp.minimum(times(J, a) - aim, 0.0)
+    force = -d * jnp.minimum(times(J, a) - aim, 0.0)
+    return a, force, sum(J[k] * force[k] for k in range(len(d)))
 
-def all_worlds(function, size: int, batched: list, *arrays):
-    """What jax.vmap makes of `function`, by the rules of custom_vmap: worlds become the last axis, where they are what
-    vector units work on; LAPACK would take one small system after the other."""
-    last = (jnp.moveaxis(x, 0, -1) if own else jnp.broadcast_to(x[..., None], (*x.shape, size))
-            for x, own in zip(arrays, batched, strict=True))
-    out = tuple(jnp.moveaxis(x, -1, 0) for x in function(*last))
-    return out, (True,) * len(out)
+def over_worlds(function):
+    """`function`, whose arrays have the worlds as their last axis, as a function of one world. jax.vmap gives it all
+    worlds: as the last axis they are what vector units work on; LAPACK would take one small system after the other."""
+    @jax.custom_batching.custom_vmap
+    def one_world(*arrays):
+        return tuple(x[..., 0] for x in function(*(x[..., None] for x in arrays)))
+    @one_world.def_vmap
+    def all_worlds(size: int, batched: list, *arrays):
+        arrays = [x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip(arrays, batched, strict=True)]
+        if size > WORLDS_AT_ONCE and jax.default_backend() == "cpu":
+            out = jax.lax.map(lambda x: one_world(*x), arrays, batch_size=WORLDS_AT_ONCE)
+        else:
+            out = tuple(jnp.moveaxis(x, -1, 0) for x in function(*(jnp.moveaxis(x, 0, -1) for x in arrays)))
+        return out, (True,) * len(out)
+    return one_world
 
-def solve_constraints(model: mjx.Model, data: mjx.Data) -> mjx.Data:
-    """What MJX is to call as solver.solve."""
-    solve, rows = partial(newton, model.opt.iterations, model.opt.ls_iterations), data._impl
-    one_world = jax.custom_batching.custom_vmap(lambda *x: tuple(y[..., 0] for y in solve(*(y[..., None] for y in x))))
-    one_world.def_vmap(partial(all_worlds, solve))
-    qacc, force = one_world(rows.M, rows.efc_J, rows.efc_D, rows.efc_aref, data.qfrc_smooth, data.qacc_warmstart)
-    return data.tree_replace({"qacc": qacc, "qfrc_constraint": rows.efc_J.T @ force, "_impl.efc_force": force})
+def solve_constraints(model: mjx.Model, data: mjx.Data, otherwise=solver.solve) -> mjx.Data:
+    """What MJX is to call as solver.solve. MJX's own solves what this does not know: equalities, dry friction, elliptic
+    cones."""
+    rows = data._impl
+    if rows.ne or rows.nf or model.opt.cone != mujoco.mjtCone.mjCONE_PYRAMIDAL:
+        return otherwise(model, data)
+    solve = over_worlds(partial(newton, model.opt.iterations, model.opt.ls_iterations))
+    qacc, force, pull = solve(rows.M, rows.efc_J, rows.efc_D, rows.efc_aref, data.qfrc_smooth, data.qacc_warmstart)
+    return data.tree_replace({"qacc": qacc, "qfrc_constraint": pull, "_impl.efc_force": force})
+# end shared
 
 class Env:
     """One world; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes. A world that is

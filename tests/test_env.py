@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import gymnasium
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import pytest
+from mujoco import mjx
 
 import ppo_mjx
 
@@ -177,18 +179,46 @@ def test_fast_step_stays_close_to_gymnasium(task_id, median, most):
 
 @pytest.mark.parametrize("n", [1, 6, 9])
 def test_cholesky_equals_numpy(n):
-    """The unrolled Cholesky factor solves symmetric positive definite systems as NumPy does, alone and under vmap."""
+    """What MJX solves by Cholesky while `our_algebra` holds is solved as NumPy does: many systems, in blocks and a
+    rest, a few, and one without vmap; a matrix for all, too."""
     rng = np.random.default_rng(n)
-    root, vectors = rng.standard_normal((16, n, n)), rng.standard_normal((16, n))
+    root, vectors = rng.standard_normal((80, n, n)), rng.standard_normal((80, n))
     matrices = root @ root.swapaxes(1, 2) + np.eye(n)
     expected = np.linalg.solve(matrices, vectors[..., None])[..., 0]
     def solve(matrix, vector):
-        return ppo_mjx.cho_solve(ppo_mjx.cho_factor(matrix), vector)
+        with ppo_mjx.our_algebra(constraints=False):
+            return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix), vector)
     with jax.enable_x64(True):
         batch = jax.jit(jax.vmap(solve))(matrices, vectors)
+        few = jax.jit(jax.vmap(solve))(matrices[:5], vectors[:5])
         alone = solve(jnp.asarray(matrices[3]), jnp.asarray(vectors[3]))
+        shared = jax.vmap(solve, in_axes=(None, 0))(matrices[3], vectors)
     np.testing.assert_allclose(batch, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(few, expected[:5], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(alone, expected[3], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(shared, np.linalg.solve(matrices[3], vectors.T).T, rtol=1e-9, atol=1e-12)
+
+@pytest.mark.parametrize("kind", ["equality", "dry friction", "elliptic cones", "none of them"])
+def test_solver_knows_what_it_cannot_solve(kind):
+    """Constraints that are not one-sided go to MJX's own solver, to the bit; all others come out as by MJX's."""
+    option = 'cone="elliptic"' if kind == "elliptic cones" else ""
+    friction = 'frictionloss="2"' if kind == "dry friction" else ""
+    tied = '<equality><joint joint1="a" joint2="b"/></equality>' if kind == "equality" else ""
+    model = mujoco.MjModel.from_xml_string(f"""<mujoco><option {option} iterations="30" ls_iterations="30"/><worldbody>
+      <geom type="plane" size="5 5 1"/><body pos="0 0 .09"><freejoint/><geom size=".1"/></body>
+      <body pos="0 0 1"><joint name="a" axis="0 1 0" {friction}/><geom type="capsule" fromto="0 0 0 .3 0 0" size=".02"/>
+      <body pos=".3 0 0"><joint name="b" axis="0 1 0" {friction}/>
+      <geom type="capsule" fromto="0 0 0 .3 0 0" size=".02"/></body></body></worldbody>{tied}</mujoco>""")
+    model = mjx.put_model(model, impl="jax")
+    data = mjx.make_data(model).replace(qvel=0.5 * jnp.arange(8.0) - 1)
+    theirs = mjx.forward(model, data).qacc
+    with mock.patch.object(ppo_mjx.solver, "solve", ppo_mjx.solve_constraints):
+        ours = mjx.forward(model, data).qacc
+    if kind == "none of them":
+        assert (ours != theirs).any()  # it is another solver
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).max())
+    else:
+        np.testing.assert_array_equal(ours, theirs)
 
 @pytest.mark.parametrize("task_id", TASK_IDS)
 def test_c_mujoco_env_equals_gymnasium(task_id):

@@ -472,12 +472,13 @@ def test_solver_ends_where_the_cost_is_least():
     problem = constrained(np.random.default_rng(0), WORLDS)
     with jax.enable_x64(True):
         last = [np.moveaxis(x, 0, -1) for x in problem]
-        found, force = (np.moveaxis(x, -1, 0) for x in run(partial(unitree.newton, 30, 10), *last))
-        alone, _ = run(partial(unitree.newton, 30, 10), *(x[..., :1] for x in last))
+        found, force, pull = (np.moveaxis(x, -1, 0) for x in run(partial(unitree.newton, 30, 10), *last))
+        alone, *_ = run(partial(unitree.newton, 30, 10), *(x[..., :1] for x in last))
     mass, jacobian, stiffness, aim, push, _ = problem
     balance = np.einsum("wij,wj->wi", mass, found) - push - np.einsum("wki,wk->wi", jacobian, force)
     slack = np.einsum("wki,wi->wk", jacobian, found) - aim
     np.testing.assert_allclose(balance, 0, atol=1e-8)
+    np.testing.assert_allclose(pull, np.einsum("wki,wk->wi", jacobian, force), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(force, np.maximum(-stiffness * slack, 0), rtol=1e-9, atol=1e-9)
     assert (force > 0).any() and (force == 0).any()
     np.testing.assert_allclose(alone[:, 0], found[0], rtol=1e-9)
