@@ -560,7 +560,7 @@ class Env:
         """One control step. action [A]: the joints' targets, as offsets from the default pose over action_scale."""
         args, robot, info, before = self.args, self.robot, state.info, state.data
         (next_key, _, command_key, noise_key), elapsed = jax.random.split(info["key"], 4), info["elapsed"] + 1
-        ours = mock.patch("mujoco.mjx._src.solver.solve", solve_constraints)
+        ours = mock.patch.object(solver, "solve", solve_constraints)
         with jax.default_matmul_precision("highest"), ours:  # while MJX is traced; TF32 would be too rough
             data, readings = self.advance(
                 before.replace(qvel=before.qvel.at[:2].add(self.push(info))), action, info["action"], info["domain"])
@@ -856,7 +856,9 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
     box = black_box(steps.start, steps.action, steps.end.env_state.info["broken"])
     return TrainState(learner.replace(obs_stats=obs_stats, return_stats=return_stats), worlds), metrics, box
 
-@partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state")
+WIDE = {"xla_cpu_prefer_vector_width": 512}  # bits; XLA takes 256, with which the solver is slower where 512 exist
+
+@partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state", compiler_options=WIDE)
 def train_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
     """One iteration as one program over the mesh's devices; `state` is donated, its memory is used again."""
     run = jax.shard_map(partial(device_iteration, args, env), mesh=mesh, in_specs=(STATE_SPEC,),

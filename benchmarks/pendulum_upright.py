@@ -12,8 +12,6 @@ cache. Writes benchmarks/results/pendulum_upright_ENV_ID.json.
 
 import dataclasses
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,9 +20,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
+import common
 import numpy as np
 import tyro
 
@@ -39,14 +35,14 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     starts: int = 100
     flags: str = ""  # further flags of sac_mjx_pendulum.py
-    smoke: bool = False  # one short training; writes nothing
+    smoke: bool = False  # one short training
 
 
 def train(env_id: str, seed: int, flags: list[str], folder: str) -> tuple[Path, dict]:
     """The run's folder, and its seconds. Fails where the run does."""
     command = [sys.executable, "sac_mjx_pendulum.py", "--env-id", env_id, "--seed", str(seed), "--runs-dir", folder]
     start = time.perf_counter()
-    subprocess.run([*command, "--eval-every", "0", *flags], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([*command, "--eval-every", "0", *flags], cwd=common.ROOT, stdout=subprocess.DEVNULL, check=True)
     run_dir, seconds = next(Path(folder).iterdir()), time.perf_counter() - start
     run = json.loads((run_dir / "run.json").read_text())
     told = {name: run[name] for name in ("train_s", "compile_s", "devices", "versions")}
@@ -89,14 +85,9 @@ def main(args: Args) -> None:
     rows = [measure(args, seed) for seed in args.seeds]
     medians = {name: statistics.median(row[name] for row in rows) for name in ("upright", "return", "train_s")}
     print("median: upright {upright:.2f}, return {return:.1f}, training {train_s:.1f} s".format(**medians))
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
-    devices, versions = ([row.pop(name) for row in rows][0] for name in ("devices", "versions"))
-    result = {"command": "python benchmarks/pendulum_upright.py " + " ".join(sys.argv[1:]),
-              "commit": git.stdout.strip(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-              "devices": devices, "versions": versions | {"numpy": np.__version__}, "medians": medians, "runs": rows}
-    if not args.smoke:
-        file = ROOT / "benchmarks" / "results" / f"pendulum_upright_{args.env_id}.json"
-        file.write_text(json.dumps(result, indent=1) + "\n")
+    devices, _ = ([row.pop(name) for row in rows][0] for name in ("devices", "versions"))
+    name, result = f"pendulum_upright_{args.env_id}", {"medians": medians, "runs": rows}
+    common.write(name, args, result, args.smoke, devices)
 
 
 if __name__ == "__main__":

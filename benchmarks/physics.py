@@ -10,17 +10,12 @@ Writes benchmarks/results/physics.json.
 """
 
 import dataclasses
-import json
-import os
-import platform
-import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import common
 import jax
 import jax.numpy as jnp
 import mujoco
@@ -52,18 +47,21 @@ class Setting:
     integrator: int | None = None
     one_step: bool | None = None
     eulerdamp: bool = True
+    mjx_solver: bool = False
     lapack: bool = False
 
 
 FAST = Setting("fast")
 SETTINGS = {
     "HalfCheetah": [
-        Setting("exact", "exact"), FAST, Setting("fast, LAPACK's Cholesky", lapack=True),
+        Setting("exact", "exact"), FAST, Setting("fast, MJX's own solver", mjx_solver=True),
+        Setting("fast, MJX's own solver, LAPACK", mjx_solver=True, lapack=True),
         Setting("fast, 1 / 4 iterations", iterations=(1, 4)), Setting("fast, 2 / 4 iterations", iterations=(2, 4)),
-        Setting("fast, 4 / 8 iterations", iterations=(4, 8)), Setting("fast, eulerdamp off", eulerdamp=False),
+        Setting("fast, 3 / 6 iterations", iterations=(3, 6)), Setting("fast, eulerdamp off", eulerdamp=False),
     ],
     "Hopper": [
-        Setting("exact", "exact"), FAST, Setting("fast, LAPACK's Cholesky", lapack=True),
+        Setting("exact", "exact"), FAST, Setting("fast, MJX's own solver", mjx_solver=True),
+        Setting("fast, MJX's own solver, LAPACK", mjx_solver=True, lapack=True),
         Setting("fast, 1 / 4 iterations", iterations=(1, 4)),
         Setting("fast, 4 Euler steps", integrator=EULER, one_step=False),
         Setting("fast, 4 Runge-Kutta steps", one_step=False),
@@ -86,6 +84,15 @@ def make_env(env_id: str, setting: Setting) -> ppo.Env:
     env.template = ppo.mjx.make_data(env.model)
     env.one_step = env.one_step if setting.one_step is None else setting.one_step
     return env
+
+
+def other_algebra(setting: Setting):
+    """What the setting has in place of the script's `our_algebra`."""
+    if setting.lapack:
+        return mock.patch.object(ppo, "our_algebra", lambda constraints: jax.default_matmul_precision("highest"))
+    if setting.mjx_solver:
+        return mock.patch.object(ppo, "our_algebra", partial(lambda own, constraints: own(False), ppo.our_algebra))
+    return nullcontext()
 
 
 def collect(env_id: str, policy: dict | None, args: Args):
@@ -144,16 +151,14 @@ def errors(predicted: np.ndarray, observations: np.ndarray) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     if args.smoke:
         args = dataclasses.replace(args, env_ids=("HalfCheetah",), states=20, repeats=1)
-    mesh, result = Mesh(np.array(jax.local_devices()), ("devices",)), {}
+    mesh, result = common.make_mesh(), {}
     for index, env_id in enumerate(args.env_ids):
         policy = dict(np.load(args.policies[index])) if args.policies else None
         (starts, actions, observations), rows, runs = collect(env_id, policy, args), {}, {}
         for setting in SETTINGS[env_id][: 2 if args.smoke else None]:
-            own = {"cho_factor": jax.scipy.linalg.cho_factor, "cho_solve": jax.scipy.linalg.cho_solve}
-            with mock.patch.multiple(ppo, **own) if setting.lapack else nullcontext():
+            with other_algebra(setting):
                 runs[setting.name], seconds = make_run(make_env(env_id, setting), mesh, starts, actions)
             rows[setting.name] = errors(runs[setting.name](), observations) | {"compile_s": seconds}
         times = {name: [] for name in rows}
@@ -169,11 +174,7 @@ def main(args: Args) -> None:
             numbers = " | ".join(f"{value:.1e}" for key, value in row.items() if "step_" in key or "steps_m" in key)
             print(f"| {name} | {row['steps_per_s']:.0f} | {row['compile_s']:.0f} | {numbers} |", flush=True)
         result[env_id] = rows
-    versions = {"jax": jax.__version__, "mujoco": mujoco.__version__}
-    note = {"command": " ".join(["python", *sys.argv]), "devices": [d.device_kind for d in mesh.devices], **versions}
-    file = Path(__file__).parent / "results" / f"physics{'_smoke' if args.smoke else ''}.json"
-    note |= {"machine": platform.machine(), "args": vars(args), "results": result}
-    file.write_text(json.dumps(note, indent=1) + "\n")
+    common.write("physics", args, {"results": result}, args.smoke)
 
 
 if __name__ == "__main__":

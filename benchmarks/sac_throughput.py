@@ -20,20 +20,11 @@ Writes benchmarks/results/sac_throughput.json. Compiling is told apart, without 
 """
 
 import dataclasses
-import importlib.metadata
-import json
 import math
-import os
-import platform
-import subprocess
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,14 +139,7 @@ def main(args: Args) -> None:
         row = rows[num_envs] = measure(num_envs, args.rounds, args.seconds)
         numbers = [f"{value:.0f}" if value > 10 else f"{value:.2f}" for value in list(row.values())[:6]]
         print(f"| {num_envs} | {' | '.join(numbers)} | {row['compile_s']['train']:.1f} |", flush=True)
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
-    packages = ("jax", "mujoco", "mujoco-mjx", "flax", "optax")
-    kinds = [device.device_kind for device in jax.local_devices()]
-    result = {"command": "python benchmarks/sac_throughput.py " + " ".join(sys.argv[1:]), "commit": git.stdout.strip(),
-              "machine": f"{platform.machine()}, {os.cpu_count()} cores", "devices": kinds,
-              "versions": {name: importlib.metadata.version(name) for name in packages}, "worlds": rows}
-    if not args.smoke:
-        (ROOT / "benchmarks" / "results" / "sac_throughput.json").write_text(json.dumps(result, indent=1) + "\n")
+    common.write("sac_throughput", args, {"worlds": rows}, args.smoke)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,14 @@ Writes benchmarks/results/training_speed.json.
 """
 
 import dataclasses
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +96,8 @@ def first_update(env_id: str, cache: str) -> float:
         command = [sys.executable, "ppo_mjx.py", "--env-id", env_id, "--total-timesteps", "4096", "--eval-every", "0"]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
         start = time.perf_counter()
-        process = subprocess.Popen([*command, "--runs-dir", runs], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+        command += ["--runs-dir", runs]
+        process = subprocess.Popen(command, cwd=common.ROOT, env=environment, stdout=subprocess.PIPE)
         seconds = next(time.perf_counter() - start for line in process.stdout if b"] step " in line)
         process.communicate()
     return seconds
@@ -127,9 +123,7 @@ def main(args: Args) -> None:
         starts[env_id] = {kind: float(np.median(values)) for kind, values in times.items()} | {"all": times}
         cold, warm = starts[env_id]["cold"], starts[env_id]["warm"]
         print(f"{env_id}: first update after {cold:.1f} s cold, {warm:.1f} s warm", flush=True)
-    note = {"command": " ".join(["python", *sys.argv]), "machine": platform.machine(), "jax": jax.__version__}
-    file = ROOT / "benchmarks" / "results" / f"training_speed{'_smoke' if args.smoke else ''}.json"
-    file.write_text(json.dumps(note | {"speed": speed, "first_update_s": starts}, indent=1) + "\n")
+    common.write("training_speed", args, {"speed": speed, "first_update_s": starts}, args.smoke)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,13 @@ over the number of worlds. Writes benchmarks/results/unitree_physics.json.
 """
 
 import dataclasses
-import json
 import os
-import platform
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
+import common
 import jax
 import jax.numpy as jnp
 import mujoco
@@ -126,7 +119,7 @@ def shard(mesh: Mesh, function, *operands):
     """The function over the devices, compiled, and the seconds of it."""
     start = time.perf_counter()
     run = jax.shard_map(function, mesh=mesh, in_specs=P("devices"), out_specs=P("devices"), check_vma=False)
-    compiled = jax.jit(run).lower(*operands).compile()
+    compiled = jax.jit(run, compiler_options=unitree.WIDE).lower(*operands).compile()
     placed = jax.device_put(operands, jax.sharding.NamedSharding(mesh, P("devices")))
     return partial(compiled, *placed), time.perf_counter() - start
 
@@ -215,22 +208,14 @@ def measure_throughput(args: Args, mesh: Mesh, num_envs: int) -> dict:
 def main(args: Args) -> None:
     if args.smoke:
         args = dataclasses.replace(args, states=32, repeats=1, num_envs=(32,), throughput=False)
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    mesh, result = Mesh(np.array(jax.local_devices()), ("devices",)), {}
+    mesh, result = common.make_mesh(), {}
     if args.settings:
         result["settings"] = compare_settings(args, mesh)
     if args.throughput:
         print("| worlds | control steps/s, env.step | physics steps/s, mjx.step | with our solver | "
               "C MuJoCo | ours / C |\n" + "|---" * 6 + "|")
         result["throughput"] = {n: measure_throughput(args, mesh, n) for n in args.num_envs}
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
-    note = {"command": "python benchmarks/unitree_physics.py " + " ".join(sys.argv[1:]), "commit": git.stdout.strip(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "devices": [device.device_kind for device in mesh.devices], "args": vars(args),
-            "versions": {"jax": jax.__version__, "mujoco": mujoco.__version__}}
-    if not args.smoke:
-        file = ROOT / "benchmarks" / "results" / "unitree_physics.json"
-        file.write_text(json.dumps(note | result, indent=1) + "\n")
+    common.write("unitree_physics", args, result, args.smoke)
 
 
 if __name__ == "__main__":
