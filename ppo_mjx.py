@@ -90,8 +90,8 @@ class Args:
     # The algorithm, by CleanRL's names
     total_timesteps: int = 1_000_000  # environment steps, over all worlds
     learning_rate: float = 1e-3  # Adam's step size at the start
-    num_envs: int = 256  # worlds, over all devices
-    num_steps: int = 16  # steps of each world in one rollout
+    num_envs: int = 256  # worlds, over all devices; Hopper and Walker2d take 128 if not told
+    num_steps: int = 16  # steps of each world in one rollout; Hopper and Walker2d take 32
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
@@ -180,7 +180,7 @@ def upright_mjcf(name: str, legs: list[str], default: str, floor: str, ankle: fl
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What tells one task from another: Gymnasium's numbers, then what `--physics fast` changes."""
+    """What tells one task from another: Gymnasium's numbers, what `--physics fast` changes, how it learns best."""
     mjcf: str
     healthy: tuple[float, float, float, float]  # z min, z max in m, |pitch| in rad, |all but x and z|
     frame_skip: int = 4  # physics steps in one environment step
@@ -192,16 +192,18 @@ class Task:
     fast_shapes: tuple[str, ...] = ("leg", "foot")  # geoms by prefix that touch the floor; others hardly can
     fast_max_contacts: int = 4  # keep only so many contacts, the deepest
     time_limit: int = 1000  # steps
+    num_envs: int = Args.num_envs  # what these two flags are where they are not given
+    num_steps: int = Args.num_steps
 
 TASKS = {
     "HalfCheetah": Task(
         cheetah_mjcf(), (-math.inf, math.inf, math.inf, math.inf), frame_skip=5, ctrl_cost=0.1, healthy_reward=0.0,
         velocity_clip=math.inf, reset_noise=0.1, gaussian_velocity=True, fast_shapes=("",), fast_max_contacts=6),
-    "Hopper": Task(healthy=(0.7, math.inf, 0.2, 100.0), mjcf=upright_mjcf(
+    "Hopper": Task(healthy=(0.7, math.inf, 0.2, 100.0), num_envs=128, num_steps=32, mjcf=upright_mjcf(
         "hopper", [""], """<joint axis="0 -1 0" armature="1" damping="1" limited="true"/>
     <geom type="capsule" condim="1" margin=".001" friction=".9" solimp=".8 .8 .01"/>""",
         'size="20 20 .125" friction="1"', 0.13, 'pos="-.065 0 .1" size=".06 .195" friction="2"', 200)),
-    "Walker2d": Task(healthy=(0.8, 2.0, 1.0, math.inf), mjcf=upright_mjcf(
+    "Walker2d": Task(healthy=(0.8, 2.0, 1.0, math.inf), num_envs=128, num_steps=32, mjcf=upright_mjcf(
         "walker2d", ["", "_left"], """<joint axis="0 -1 0" armature=".01" damping=".1" limited="true"/>
     <geom type="capsule" conaffinity="0" friction=".9 .1 .1"/>""",
         'size="40 40 40" friction=".7 .1 .1"', 0.2, 'pos="-.1 0 .1" size=".06 .1" friction="1.9 .1 .1"', 100)),
@@ -1134,7 +1136,8 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     return run_dir, policy
 
 def main(argv: list[str]) -> None:
-    args = parse_args(argv)
+    task = TASKS[parse_args(argv).env_id]
+    args = parse_args(argv, Args(num_envs=task.num_envs, num_steps=task.num_steps))
     check_args(args)
     if args.resume:
         saved = dataclasses.replace(read_run(Path(args.resume)), **{x: getattr(args, x) for x in CALL_FLAGS})

@@ -165,6 +165,15 @@ def test_bad_call_ends_with_one_line(tmp_path, monkeypatch, capsys, call):
     assert "num-" in error or call.split()[0].removeprefix("--") in error or call.split()[-1] in error
     assert set(Path().rglob("*")) == before
 
+def test_tasks_have_defaults_of_their_own(monkeypatch):
+    """Worlds and rollout are the task's where they are not told."""
+    seen = []
+    monkeypatch.setattr(ppo_mjx, "start_jax", lambda args: None)
+    monkeypatch.setattr(ppo_mjx, "train", lambda args, run_dir: seen.append((args.num_envs, args.num_steps)))
+    for call in "--seed 2", "--env-id Hopper", "--env-id Hopper --num-envs 256", "--env-id Walker2d --num-steps 16":
+        ppo_mjx.main(call.split())
+    assert seen == [(256, 16), (128, 32), (256, 32), (128, 16)]
+
 def test_track_needs_wandb(monkeypatch, capsys):
     """--track without Weights & Biases tells what to install."""
     monkeypatch.setattr(ppo_mjx.importlib.util, "find_spec", lambda name: None)

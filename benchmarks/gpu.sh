@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# All benchmarks that tell about a GPU, in pieces of at most nine minutes each, so that a machine lent for a short time
+# is enough. Results: benchmarks/results/gpu/*.json, what was printed: benchmarks/results/gpu/*.log.
+#
+#     benchmarks/gpu.sh --smoke              every piece in short: first, to see that all of them run
+#     benchmarks/gpu.sh                      every piece
+#     benchmarks/gpu.sh throughput ppo g1    these alone
+#
+# Ends with exit code 1 if a piece failed or was cut, after the others have run. SECONDS_A_PIECE=540 is the limit.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+smoke=() pieces=()
+for word in "$@"; do
+  if [ "$word" = --smoke ]; then smoke=(--smoke); else pieces+=("$word"); fi
+done
+all=(throughput scan_arms memory flags ppo g1 unitree_physics stages reproducibility validate sac)
+[ ${#pieces[@]} -gt 0 ] || pieces=("${all[@]}")
+limit=${SECONDS_A_PIECE:-540} out=benchmarks/results/gpu failed=()
+mkdir -p "$out"
+python - <<'PYTHON' || exit 2
+import jax, mujoco.mjx
+kinds = [device.device_kind for device in jax.devices()]
+print(f"jax {jax.__version__} on {kinds}")
+if jax.default_backend() == "cpu":
+    print("no GPU: these are the CPU's results, and lie in benchmarks/results/")
+PYTHON
+
+piece() {  # NAME COMMAND...: its output to a log and the screen; killed at the limit
+  local name=$1; shift
+  echo "== $name: $*"
+  timeout --signal INT --kill-after 20 "$limit" "$@" 2>&1 | tee "$out/$name.log"
+  local code=${PIPESTATUS[0]}
+  [ "$code" -eq 0 ] || { failed+=("$name"); echo "== $name ended with $code"; }
+}
+
+run() {
+  case $1 in
+    throughput)
+      for task in HalfCheetah Hopper Walker2d g1; do
+        piece "throughput_$task" python benchmarks/throughput.py --tasks "$task" --name "throughput_$task" \
+          --num-envs 1 128 1024 4096 8192 16384 32768 "${smoke[@]}"
+      done ;;
+    scan_arms) piece scan_arms python benchmarks/scan_arms.py --num-envs 4096 "${smoke[@]}" ;;
+    memory) piece memory python benchmarks/memory.py "${smoke[@]}" ;;
+    flags)  # XLA's settings that others recommend, each against none
+      for flags in "" "--xla_gpu_triton_gemm_any=true" "--xla_gpu_enable_latency_hiding_scheduler=true" \
+                   "--xla_gpu_enable_command_buffer="; do
+        name="training_speed$(tr -dc '[:alnum:]_' <<< "$flags")"
+        piece "$name" env XLA_FLAGS="$flags" python benchmarks/training_speed.py --env-ids HalfCheetah \
+          --num-envs 4096 --starts 1 --name "$name" "${smoke[@]}"
+      done ;;
+    ppo)
+      piece ppo_defaults python benchmarks/time_to_return.py --env-ids HalfCheetah --seeds 1 --name ppo_defaults "${smoke[@]}"
+      for task in HalfCheetah Hopper Walker2d; do
+        piece "ppo_$task" python benchmarks/time_to_return.py --env-ids "$task" --seeds 1 --name "ppo_$task" \
+          --total-timesteps 50000000 --flags="--num-envs 2048 --num-steps 32" "${smoke[@]}"
+      done ;;
+    g1) piece g1 python benchmarks/time_to_walk.py --name g1 "${smoke[@]}" ;;
+    unitree_physics) piece unitree_physics python benchmarks/unitree_physics.py --policy docs/g1_policy.npz "${smoke[@]}" ;;
+    stages) piece stages python benchmarks/stages.py --num-envs 4096 "${smoke[@]}" ;;
+    reproducibility) piece reproducibility python benchmarks/reproducibility.py "${smoke[@]}" ;;
+    validate) piece validate python benchmarks/validate.py "${smoke[@]}" ;;
+    sac) piece sac python benchmarks/sac_throughput.py "${smoke[@]}" ;;
+    *) echo "gpu.sh: no piece $1; there are: ${all[*]}"; exit 2 ;;
+  esac
+}
+
+for name in "${pieces[@]}"; do run "$name"; done
+[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
