@@ -38,8 +38,8 @@ Mode = Literal["smoke", "equivalence", "performance", "jit"]
 # in an instant of impact the solvers' last digits decide), of the reward (the same two), then how near its threshold
 # a state is whose termination may differ.
 BOUNDS = {
-    ("HalfCheetah", "exact"): (5e-5, 5e-3, 1e-5, 1e-4, 1e-5), ("HalfCheetah", "fast"): (5e-5, 5e-3, 1e-5, 1e-4, 1e-5),
-    ("Hopper", "exact"): (1e-5, 1e-3, 1e-5, 1e-4, 1e-5), ("Hopper", "fast"): (2e-4, 1.0, 1e-4, 1e-1, 1e-2),
+    ("HalfCheetah", "exact"): (3e-5, 1e-3, 2e-6, 2e-5, 1e-5), ("HalfCheetah", "fast"): (5e-5, 5e-3, 1e-5, 1e-4, 1e-5),
+    ("Hopper", "exact"): (3e-6, 3e-5, 1e-6, 1e-5, 1e-5), ("Hopper", "fast"): (3e-4, 1.0, 7e-5, 6e-2, 1e-2),
     ("Walker2d", "exact"): (1e-4, 1e-2, 1e-5, 1e-3, 1e-5), ("Walker2d", "fast"): (5e-2, 5.0, 1e-2, 5e-1, 1e-2),
 }  # fmt: skip
 HOST_PRIMITIVES = ("callback", "infeed", "outfeed", "debug_print")  # as parts of their names
@@ -256,15 +256,17 @@ def check_steps(args: Args, env_id: str, checks: Checks) -> None:
 
 
 def check_rewards(env_id: str, mesh: Mesh, checks: Checks, smoke: bool) -> None:
-    """Mean and standard deviation of the reward, under the untrained policy."""
+    """Mean and standard deviation of the reward, under the untrained policy: 5%, of the mean in standard deviations,
+    and twice the error that the worlds' means tell."""
     args, env = ppo.Args(env_id=env_id, num_envs=256, num_steps=250 if smoke else 1000), ppo.Env(env_id)
     learned, worlds = (state := init(args, env, mesh, 0)).learner, state.worlds
     spread = partial(ppo.rollout, args, env)
     run = jax.jit(jax.shard_map(lambda *state: spread(*state)[1].end.env_state.reward, mesh=mesh, check_vma=False,
                                 in_specs=(P(), P("devices")), out_specs=P(None, "devices")))  # fmt: skip
     mjx, original = np.asarray(run(learned, worlds)), CMujoco(args, env, mesh, 0).rollout()[1].end.env_state.reward
-    checks.below(f"{env_id}: reward of the untrained policy, |{mjx.mean():.3f} - {original.mean():.3f}| in std",
-                 abs(mjx.mean() - original.mean()) / original.std(), 0.05)  # fmt: skip
+    error = math.sqrt(sum(x.mean(axis=0).var() / args.num_envs for x in (mjx, original)))
+    checks.below(f"{env_id}: reward of the untrained policy, |{mjx.mean():.3f} - {original.mean():.3f}|",
+                 abs(mjx.mean() - original.mean()), 0.05 * original.std() + 2 * error)  # fmt: skip
     ratio = mjx.std() / original.std()
     checks.add(f"{env_id}: its std, MJX over C MuJoCo", float(ratio), "0.95 .. 1.05", bool(0.95 <= ratio <= 1.05))
 
