@@ -3,7 +3,9 @@
     python benchmarks/plot.py
 
 curves.png: return in Gymnasium against seconds and against steps (time_to_return.json). g1_curves.png: what the G1's
-test says of its policies while it learns (time_to_walk.json).
+test says of its policies while it learns (time_to_walk.json). learning_curves.png: the same returns, mean and range
+over the seeds, with the peers' marks (curves.json). validate_curves.png: training on MJX and on C MuJoCo
+(validate.json). A figure whose JSON is missing is left out.
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ import json
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import tyro
 
 matplotlib.use("Agg")
@@ -20,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 CLEANRL = {"HalfCheetah": 1443, "Hopper": 2383, "Walker2d": 2288}  # means after 1M steps
 G1_MARKS = {"error": ("velocity error, m/s", 0.15), "yaw": ("yaw error, rad/s", 0.2),
             "drift": ("drift in 10 s of standing, m", 0.1), "falls": ("falls in 160 starts", 0.0)}  # fmt: skip
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, PURPLE, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
+ARM_STYLES = {"MJX": (BLUE, "-"), "C MuJoCo": (ORANGE, "--")}
 
 
 @dataclasses.dataclass
@@ -67,7 +73,86 @@ def plot_g1(args: Args) -> None:
     save(figure, args.output / "g1_curves.png")
 
 
+def on_grid(curves: list[tuple[list, list]], points: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Curves (x, y) at the same points [P], which all of them reach: [curves, P]. Between their points they are taken
+    as straight."""
+    grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), points)
+    return grid, np.array([np.interp(grid, x, y) for x, y in curves])
+
+
+def draw_band(axis, curves: list[tuple[list, list]], label: str, color: str, style: str = "-") -> None:
+    """Mean and range."""
+    grid, values = on_grid(curves)
+    axis.plot(grid, values.mean(axis=0), style, color=color, label=label)
+    axis.fill_between(grid, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
+
+
+def thousands(axis) -> None:
+    """Steps as 200k or 1.5M."""
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
+
+
+def plot_learning(args: Args) -> None:
+    result = json.loads((args.results / "curves.json").read_text())
+    rows, peers = result["rows"], result["peers"]
+    tasks = list(dict.fromkeys(row["env_id"] for row in rows))
+    figure, axes = plt.subplots(2, len(tasks), figsize=(max(4.5 * len(tasks), 6), 7), squeeze=False)
+    for column, task in enumerate(tasks):
+        mine = [row["curve"] for row in rows if row["env_id"] == task]
+        for line, (key, label) in enumerate((("steps", "environment steps"), ("seconds", "seconds since the start"))):
+            axis = axes[line][column]
+            curves = [tuple([point[name] for point in curve] for name in (key, "mean")) for curve in mine]
+            seeds = f"{len(mine)} seed{'s' if len(mine) > 1 else ''}"
+            draw_band(axis, curves, f"ppo_mjx.py: mean and range of {seeds}", BLUE)
+            for (peer, mark), color in zip(peers[task].items(), (ORANGE, PURPLE, VERMILION, GREEN), strict=True):
+                axis.axhline(mark, color=color, linestyle=":", linewidth=1.8, label=f"{peer} steps: {mark}")
+            axis.set(xlabel=label, ylabel=f"return in {task}-v5", xlim=(0, None))
+            axis.grid(alpha=0.3)
+        thousands(axes[0][column])
+        axes[1][column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize=9)
+    save(figure, args.output / "learning_curves.png")
+
+
+def plot_validation(args: Args) -> None:
+    """Returns of the episodes that end in each twentieth of the training."""
+    result = json.loads((args.results / "validate.json").read_text())
+    rows, end = result["curves"], result["args"]["timesteps"]
+    tasks = list(dict.fromkeys(row["env_id"] for row in rows))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(max(4.5 * len(tasks), 6), 3.5), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for arm, (color, style) in ARM_STYLES.items():
+            mine = [row["curve"] for row in rows if (row["env_id"], row["arm"]) == (task, arm)]
+            draw_band(axis, [binned(curve, end / 20) for curve in mine], arm, color, style)
+        axis.set(xlabel="environment steps", ylabel=f"return in training, {task}", xlim=(0, None))
+        axis.grid(alpha=0.3)
+        thousands(axis)
+    axes[0][0].legend(title=f"mean and range, seeds {', '.join(map(str, result['args']['seeds']))}")
+    save(figure, args.output / "validate_curves.png")
+
+
+def binned(curve: list[dict], width: float) -> tuple[list, list]:
+    """Steps and mean return of the episodes in each bin; bins without any are left out."""
+    bins = {}
+    for point in curve:
+        bins.setdefault(int((point["steps"] - 1) // width), []).append(point)
+    x = [float(np.mean([point["steps"] for point in points])) for points in bins.values()]
+    y = [sum(p["episodes"] * p["return"] for p in points) / sum(p["episodes"] for p in points)
+         for points in bins.values()]  # fmt: skip
+    return x, y
+
+
+FIGURES = {"time_to_return.json": plot_returns, "time_to_walk.json": plot_g1, "curves.json": plot_learning,
+           "validate.json": plot_validation}  # fmt: skip
+
+
+def main(args: Args) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, plot in FIGURES.items():
+        if (args.results / name).exists():
+            plot(args)
+        else:
+            print(f"skipped: there is no {args.results / name}")
+
+
 if __name__ == "__main__":
-    arguments = tyro.cli(Args, description=__doc__)
-    plot_returns(arguments)
-    plot_g1(arguments)
+    main(tyro.cli(Args, description=__doc__))

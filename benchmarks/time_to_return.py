@@ -99,30 +99,36 @@ def train(args: Args, env_id: str, seed: int, folder: Path) -> tuple[list[dict],
     return watch(command + args.flags.split(), folder)
 
 
+def measure(args: Args, env_id: str, seed: int) -> dict:
+    """One training, and its policies' returns in Gymnasium."""
+    with tempfile.TemporaryDirectory() as folder:
+        policies, run, seconds = train(args, env_id, seed, Path(folder))
+        with ProcessPoolExecutor(2) as pool:
+            jobs = [pool.submit(judge, env_id, policy["file"], args.episodes) for policy in policies]
+            returns = [job.result() for job in jobs]
+    batch = run["args"]["num_envs"] * run["args"]["num_steps"]
+    curve = [
+        {"seconds": round(p["seconds"], 2), "steps": p["iteration"] * batch, "mean": statistics.mean(r),
+         "std": statistics.pstdev(r)}
+        for p, r in zip(policies, returns, strict=True)
+    ]  # fmt: skip
+    passed = {
+        str(goal): next(((point["seconds"], point["steps"]) for point in curve if point["mean"] >= goal), None)
+        for goal in THRESHOLDS[env_id]
+    }
+    row = {"env_id": env_id, "seed": seed, "process_s": seconds, "passed": passed, "final": curve[-1]}
+    return row | {"evaluation": run["evaluation"], "run": run, "curve": curve}
+
+
 def main(args: Args) -> None:
     if args.smoke:
         args = dataclasses.replace(args, seeds=(1,), total_timesteps=60_000, episodes=2, name="time_to_return_smoke")
     rows = []
     for seed in args.seeds:
         for env_id in args.env_ids:
-            with tempfile.TemporaryDirectory() as folder:
-                policies, run, seconds = train(args, env_id, seed, Path(folder))
-                with ProcessPoolExecutor(2) as pool:
-                    jobs = [pool.submit(judge, env_id, policy["file"], args.episodes) for policy in policies]
-                    returns = [job.result() for job in jobs]
-            batch = run["args"]["num_envs"] * run["args"]["num_steps"]
-            curve = [
-                {"seconds": round(p["seconds"], 2), "steps": p["iteration"] * batch, "mean": statistics.mean(r),
-                 "std": statistics.pstdev(r)}
-                for p, r in zip(policies, returns, strict=True)
-            ]  # fmt: skip
-            passed = {
-                str(goal): next(((point["seconds"], point["steps"]) for point in curve if point["mean"] >= goal), None)
-                for goal in THRESHOLDS[env_id]
-            }
-            row = {"env_id": env_id, "seed": seed, "process_s": seconds, "passed": passed, "final": curve[-1]}
-            rows.append(row | {"evaluation": run["evaluation"], "run": run, "curve": curve})
-            print(json.dumps(row), flush=True)
+            rows.append(measure(args, env_id, seed))
+            print(json.dumps({name: rows[-1][name] for name in ("env_id", "seed", "process_s", "passed", "final")}),
+                  flush=True)  # fmt: skip
     summary = {}
     for env_id in args.env_ids:
         mine = [row for row in rows if row["env_id"] == env_id]

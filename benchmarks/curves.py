@@ -1,0 +1,108 @@
+"""Learning curves of ppo_mjx.py over tasks and seeds, each task with flags of its own.
+
+    python benchmarks/curves.py --flags "Hopper=--num-envs 128 --num-steps 32" "Walker2d=--num-steps 32"
+    python benchmarks/curves.py --resume            go on after an interruption, with the same flags
+
+Each training is a process of its own that starts with an empty compile cache; its policies are copied while it trains
+and judged when it has ended, in Gymnasium's v5 by NumPy alone (all by time_to_return.py). A row is written as soon as
+it is there. The table has the final return's median and range over the seeds, and the peers' means beside it.
+Writes benchmarks/results/curves.json: return against steps and against seconds since the process's start.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+
+import common
+import time_to_return
+import tyro
+
+DEVICES = "import jax, json; print(json.dumps([device.device_kind for device in jax.devices()]))"
+PEERS = {  # means in Gymnasium: CleanRL (v4) and Tianshou (v3) on a CPU, mjlab (v5) on a GPU
+    "HalfCheetah": {"CleanRL, 1M": 1443, "Tianshou, 1M": 5784, "Tianshou, 3M": 7337, "mjlab, 167M": 6490},
+    "Hopper": {"CleanRL, 1M": 2383, "Tianshou, 1M": 2609, "Tianshou, 3M": 3128, "mjlab, 148M": 3100},
+    "Walker2d": {"CleanRL, 1M": 2288, "Tianshou, 1M": 3589, "Tianshou, 3M": 4896, "mjlab, 128M": 7046},
+}
+
+
+@dataclasses.dataclass
+class Args:
+    env_ids: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d")  # tasks
+    seeds: tuple[int, ...] = (1, 2, 3)  # one training of each task for each
+    total_timesteps: int = 1_000_000  # of each training
+    checkpoint_every: int = 10  # iterations between two policies
+    episodes: int = 20  # by which a policy is judged
+    flags: tuple[str, ...] = ()  # further flags of ppo_mjx.py for a task, as TASK=FLAGS
+    resume: bool = False  # keep the rows that the file has already
+    smoke: bool = False  # one short training of one task
+
+
+def settings(args: Args, env_id: str) -> time_to_return.Args:
+    """A task's training, as time_to_return.py takes it."""
+    flags = dict(pair.split("=", 1) for pair in args.flags).get(env_id, "")
+    return time_to_return.Args(
+        (env_id,), (), args.total_timesteps, args.checkpoint_every, args.episodes, "curves", flags)  # fmt: skip
+
+
+def finished_rows(args: Args, devices: list[str]) -> list[dict]:
+    """The file's rows; only those of the same trainings may go on."""
+    folder = common.RESULTS if all(kind == "cpu" for kind in devices) else common.RESULTS / "gpu"
+    file = folder / f"curves{'_smoke' if args.smoke else ''}.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    for row in rows:
+        if row["env_id"] in args.env_ids and row["settings"] != describe(args, row["env_id"]):
+            raise SystemExit(f"--resume: {file} has a row of {row['env_id']} with other settings: {row['settings']}")
+    return rows
+
+
+def describe(args: Args, env_id: str) -> dict:
+    training = settings(args, env_id)
+    return {name: getattr(training, name) for name in ("total_timesteps", "checkpoint_every", "episodes", "flags")}
+
+
+def summarize(rows: list[dict]) -> dict:
+    """For each task: steps, final returns' median and range, seconds of a process."""
+    summary = {}
+    for env_id in dict.fromkeys(row["env_id"] for row in rows):
+        mine = [row for row in rows if row["env_id"] == env_id]
+        final = [row["final"]["mean"] for row in mine]
+        summary[env_id] = {
+            "seeds": len(mine), "steps": mine[0]["final"]["steps"], "median": statistics.median(final),
+            "min": min(final), "max": max(final), "seconds": statistics.median(row["process_s"] for row in mine),
+        } | PEERS[env_id]  # fmt: skip
+    return summary
+
+
+def main(args: Args) -> None:
+    if args.smoke:
+        args = dataclasses.replace(args, env_ids=("Hopper",), seeds=(1,), total_timesteps=60_000, episodes=2)
+    tasks = [pair.split("=", 1)[0] for pair in args.flags]
+    if unknown := [task for task in tasks if task not in PEERS]:
+        raise SystemExit(f"--flags: no such task: {unknown}")
+    devices = common.run_child([sys.executable, "-c", DEVICES])  # a child, which leaves a GPU's memory to the trainings
+    rows, failed = finished_rows(args, devices) if args.resume else [], []
+    for seed in args.seeds:
+        for env_id in args.env_ids:
+            if any((row["env_id"], row["seed"]) == (env_id, seed) for row in rows):
+                continue
+            try:
+                row = time_to_return.measure(settings(args, env_id), env_id, seed)
+            except SystemExit as error:  # the end of its log
+                print(f"{env_id}, seed {seed}: training failed:\n{error}", flush=True)
+                failed.append(f"{env_id} {seed}")
+                continue
+            rows.append(row | {"settings": describe(args, env_id)})
+            final = row["final"]["mean"]
+            print(f"{env_id}, seed {seed}: return {final:.0f} after {row['process_s']:.0f} s", flush=True)
+            result = {"peers": PEERS, "summary": summarize(rows), "rows": rows}
+            common.write("curves", args, result, args.smoke, devices)
+    for env_id, numbers in summarize(rows).items():  # a table for each, since the peers' steps differ
+        common.table(["task", *numbers], [[env_id, *map(float, numbers.values())]])
+        print()
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
