@@ -48,7 +48,8 @@ CUDA_OPTIONS = {
     "command buffers from 20 kernels on": {"xla_gpu_graph_min_graph_size": 20},
 }
 SCAN = jax.lax.scan
-SMOKE = OURS, FULL_LOOP, "scan, full Data, donated", "loop of unknown length", "Newton unrolled", LOOPLESS, *CUDA_OPTIONS
+SMOKE = (OURS, FULL_LOOP, "scan, full Data, donated", "loop of unknown length", "Newton unrolled", LOOPLESS,
+         *CUDA_OPTIONS)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -282,7 +283,7 @@ def measure(args: Args, builders: dict, reference: str) -> dict[str, dict]:
 
 def main(args: Args) -> None:
     if args.smoke:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
         args = dataclasses.replace(args, num_envs=16, steps=4, unroll=(), repeats=1, min_seconds=0.01)
         mock.patch.object(ppo, "load_model", without_contacts).start()
     common.make_mesh()  # starts JAX with all cores

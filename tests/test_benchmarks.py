@@ -1,0 +1,78 @@
+"""What the benchmarks compute from what they measured; and that they import, refuse and fail as they say."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import compare_ppo
+import curves
+import memory
+import pytest
+import throughput
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py"))
+
+def test_every_script_tells_its_flags():
+    """Docstring, tyro's Args with --smoke, and a place in docs/benchmarks.md."""
+    page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
+    for name in set(SCRIPTS) - {"common"}:
+        script = importlib.import_module(name)
+        assert script.__doc__ and f"`{name}.py`" in page, name
+        assert name == "plot" or hasattr(script.Args(), "smoke"), name
+
+def test_turns_alternate_and_ratios_are_of_pairs():
+    """Each program once a turn, after the warm-ups; the median of the pairs' ratios, not the ratio of medians."""
+    calls = []
+    seconds = common.take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3, warmups=2)
+    assert calls == list("ababababab") and [len(times) for times in seconds.values()] == [3, 3]
+    assert common.ratio([1, 10, 6], [1, 5, 2]) == 2
+
+def test_a_child_that_fails_is_an_error():
+    assert common.run_child([sys.executable, "-c", "print('{\"a\": 1}')"]) == {"a": 1}
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        common.run_child([sys.executable, "-c", "raise SystemExit(3)"])
+
+def test_result_files_tell_how_to_repeat_and_a_gpus_lie_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    for devices, file in (["cpu"], "results/x.json"), (["NVIDIA X"], "results/gpu/x.json"):
+        common.write("x", throughput.Args(), {"rows": [1]}, devices=devices)
+        told = json.loads((tmp_path / file).read_text())
+        assert told["rows"] == [1] and told["devices"] == devices and told["versions"]["jax"] and told["args"]["steps"]
+        assert str(tmp_path) not in json.dumps(told)
+
+def test_tables_keep_three_digits(capsys):
+    common.table(["a", "b"], [["x", 1234.5], [None, 0.01234]])
+    assert capsys.readouterr().out.splitlines()[2:] == ["| x | 1234 |", "| - | 0.0123 |"]
+
+def test_crossing_is_the_first_number_of_worlds_ahead():
+    assert throughput.find_crossing({1: 0.1, 256: 1.2, 64: 0.9, 1024: 1.5}) == {
+        "from": 256, "best_ratio": 1.5, "best_num_envs": 1024}
+    assert throughput.find_crossing({1: 0.1, 64: 0.6})["from"] is None
+
+def test_memory_is_fitted_by_a_line():
+    line = memory.fit([{"num_envs": n, "total": 1000 + 7 * n} for n in (32, 64, 256)])
+    assert line["a"] == pytest.approx(1000) and line["b"] == pytest.approx(7) and line["largest_error"] < 1e-9
+
+def test_a_goal_is_reached_when_the_curve_first_passes_it():
+    curve = [{"seconds": 1, "return": 5}, {"seconds": 2, "return": 11}, {"seconds": 3, "return": 9}]
+    assert compare_ppo.reached(curve, 10) == 2 and compare_ppo.reached(curve, 12) is None
+
+def test_summary_of_curves_has_median_and_range():
+    rows = [{"env_id": "Hopper", "process_s": s, "final": {"mean": m, "steps": 9}} for s, m in ((1, 5), (3, 7), (2, 1))]
+    told = curves.summarize(rows)["Hopper"]
+    assert (told["median"], told["min"], told["max"], told["seconds"], told["steps"]) == (5, 1, 7, 2, 9)
+
+def test_gpu_script_knows_its_pieces():
+    """A wrong piece is refused; each script that it starts is there."""
+    text = (BENCHMARKS / "gpu.sh").read_text()
+    assert subprocess.run(["bash", "-n", BENCHMARKS / "gpu.sh"]).returncode == 0
+    started = {word.removeprefix("benchmarks/").removesuffix(".py") for word in text.split() if word.startswith(
+        "benchmarks/") and word.endswith(".py")}
+    assert len(started) > 8 and started <= set(SCRIPTS)
+    result = subprocess.run([BENCHMARKS / "gpu.sh", "nonsense"], capture_output=True, text=True)
+    assert result.returncode == 2 and "no piece nonsense" in result.stdout
