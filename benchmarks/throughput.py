@@ -64,7 +64,7 @@ class Args:
     exact_num_envs: tuple[int, ...] = (1, 256, 4096)  # for which exact physics are measured as well
     gymnasium_num_envs: int = 32  # for up to so many worlds Gymnasium is measured
     steps: int = 16  # environment steps of a call at most; as many as in a rollout of ppo_mjx.py
-    turn_seconds: float = 1.0  # that a call of MJX fast may take; arms beside it and C on all cores may take twice as long
+    turn_seconds: float = 1.0  # that a call of MJX fast may take; exact, Warp, one thread, Gymnasium: twice as long
     min_seconds: float = 0.3  # of a turn at least
     repeats: int = 5
     seed: int = 0
