@@ -48,7 +48,8 @@ import ppo_mjx as ppo
 import ppo_mjx_unitree as unitree
 import sac_mjx_pendulum as sac
 
-FAST, EXACT, WARP, C = "MJX fast", "MJX exact", "MJX-Warp", "C MuJoCo, all cores"
+FAST, EXACT, WARP = "MJX fast", "MJX exact", "MJX-Warp"
+C, C_ONE, C_FAST = "C MuJoCo, all cores", "C MuJoCo, 1 thread", "C MuJoCo, all cores, fast model"
 POOL, WARM_UP = 256, 50  # worlds, random steps
 FULL = 32  # worlds from which on time is taken to grow as their number
 COLUMNS = {"env_steps_per_s": "env steps/s", "physics_steps_per_s": "physics steps/s", "speed / C": "/ C",
@@ -63,7 +64,7 @@ class Args:
     exact_num_envs: tuple[int, ...] = (1, 256, 4096)  # for which exact physics are measured as well
     gymnasium_num_envs: int = 32  # for up to so many worlds Gymnasium is measured
     steps: int = 16  # environment steps of a call at most; as many as in a rollout of ppo_mjx.py
-    turn_seconds: float = 1.0  # that a call of MJX fast may take; what would take twice as long is skipped
+    turn_seconds: float = 1.0  # that a call of MJX fast may take; exact, Warp, one thread, Gymnasium: twice as long
     min_seconds: float = 0.3  # of a turn at least
     repeats: int = 5
     seed: int = 0
@@ -264,9 +265,8 @@ def measure(args: Args, task: Task, pool, num_envs: int, steps: int, rates: dict
                 lambda: mjx_call(task.exact(), state, actions, exact=True)),
         WARP: (warp_is_missing(), lambda: mjx_call(warp_env(task, num_envs), state, actions)),
         C: (None, lambda: c_call(task.original, task.substeps, cores, data, controls)),
-        "C MuJoCo, 1 thread": (None, lambda: c_call(task.original, task.substeps, 1, data, controls)),
-        "C MuJoCo, all cores, fast model": (
-            None, lambda: c_call(task.fast_model, task.fast_substeps, cores, data, controls)),
+        C_ONE: (None, lambda: c_call(task.original, task.substeps, 1, data, controls)),
+        C_FAST: (None, lambda: c_call(task.fast_model, task.fast_substeps, cores, data, controls)),
     } | {
         f"Gymnasium, {mode}": (no_gymnasium, partial(gymnasium_call, task, mode, actions, args.seed, stack))
         for mode in ("sync", "async")
@@ -274,8 +274,9 @@ def measure(args: Args, task: Task, pool, num_envs: int, steps: int, rates: dict
     rows, turns = {}, {}
     with stack, sample_gpus() as samples:
         for arm, (reason, build) in arms.items():
-            if arm in rates and num_envs * steps / rates[arm] > 2 * args.turn_seconds and arm != FAST:
-                reason = f"a call of {steps} steps would take {num_envs * steps / rates[arm]:.1f} s"
+            expected = num_envs * steps / rates.get(arm, np.inf)
+            if arm not in (FAST, C, C_FAST) and expected > 2 * args.turn_seconds:
+                reason = reason or f"a call of {steps} steps would take {expected:.2g} s"
             if reason:
                 rows[arm] = {"skipped": reason}
                 continue
@@ -340,7 +341,7 @@ def main(args: Args) -> None:
         print(f"\n{name}\n")
         common.table(["worlds", "arm", *COLUMNS.values(), ""], printed)
         crossings[name] = {}
-        for reference in (C, "C MuJoCo, all cores, fast model"):
+        for reference in (C, C_ONE, C_FAST):
             ratios = {n: common.ratio(row["arms"][reference]["call_s"], row["arms"][FAST]["call_s"])
                       for n, row in result[name].items() if all("call_s" in row["arms"][x] for x in (reference, FAST))}
             crossings[name][reference] = told = find_crossing(ratios)
