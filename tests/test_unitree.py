@@ -1113,7 +1113,7 @@ def test_entropy_bonus_falls_linearly(update):
 # ---- Whole runs
 
 LEARN = dataclasses.replace(  # to stand, on a robot that is always the same
-    NOTHING, num_devices=2, num_envs=256, num_steps=24, total_timesteps=30 * 256 * 24, friction=(1.0, 1.0), gamma=0.97,
+    NOTHING, num_devices=2, num_envs=256, num_steps=24, total_timesteps=60 * 256 * 24, friction=(1.0, 1.0), gamma=0.97,
     num_minibatches=16, update_epochs=10, learning_rate=3e-3, desired_kl=0.1, ent_coef=0.0, init_log_std=-0.5,
     hidden_sizes=(64, 64), imitation_coef=0.0)
 
@@ -1160,12 +1160,12 @@ def episodes(step, state, policy: dict) -> np.ndarray:
     return total
 
 def test_short_training_helps(trained, step, starts):
-    """After 30 iterations, a return is well above that of no action, by which the robot falls in about 1.2 s."""
+    """After 60 iterations, a return is well above that of no action, by which the robot falls in about 1.2 s."""
     usual = {"stiffness": 1.0, "damping": 1.0, "strength": 1.0, "friction": 1.0, "delay": 0, "payload": 0}
     alike = {name: jnp.full_like(starts.info["domain"][name], value) for name, value in usual.items()}
     start = with_domain(with_info(starts, command=jnp.zeros((WORLDS, 3))), **alike)
     before, after = (episodes(step, start, policy).mean() for policy in ({}, load_policy(trained[0] / "policy.npz")))
-    assert after > 1.4 * before > 0, (before, after)  # observed: 6.1 and 3.4
+    assert after > 1.6 * before > 0, (before, after)  # observed: 6.3 to 10.2 with four seeds, and 3.2
 
 def test_run_folder(trained):
     """Every iteration logs every metric, every reward's term among them; run.json tells how to repeat the run."""
