@@ -1170,7 +1170,8 @@ def test_short_training_helps(trained, step, starts):
 def test_run_folder(trained):
     """Every iteration logs every metric, every reward's term among them; run.json tells how to repeat the run."""
     run_dir, state = trained
-    log, iterations, steps = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload(), LEARN.num_iterations, 256 * 24
+    log, iterations = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload(), LEARN.num_iterations
+    steps = 256 * 24
     names = ("policy_loss value_loss entropy clipfrac kl mirror_loss imitation_loss loss grad_norm "
              "explained_variance").split()
     tags = {f"losses/{name}" for name in names} | {f"reward/{name}" for name in ROBOT.weights}
