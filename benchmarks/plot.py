@@ -2,10 +2,9 @@
 
     python benchmarks/plot.py
 
-curves.png: return in Gymnasium against seconds and against steps (time_to_return.json). g1_curves.png: what the G1's
-test says of its policies while it learns (time_to_walk.json). learning_curves.png: the same returns, mean and range
-over the seeds, with the peers' marks (curves.json). validate_curves.png: training on MJX and on C MuJoCo
-(validate.json). A figure whose JSON is missing is left out.
+curves.png: return in Gymnasium against steps and against seconds, mean and range over the seeds, with the peers' marks
+(curves.json). g1_curves.png: what the G1's test says of its policies while it learns (time_to_walk.json).
+validate_curves.png: training on MJX and on C MuJoCo (validate.json). A figure whose JSON is missing is left out.
 """
 
 import dataclasses
@@ -20,7 +19,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
-CLEANRL = {"HalfCheetah": 1443, "Hopper": 2383, "Walker2d": 2288}  # means after 1M steps
 G1_MARKS = {"error": ("velocity error, m/s", 0.15), "yaw": ("yaw error, rad/s", 0.2),
             "drift": ("drift in 10 s of standing, m", 0.1), "falls": ("falls in 160 starts", 0.0)}  # fmt: skip
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -38,24 +36,6 @@ def save(figure, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     print(file)
-
-
-def plot_returns(args: Args) -> None:
-    rows = json.loads((args.results / "time_to_return.json").read_text())["rows"]
-    tasks = list(dict.fromkeys(row["env_id"] for row in rows))
-    figure, axes = plt.subplots(2, len(tasks), figsize=(4 * len(tasks), 6), squeeze=False)
-    for column, task in enumerate(tasks):
-        for line, (key, label) in enumerate((("seconds", "seconds since the start"), ("steps", "environment steps"))):
-            axis = axes[line][column]
-            for row in rows:
-                if row["env_id"] == task:
-                    x, y = ([point[name] for point in row["curve"]] for name in (key, "mean"))
-                    axis.plot(x, y, label=f"seed {row['seed']}")
-            axis.axhline(CLEANRL[task], color="black", linestyle=":", label="CleanRL after 1M steps")
-            axis.set(xlabel=label, ylabel=f"return in {task}-v5", xlim=(0, None))
-            axis.grid(alpha=0.3)
-    axes[0][0].legend()
-    save(figure, args.output / "curves.png")
 
 
 def plot_g1(args: Args) -> None:
@@ -110,7 +90,7 @@ def plot_learning(args: Args) -> None:
             axis.grid(alpha=0.3)
         thousands(axes[0][column])
         axes[1][column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize=9)
-    save(figure, args.output / "learning_curves.png")
+    save(figure, args.output / "curves.png")
 
 
 def plot_validation(args: Args) -> None:
@@ -141,8 +121,7 @@ def binned(curve: list[dict], width: float) -> tuple[list, list]:
     return x, y
 
 
-FIGURES = {"time_to_return.json": plot_returns, "time_to_walk.json": plot_g1, "curves.json": plot_learning,
-           "validate.json": plot_validation}  # fmt: skip
+FIGURES = {"curves.json": plot_learning, "time_to_walk.json": plot_g1, "validate.json": plot_validation}
 
 
 def main(args: Args) -> None:
