@@ -62,8 +62,10 @@ def make_program(stage, env, num_steps: int):
 
     def run(data):
         def step(total, _):
-            # The states stay as they are, but for a change that XLA cannot know to be nothing.
-            now = data.replace(qvel=data.qvel + 1e-30 * total[:, None])
+            # The states stay as they are, but for a change that XLA cannot know to be nothing; else it would compute
+            # what does not change once, before the loop.
+            nothing = 1e-30 * total[:, None]
+            now = data.replace(qpos=data.qpos + nothing, qvel=data.qvel + nothing)
             with ppo.our_algebra(constraints=True):
                 full = jax.vmap(lambda d: compute(env.model, env.template.replace(**vars(d))))(now)
             kept = jax.tree.leaves(keep(full))
