@@ -19,7 +19,7 @@ Units: an environment step counts as frame_skip physics steps of the original's 
 Walker2d take it as ONE Runge-Kutta step in `fast`, and the G1 as 4 steps of 0.005 s. "/ C" is the speed over that of
 C MuJoCo on all cores, the median over turns. CPU: the process's CPU time over wall time and cores, with the threads
 that only wait busily (- where other processes do the work); GPU: mean of nvidia-smi's samples.
-Writes benchmarks/results/throughput.json.
+Writes benchmarks/results/NAME.json after each task.
 """
 
 import contextlib
@@ -68,6 +68,7 @@ class Args:
     min_seconds: float = 0.3  # of a turn at least
     repeats: int = 5
     seed: int = 0
+    name: str = "throughput"  # of the JSON file
     smoke: bool = False  # one iteration of everything, with next to no optimisation by the compiler
 
 
@@ -349,7 +350,7 @@ def main(args: Args) -> None:
             if told["best_num_envs"]:
                 print(f"{FAST} overtakes {reference}: {start}; {told['best_ratio']:.2f} of its speed at best, "
                       f"with {told['best_num_envs']} worlds", flush=True)
-    common.write("throughput", args, {"crossings": crossings, "failed": failed, "results": result}, args.smoke)
+        common.write(args.name, args, {"crossings": crossings, "failed": failed, "results": result}, args.smoke)
     if failed:
         raise SystemExit("\n".join(failed))
 

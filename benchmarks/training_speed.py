@@ -6,7 +6,7 @@ Three programs take the same worlds equally far, in turn, `--repeats` times over
 script's own `env.step`; and a scan of MuJoCo's `mjx.step` as it is (its own Cholesky and integrator, nothing else) on
 the same model, with the smallest state. Ratios are medians over the turns. Then `ppo_mjx.py` is started with an empty
 and with a filled compile cache, and the seconds to its first update are taken.
-Writes benchmarks/results/training_speed.json.
+Writes benchmarks/results/NAME.json.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ class Args:
     num_envs: tuple[int, ...] = (256,)
     repeats: int = 15
     starts: int = 3  # starts of the script, cold and warm each
+    name: str = "training_speed"  # of the JSON file
     smoke: bool = False
 
 
@@ -123,7 +124,7 @@ def main(args: Args) -> None:
         starts[env_id] = {kind: float(np.median(values)) for kind, values in times.items()} | {"all": times}
         cold, warm = starts[env_id]["cold"], starts[env_id]["warm"]
         print(f"{env_id}: first update after {cold:.1f} s cold, {warm:.1f} s warm", flush=True)
-    common.write("training_speed", args, {"speed": speed, "first_update_s": starts}, args.smoke)
+    common.write(args.name, args, {"speed": speed, "first_update_s": starts}, args.smoke)
 
 
 if __name__ == "__main__":
