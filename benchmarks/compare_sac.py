@@ -17,19 +17,15 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
+import common
 import gymnasium
 import numpy as np
 import tyro
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 @dataclasses.dataclass
@@ -77,7 +73,8 @@ def ours(args: Args) -> dict:
             row |= {"seconds": seconds, "steps": (i + 1) * settings.steps_per_iteration}
             row["training_s"] = seconds - policies[0][0] + (policies[-1][0] - policies[0][0]) / (len(policies) - 1)
             break
-    return row | {"return_at_end": judge(lambda obs: sac.act(policies[-1][1], obs), args.episodes)}
+    value = judge(lambda obs: sac.act(policies[-1][1], obs), args.episodes)
+    return row | {"return_at_end": value, "devices": [device.device_kind for device in mesh.devices]}
 
 
 def peer(args: Args) -> dict:
@@ -117,7 +114,7 @@ def run_child(args: Args, name: str, seed: int) -> dict:
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
         output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     row = {"seed": seed} | json.loads(output.splitlines()[-1])
-    print(name, {key: round(value, 2) if value is not None else None for key, value in row.items()}, flush=True)
+    print(name, {key: round(x, 2) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
     return row
 
 
@@ -131,15 +128,12 @@ def main(args: Args) -> None:
         for name in rows:
             if name == "ours" or i < args.peer_seeds:
                 rows[name].append(run_child(args, name, seed))
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
-    result = {"command": "python benchmarks/compare_sac.py " + " ".join(sys.argv[1:]), "commit": git.stdout.strip(),
-              "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "runs": rows}
     for name, runs in rows.items():
         for key in ("seconds", "training_s", "steps", "return_at_end"):
             values = [run[key] for run in runs if run.get(key) is not None]
             print(f"{name:5} {key:14} median {statistics.median(values or [math.nan]):10.2f} of {len(values)}")
-    if not args.smoke:
-        (ROOT / "benchmarks" / "results" / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    devices = [row.pop("devices") for row in rows["ours"]][0]
+    common.write(args.name, args, {"runs": rows}, args.smoke, devices)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ judged when it has ended: deterministic episodes in Gymnasium's v5, by NumPy alo
 
 import dataclasses
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -18,10 +17,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import common
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).parent.parent
 THRESHOLDS = {  # CleanRL's means after 1M steps; mjlab's best on a GPU (RTX PRO 5000)
     "HalfCheetah": (1443, 6490),
     "Hopper": (2383, 3100),
@@ -72,7 +71,7 @@ def watch(command: list[str], folder: Path) -> tuple[list[dict], dict, float]:
     was there, run.json, and all its seconds."""
     policies, seen, start = [], set(), time.perf_counter()
     with open(folder / "log.txt", "w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=common.ROOT, stdout=log, stderr=subprocess.STDOUT)
         while True:
             ended = process.poll() is not None
             for checkpoint in sorted((folder / "runs").glob("*/checkpoints/*.npz")):
@@ -122,7 +121,7 @@ def measure(args: Args, env_id: str, seed: int) -> dict:
 
 def main(args: Args) -> None:
     if args.smoke:
-        args = dataclasses.replace(args, seeds=(1,), total_timesteps=60_000, episodes=2, name="time_to_return_smoke")
+        args = dataclasses.replace(args, seeds=(1,), total_timesteps=60_000, episodes=2)
     rows = []
     for seed in args.seeds:
         for env_id in args.env_ids:
@@ -140,11 +139,7 @@ def main(args: Args) -> None:
             summary[env_id][f"seconds to {goal}"] = statistics.median(seconds)
             summary[env_id][f"steps to {goal}"] = statistics.median(steps)
     print(json.dumps(summary, indent=2))
-    result = {
-        "command": " ".join(["python", *sys.argv]), "machine": f"{platform.machine()}, {platform.processor()}",
-        "summary": summary, "rows": rows,
-    }  # fmt: skip
-    (ROOT / "benchmarks" / "results" / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    common.write(args.name, args, {"summary": summary, "rows": rows}, args.smoke, rows[0]["run"]["devices"])
 
 
 if __name__ == "__main__":

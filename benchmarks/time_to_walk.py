@@ -13,7 +13,6 @@ import dataclasses
 import io
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -21,11 +20,10 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import common
 import numpy as np
 import tyro
-from time_to_return import ROOT, watch
-
-sys.path.insert(0, str(ROOT))
+from time_to_return import watch
 
 VARIANTS = {  # flags, and weights of the reward that differ
     "as it is": ([], {}),
@@ -80,7 +78,7 @@ def train(args: Args, variant: str, seed: int, folder: Path) -> tuple[list[dict]
 
 def main(args: Args) -> None:
     if args.smoke:
-        short = {"seeds": (1,), "total_timesteps": 20_000, "checkpoint_every": 2, "name": args.name + "_smoke"}
+        short = {"seeds": (1,), "total_timesteps": 20_000, "checkpoint_every": 2}
         args = dataclasses.replace(args, **short)
     rows = []
     for seed in args.seeds:
@@ -116,9 +114,7 @@ def write(args: Args, rows: list[dict]) -> None:
         times = [row["first_pass"]["seconds"] if row["first_pass"] else float("inf") for row in mine]
         summary[variant]["seconds to the first pass"] = statistics.median(times)
     print(json.dumps(summary, indent=2))
-    result = {"command": " ".join(["python", *sys.argv]), "machine": f"{platform.machine()}, {platform.processor()}",
-              "summary": summary, "rows": rows}  # fmt: skip
-    (ROOT / "benchmarks" / "results" / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    common.write(args.name, args, {"summary": summary, "rows": rows}, args.smoke, rows[0]["run"]["devices"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What the benchmarks compute from what they measured; and that they import, refuse and fail as they say."""
 
+import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,11 +70,13 @@ def test_summary_of_curves_has_median_and_range():
     assert (told["median"], told["min"], told["max"], told["seconds"], told["steps"]) == (5, 1, 7, 2, 9)
 
 def test_gpu_script_knows_its_pieces():
-    """A wrong piece is refused; each script that it starts is there."""
-    text = (BENCHMARKS / "gpu.sh").read_text()
+    """A wrong piece is refused; each script that it starts is there, and has the flags that it is given."""
+    text = (BENCHMARKS / "gpu.sh").read_text().replace("\\\n", " ")
     assert subprocess.run(["bash", "-n", BENCHMARKS / "gpu.sh"]).returncode == 0
-    started = {word.removeprefix("benchmarks/").removesuffix(".py") for word in text.split() if word.startswith(
-        "benchmarks/") and word.endswith(".py")}
-    assert len(started) > 8 and started <= set(SCRIPTS)
+    calls = re.findall(r"python benchmarks/(\w+)\.py(.*)", text)
+    assert len(calls) > 10
+    for name, rest in calls:
+        flags = {flag.replace("-", "_") for flag in re.findall(r" --([a-z-]+)", re.sub(r'"[^"]*"', "", rest))}
+        assert flags <= {field.name for field in dataclasses.fields(importlib.import_module(name).Args)}, (name, flags)
     result = subprocess.run([BENCHMARKS / "gpu.sh", "nonsense"], capture_output=True, text=True)
     assert result.returncode == 2 and "no piece nonsense" in result.stdout
