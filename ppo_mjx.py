@@ -60,7 +60,7 @@ from tqdm import tqdm
 
 with contextlib.redirect_stdout(io.StringIO()):  # it tells everyone that the optional Warp backend is missing
     from mujoco import mjx
-    from mujoco.mjx._src import solver
+    from mujoco.mjx._src import collision_driver, math as mjx_math, smooth, solver
 
 # ---- 1. Settings ----------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Args:
     process_id: int | None = None  # of this one, from 0
     smoke: bool = False  # build, train, save, resume and evaluate in short, and tell what works
     # The environment
-    env_id: Literal["HalfCheetah", "Hopper", "Walker2d"] = "HalfCheetah"  # task, equal to Gymnasium's v5
+    env_id: Literal["HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid"] = "HalfCheetah"  # equal to Gymnasium's v5
     physics: Literal["fast", "exact"] = "fast"  # fast: see load_model; exact: original integrator, solver, contacts
     eval_every: int = 100  # iterations between evaluations in MJX; 0 for none
     eval_episodes: int = 20  # episodes of each evaluation
@@ -118,10 +118,10 @@ class Args:
 
 # ---- 2. Models (SI units and radians; a test holds the compiled models equal to Gymnasium's) ------------------------
 MJCF = """<mujoco model="{name}">
-  <compiler angle="radian"/><option {option}/><visual><headlight ambient=".3 .3 .3" diffuse=".7 .7 .7"/></visual>
+  <compiler angle="{angle}"/><option {option}/><visual><headlight ambient=".3 .3 .3" diffuse=".7 .7 .7"/></visual>
   <default>{default}
-    <motor ctrllimited="true" ctrlrange="-1 1"/>
-    <default class="root"><joint type="slide" limited="false" armature="0" damping="0" pos="0 0 -{origin}"/></default>
+    <motor ctrllimited="true" ctrlrange="-{most} {most}"/>
+    <default class="root"><joint limited="false" armature="0" damping="0" stiffness="0"/></default>
   </default>
   <asset><texture type="skybox" builtin="flat" rgb1=".8 .9 1" rgb2=".8 .9 1" width="8" height="8"/>
     <texture name="grid" type="2d" builtin="checker" rgb1=".5 .6 .7" rgb2=".3 .4 .5" width="64" height="64"/>
@@ -130,18 +130,26 @@ MJCF = """<mujoco model="{name}">
     <geom name="floor" type="plane" material="grid" conaffinity="1" condim="3" {floor}/>
     <body name="torso" pos="0 0 {height}">
       <camera name="track" mode="trackcom" pos="0 -4 .3" xyaxes="1 0 0 0 0 1"/>
-      <joint class="root" name="rootx" axis="1 0 0"/>
-      <joint class="root" name="rootz" axis="0 0 1" ref="{origin}"/>
-      <joint class="root" name="rooty" axis="0 1 0" type="hinge" pos="0 0 0"/>
-      {bodies}
+      {root}{bodies}
     </body>
   </worldbody>
   <actuator>{motors}</actuator>
 </mujoco>"""
+FREE = '<joint class="root" name="root" type="free" {}/>'  # the root of a robot in space
+
+def planar(origin: float) -> str:
+    """The root of a robot in the x-z plane; its coordinate z is the height above the floor."""
+    return f"""<joint class="root" name="rootx" type="slide" axis="1 0 0" pos="0 0 -{origin}"/>
+      <joint class="root" name="rootz" type="slide" axis="0 0 1" pos="0 0 -{origin}" ref="{origin}"/>
+      <joint class="root" name="rooty" axis="0 1 0"/>"""
 
 def link(name: str, pos: str, joint: str, geom: str, child: str = "") -> str:
     """A body with one joint and one capsule of the same name."""
     return f'<body name="{name}" pos="{pos}"><joint name="{name}" {joint}/><geom name="{name}" {geom}/>{child}</body>'
+
+def make_motors(gears: dict[str, int]) -> str:
+    """A motor for each joint; gears in Nm."""
+    return "".join(f'<motor joint="{joint}" gear="{gear}"/>' for joint, gear in gears.items())
 
 def cheetah_mjcf() -> str:
     """9 degrees of freedom; the odd density makes 14 kg."""
@@ -161,22 +169,81 @@ def cheetah_mjcf() -> str:
       <geom name="head" pos=".6 0 .1" euler="0 .87 0" size=".046 .15"/>"""
     default = """<joint axis="0 1 0" armature=".1" limited="true" solimplimit="0 .8 .03"/>
     <geom type="capsule" conaffinity="0" friction=".4 .1 .1" solimp="0 .8 .01" density="660.8849500774735"/>"""
-    gears = {"bthigh": 120, "bshin": 90, "bfoot": 60, "fthigh": 120, "fshin": 60, "ffoot": 30}  # Nm
-    motors = "".join(f'<motor joint="{joint}" gear="{gear}"/>' for joint, gear in gears.items())
-    return MJCF.format(name="half_cheetah", option='timestep=".01" integrator="Euler"', default=default, height=0.7,
-                       origin=0, floor='size="40 40 40"', bodies=torso + legs, motors=motors)
+    motors = make_motors({"bthigh": 120, "bshin": 90, "bfoot": 60, "fthigh": 120, "fshin": 60, "ffoot": 30})
+    return MJCF.format(name="half_cheetah", angle="radian", option='timestep=".01" integrator="Euler"', default=default,
+                       most=1, height=0.7, floor='size="40 40 40"', root=planar(0), bodies=torso + legs, motors=motors)
 
 def upright_mjcf(name: str, legs: list[str], default: str, floor: str, ankle: float, foot: str, gear: int) -> str:
     """Hopper (one leg) or Walker2d (two in one plane). ankle: its distance behind the foot's origin; gear in Nm."""
-    bodies, motors, bend = '<geom name="torso" size=".05 .2"/>', "", 'range="-2.6179938779914944 0"'
+    bodies, gears, bend = '<geom name="torso" size=".05 .2"/>', {}, 'range="-150 0"'
     for leg in legs:
-        flex = f'pos="-{ankle} 0 .1" range="-.7853981633974483 .7853981633974483"'
+        flex = f'pos="-{ankle} 0 .1" range="-45 45"'
         toes = link("foot" + leg, f"{ankle} 0 -.35", flex, f'quat=".7071067811865475 0 -.7071067811865475 0" {foot}')
         shin = link("leg" + leg, "0 0 -.7", f'pos="0 0 .25" {bend}', 'size=".04 .25"', toes)
         bodies += link("thigh" + leg, "0 0 -.2", bend, 'pos="0 0 -.225" size=".05 .225"', shin)
-        motors += "".join(f'<motor joint="{part}{leg}" gear="{gear}"/>' for part in ("thigh", "leg", "foot"))
-    return MJCF.format(name=name, option='timestep=".002" integrator="RK4"', default=default, height=1.25, origin=1.25,
-                       floor=floor, bodies=bodies, motors=motors)
+        gears |= dict.fromkeys([part + leg for part in ("thigh", "leg", "foot")], gear)
+    return MJCF.format(name=name, angle="degree", option='timestep=".002" integrator="RK4"', default=default, most=1,
+                       height=1.25, floor=floor, root=planar(1.25), bodies=bodies, motors=make_motors(gears))
+
+def ant_mjcf() -> str:
+    """14 degrees of freedom; four legs of a stub, an upper and a lower part. 0.9 kg: what moves is mostly rotors."""
+    bodies, gears = '<geom name="torso" type="sphere" size=".25"/>', {}
+    for leg, (x, y) in enumerate(((0.2, 0.2), (-0.2, 0.2), (-0.2, -0.2), (0.2, -0.2)), 1):
+        bend = f'axis="{-1 if x * y > 0 else 1} 1 0" range="{"30 70" if x > 0 else "-70 -30"}"'
+        lower = link(f"ankle_{leg}", f"{x} {y} 0", bend, f'fromto="0 0 0 {2 * x} {2 * y} 0"')
+        upper = link(f"hip_{leg}", f"{x} {y} 0", 'axis="0 0 1" range="-30 30"', f'fromto="0 0 0 {x} {y} 0"', lower)
+        bodies += f'<body><geom name="stub_{leg}" fromto="0 0 0 {x} {y} 0"/>{upper}</body>'
+        gears |= {f"hip_{leg}": 150, f"ankle_{leg}": 150}
+    default = """<joint armature="1" damping="1" limited="true"/>
+    <geom type="capsule" size=".08" conaffinity="0" density="5" friction="1 .5 .5" margin=".01"/>"""
+    gears = {name: gears.pop(name) for name in ("hip_4", "ankle_4")} | gears  # the last leg's motors come first
+    return MJCF.format(
+        name="ant", angle="degree", option='timestep=".01" integrator="RK4"', default=default, most=1, height=0.75,
+        floor='size="40 40 40"', root=FREE.format('margin=".01"'), bodies=bodies, motors=make_motors(gears))
+
+def humanoid_mjcf() -> str:
+    """23 degrees of freedom, 42 kg. The original's tendons are left out: they act on nothing, and nothing reads them."""
+    def joint(name, axis, limits, stiffness, damping, armature, pos="0 0 0"):
+        return (f'<joint name="{name}" axis="{axis}" range="{limits}" stiffness="{stiffness}" damping="{damping}" '
+                f'armature="{armature}" pos="{pos}"/>')
+    legs = arms = ""
+    gears = {"abdomen_y": 100, "abdomen_z": 100, "abdomen_x": 100}
+    for side, y in ("right", -1), ("left", 1):  # the odd numbers out in the right leg are the original's
+        knee = joint(f"{side}_knee", "0 -1 0", "-160 -2", (y + 1) / 2, 1, 0.006, "0 0 .02")
+        hips = (joint(f"{side}_hip_x", f"{-y} 0 0", "-25 5", 10, 5, 0.01)
+                + joint(f"{side}_hip_z", f"0 0 {-y}", "-60 35", 10, 5, 0.01)
+                + joint(f"{side}_hip_y", "0 1 0", "-110 20", 20, 5, 0.009 + 0.001 * y))
+        legs += f"""<body pos="0 {0.1 * y} -.04">{hips}
+          <geom name="thigh_{side}" fromto="0 0 0 0 {-0.01 * y} -.34" size=".06"/>
+          <body pos="0 {-0.01 * y} -.403">{knee}<geom name="shin_{side}" fromto="0 0 0 0 0 -.3" size=".049"/>
+          <body pos="0 0 -.45"><geom name="foot_{side}" type="sphere" pos="0 0 .1" size=".075"/></body></body></body>"""
+        turn = "-85 60" if y < 0 else "-60 85"
+        shoulder = (joint(f"{side}_shoulder1", f"2 {-y} 1", turn, 1, 1, 0.0068)
+                    + joint(f"{side}_shoulder2", f"0 {y} 1", turn, 1, 1, 0.0051))
+        elbow = joint(f"{side}_elbow", f"0 -1 {-y}", "-90 50", 0, 1, 0.0028)
+        arms += f"""<body pos="0 {0.17 * y} .06">{shoulder}
+          <geom name="arm_{side}" fromto="0 0 0 .16 {0.16 * y} -.16" size=".04"/>
+          <body pos=".18 {0.18 * y} -.18">{elbow}
+          <geom name="forearm_{side}" fromto=".01 {-0.01 * y} .01 .17 {-0.17 * y} .17" size=".031"/>
+          <geom name="hand_{side}" type="sphere" pos=".18 {-0.18 * y} .18" size=".04"/></body></body>"""
+        hip = {"hip_x": 100, "hip_z": 100, "hip_y": 300, "knee": 200}
+        gears |= {f"{side}_{name}": gear for name, gear in hip.items()}
+    for side in "right", "left":
+        gears |= dict.fromkeys([f"{side}_{name}" for name in ("shoulder1", "shoulder2", "elbow")], 25)
+    waist = (joint("abdomen_z", "0 0 1", "-45 45", 20, 5, 0.02, "0 0 .065")
+             + joint("abdomen_y", "0 1 0", "-75 30", 10, 5, 0.02, "0 0 .065"))
+    abdomen_x = joint("abdomen_x", "1 0 0", "-35 35", 10, 5, 0.02, "0 0 .1")
+    bodies = f"""<geom name="torso" fromto="0 -.07 0 0 .07 0" size=".07"/>
+      <geom name="head" type="sphere" pos="0 0 .19" size=".09"/>
+      <geom name="waist_upper" fromto="-.01 -.06 -.12 -.01 .06 -.12" size=".06"/>
+      <body pos="-.01 0 -.26" quat="1 0 -.002 0">{waist}<geom name="waist_lower" fromto="0 -.06 0 0 .06 0" size=".06"/>
+        <body pos="0 0 -.165" quat="1 0 -.002 0">{abdomen_x}
+          <geom name="butt" fromto="-.02 -.07 0 -.02 .07 0" size=".09"/>{legs}</body></body>{arms}"""
+    default = '<joint limited="true"/><geom type="capsule" condim="1" margin=".001"/>'
+    option = 'timestep=".003" integrator="RK4" solver="PGS" iterations="50"'
+    return MJCF.format(name="humanoid", angle="degree", option=option, default=default, most=0.4, height=1.4,
+                       floor='size="20 20 .125" friction="1 .1 .1"', root=FREE.format(""), bodies=bodies,
+                       motors=make_motors(gears))
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -184,13 +251,21 @@ class Task:
     mjcf: str
     healthy: tuple[float, float, float, float]  # z min, z max in m, |pitch| in rad, |all but x and z|
     frame_skip: int = 4  # physics steps in one environment step
+    forward_reward: float = 1.0  # weight of the velocity
     ctrl_cost: float = 1e-3  # weight of the squared action
+    contact_cost: float = 0.0  # weight of the squared contact wrenches, whose cost is at most 10 a step
     healthy_reward: float = 1.0  # of each step
+    hidden: int = 1  # coordinates that are not observed: x, and y of a robot in space; the next one is z
+    position: tuple = ("qpos", 0)  # MuJoCo's field, and where in it, that says how far the robot is
+    senses: tuple[tuple[str, int], ...] = ()  # MuJoCo's fields that are observed besides coordinates, each from where
+    contact_clip: float = math.inf  # bound of the sensed contact wrenches
     velocity_clip: float = 10.0  # bound of the observed velocities
     reset_noise: float = 5e-3
     gaussian_velocity: bool = False  # at reset; else uniform
-    fast_shapes: tuple[str, ...] = ("leg", "foot")  # geoms by prefix that touch the floor; others hardly can
-    fast_max_contacts: int = 4  # keep only so many contacts, the deepest
+    # Geoms by prefix that touch those of another group; others hardly can (docs/ppo_mjx.md).
+    fast_contacts: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ((("leg", "foot"), ("floor",)),)
+    fast_max_contacts: int = 4  # keep only so many contacts of one kind of friction, the deepest
+    fast_steps: int = 1  # of Runge-Kutta in one environment step; 0: Euler's method, frame_skip steps
     time_limit: int = 1000  # steps
     num_envs: int = Args.num_envs  # what these two flags are where they are not given
     num_steps: int = Args.num_steps
@@ -198,7 +273,8 @@ class Task:
 TASKS = {
     "HalfCheetah": Task(
         cheetah_mjcf(), (-math.inf, math.inf, math.inf, math.inf), frame_skip=5, ctrl_cost=0.1, healthy_reward=0.0,
-        velocity_clip=math.inf, reset_noise=0.1, gaussian_velocity=True, fast_shapes=("",), fast_max_contacts=6),
+        velocity_clip=math.inf, reset_noise=0.1, gaussian_velocity=True, fast_contacts=((("",), ("floor",)),),
+        fast_max_contacts=6),
     "Hopper": Task(healthy=(0.7, math.inf, 0.2, 100.0), num_envs=128, num_steps=32, mjcf=upright_mjcf(
         "hopper", [""], """<joint axis="0 -1 0" armature="1" damping="1" limited="true"/>
     <geom type="capsule" condim="1" margin=".001" friction=".9" solimp=".8 .8 .01"/>""",
@@ -207,18 +283,38 @@ TASKS = {
         "walker2d", ["", "_left"], """<joint axis="0 -1 0" armature=".01" damping=".1" limited="true"/>
     <geom type="capsule" conaffinity="0" friction=".9 .1 .1"/>""",
         'size="40 40 40" friction=".7 .1 .1"', 0.2, 'pos="-.1 0 .1" size=".06 .1" friction="1.9 .1 .1"', 100)),
+    "Ant": Task(
+        ant_mjcf(), (0.2, 1.0, math.inf, math.inf), frame_skip=5, ctrl_cost=0.5, contact_cost=5e-4, hidden=2,
+        position=("xpos", 1, 0), senses=(("cfrc_ext", 1),), contact_clip=1.0, velocity_clip=math.inf, reset_noise=0.1,
+        gaussian_velocity=True, fast_contacts=((("",), ("floor",)),), fast_max_contacts=8, fast_steps=0,
+        num_envs=128, num_steps=32),
+    "Humanoid": Task(
+        humanoid_mjcf(), (1.0, 2.0, math.inf, math.inf), frame_skip=5, forward_reward=1.25, ctrl_cost=0.1,
+        contact_cost=5e-7, healthy_reward=5.0, hidden=2, position=("subtree_com", 0, 0),
+        senses=(("cinert", 1), ("cvel", 1), ("qfrc_actuator", 6), ("cfrc_ext", 1)), velocity_clip=math.inf,
+        reset_noise=0.01, fast_steps=2, num_envs=128, num_steps=32, fast_contacts=(
+            (("foot",), ("floor",)), (("forearm", "hand"), ("torso", "waist", "butt", "thigh")),
+            (("thigh", "shin", "foot"), ("thigh", "shin", "foot")))),
 }
 
-def load_model(task: Task, physics: str = "exact") -> mujoco.MjModel:
-    """The task's model: Gymnasium's, or the fast one (docs/ppo_mjx.md measures the price of each change)."""
-    if physics == "exact":
-        return mujoco.MjModel.from_xml_string(task.mjcf)
+def load_model(task: Task, physics: str = "original") -> mujoco.MjModel:
+    """The task's model: Gymnasium's, the same for MJX, or the fast one (docs/ppo_mjx.md measures what it costs)."""
     cap = f'<custom><numeric name="max_contact_points" data="{task.fast_max_contacts}"/></custom></mujoco>'
-    model = mujoco.MjModel.from_xml_string(task.mjcf.replace("</mujoco>", cap))
+    mjcf = task.mjcf.replace("</mujoco>", cap) if physics == "fast" else task.mjcf
+    model = mujoco.MjModel.from_xml_string(mjcf)
+    if physics != "original":
+        model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # in place of Humanoid's PGS, which MJX has not
+    if physics != "fast":
+        return model
     model.opt.iterations, model.opt.ls_iterations = 4, 8  # of Newton's method, and of its line search
-    for geom in range(1, model.ngeom):  # 0 is the floor
-        model.geom_contype[geom] = model.geom(geom).name.startswith(task.fast_shapes)
-        model.geom_conaffinity[geom] = 0
+    if not task.fast_steps:
+        model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
+    model.geom_contype[:] = model.geom_conaffinity[:] = 0
+    for bit, (ones, others) in enumerate(task.fast_contacts):
+        for geom in range(model.ngeom):
+            name = model.geom(geom).name
+            model.geom_contype[geom] |= name.startswith(ones) << bit
+            model.geom_conaffinity[geom] |= name.startswith(others) << bit
     return model
 
 # ---- 3. Environment -------------------------------------------------------------------------------------------------
@@ -239,20 +335,36 @@ class State:
     metrics: dict[str, jax.Array]  # the reward's terms
     info: dict[str, jax.Array]  # elapsed: steps since the reset; truncated: by the time limit; broken: see Env
 
-def observe(task: Task, qpos, qvel, xp=jnp):
-    """All coordinates but x, all velocities: [..., nq], [..., nv] -> [..., O]. xp is jax.numpy or numpy."""
-    return xp.concatenate([qpos[..., 1:], xp.clip(qvel, -task.velocity_clip, task.velocity_clip)], axis=-1)
+def sense(task: Task, field, xp=jnp):
+    """How far one robot is, in m, and what it senses besides coordinates, as one vector for each of task.senses. field
+    gives MuJoCo's arrays by name. As in Gymnasium they tell of the moment whose forces were computed last, which with
+    Runge-Kutta is a little before the end of the step. xp is jax.numpy or numpy."""
+    name, *index = task.position
+    senses = {name: field(name)[first:].reshape(-1) for name, first in task.senses}
+    if "cfrc_ext" in senses:  # of each body the contacts' torque and force, world axes, about the robot's centre of mass
+        senses["cfrc_ext"] = xp.clip(senses["cfrc_ext"], -task.contact_clip, task.contact_clip)
+    return field(name)[tuple(index)], senses
+
+def observe(task: Task, qpos, qvel, senses: dict, xp=jnp):
+    """Coordinates but those that tell where the robot is, velocities, senses: [..., nq], [..., nv] -> [..., O]."""
+    velocities = xp.clip(qvel, -task.velocity_clip, task.velocity_clip)
+    return xp.concatenate([qpos[..., task.hidden:], velocities, *(senses[name] for name, _ in task.senses)], axis=-1)
 
 def is_healthy(task: Task, qpos, qvel, xp=jnp):
     """Whether the episode goes on: [..., nq], [..., nv] -> bool [...]."""
-    (min_z, max_z, max_pitch, bound), z, pitch = task.healthy, qpos[..., 1], qpos[..., 2:3]
-    bounded = (xp.abs(xp.concatenate([qpos[..., 2:], qvel], axis=-1)) < bound).all(axis=-1)
-    return bounded & (min_z < z) & (z < max_z) & (xp.abs(pitch) < max_pitch).all(axis=-1)
+    (min_z, max_z, max_pitch, bound), z, rest = task.healthy, qpos[..., task.hidden], qpos[..., task.hidden + 1:]
+    bounded = (xp.abs(xp.concatenate([rest, qvel], axis=-1)) < bound).all(axis=-1)
+    return bounded & (min_z < z) & (z < max_z) & (xp.abs(rest[..., :1]) < max_pitch).all(axis=-1)
 
-def reward_terms(task: Task, x_velocity, action, healthy, xp=jnp) -> dict:
+def reward_terms(task: Task, x_velocity, action, healthy, senses: dict, xp=jnp) -> dict:
     """The reward is their sum. x_velocity [...] in m/s, action [..., A] after clipping, healthy bool [...]."""
-    ctrl = -task.ctrl_cost * xp.square(action).sum(axis=-1)
-    return {"reward_forward": x_velocity, "reward_ctrl": ctrl, "reward_survive": task.healthy_reward * healthy}
+    terms = {"reward_forward": task.forward_reward * x_velocity,
+             "reward_ctrl": -task.ctrl_cost * xp.square(action).sum(axis=-1),
+             "reward_survive": task.healthy_reward * healthy}
+    if task.contact_cost:
+        cost = task.contact_cost * xp.square(senses["cfrc_ext"]).sum(axis=-1)
+        terms["reward_contact"] = -xp.minimum(cost, 10.0)
+    return terms
 
 # shared: solver
 WORLDS_AT_ONCE = 32  # on a core of a CPU: what they take fits into its cache
@@ -261,12 +373,14 @@ def times(matrix: jax.Array, x: jax.Array) -> jax.Array:
     """[k, n, N] @ [n, N] -> [k, N]. A sum of vectors over the worlds; XLA would multiply world by world."""
     return sum(matrix[:, i] * x[i] for i in range(len(x)))
 
-def solve_spd(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    """matrix^-1 right for symmetric positive definite [n, n, N] and [n, N], by Cholesky, a column at a time."""
-    rest, columns, x = jnp.concatenate([matrix, right[None]]), [], []  # of the last row comes L^-1 right
-    for _ in right:
-        columns.append(rest[:, 0] * jax.lax.rsqrt(rest[0, 0]))
-        rest = rest[1:, 1:] - columns[-1][1:, None] * columns[-1][None, 1:-1]
+def solve_spd(column, right: jax.Array) -> jax.Array:
+    """A^-1 right for a symmetric positive definite A, by Cholesky, a column at a time. column(j) gives A's column j from
+    the diagonal on, [n - j, N]; right [n, N]."""
+    columns, x = [], []
+    for j in range(len(right)):
+        rest = jnp.concatenate([column(j), right[j:j + 1]])  # of the last row comes L^-1 right
+        rest = rest - sum(done[j - k:] * done[j - k] for k, done in enumerate(columns))
+        columns.append(rest * jax.lax.rsqrt(rest[0]))
     for diagonal, *below, value in map(jnp.unstack, reversed(columns)):
         x = [(value - sum(a * b for a, b in zip(below, x, strict=True))) / diagonal, *x]
     return jnp.stack(x)
@@ -281,8 +395,8 @@ def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[ja
         slack, rest = times(J, a) - aim, times(M, a) - push
         active = jnp.where(slack < 0, d, 0.0)
         gradient = rest + sum(J[k] * (active * slack)[k] for k in range(len(d)))
-        hessian = M + sum((J[k] * active[k])[:, None] * J[k] for k in range(len(d)))
-        step = -solve_spd(hessian, gradient)
+        active_J = active[:, None] * J
+        step = -solve_spd(lambda j: M[j:, j] + sum(active_J[k, j] * J[k, j:] for k in range(len(d))), gradient)
         Js, slope_0, curve_0 = times(J, step), sum(step * rest), sum(step * times(M, step))
         def search(_, carry):  # for the root of the slope along the step: Newton's method, inside of what encloses it
             length, low, high = carry
@@ -326,16 +440,29 @@ def solve_constraints(model: mjx.Model, data: mjx.Data, otherwise=solver.solve) 
     return data.tree_replace({"qacc": qacc, "qfrc_constraint": pull, "_impl.efc_force": force})
 # end shared
 
+FLOOR_CAPSULE = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_CAPSULE)
+def touch_floor(model: mjx.Model, data: mjx.Data, key, geoms, touch=collision_driver._COLLISION_FUNC[FLOOR_CAPSULE]):
+    """MJX's contacts of capsules with the floor, but sideways along the capsule however steep it stands, as in C
+    MuJoCo; MJX turns its friction pyramid by itself where that is more than 60 degrees. geoms: [G, 2]."""
+    dist, pos, frame = touch(model, data, key, geoms)
+    up, axis = frame[:, 0], jnp.repeat(data.geom_xmat[geoms[:, 1], :, 2], 2, axis=0)  # two contacts for each capsule
+    along = axis - up * (up * axis).sum(axis=1, keepdims=True)
+    length = jnp.linalg.norm(along, axis=1, keepdims=True)
+    along = jnp.where(length > 1e-6, along / jnp.maximum(length, 1e-6), frame[:, 1])
+    return dist, pos, jnp.stack([up, along, jnp.cross(up, along)], axis=1)
+touch_floor.ncon = 2
+
 @contextlib.contextmanager
 def our_algebra(constraints: bool):
     """MJX while it is traced: in full precision (TF32 would be too rough), with linear systems solved by `solve_spd`,
     and if so told, the constraints by `newton`."""
-    solve = over_worlds(lambda matrix, right: (solve_spd(matrix, right),))
+    solve = over_worlds(lambda matrix, right: (solve_spd(lambda j: matrix[j:, j], right),))
     cholesky = {"cho_factor": lambda matrix, lower=False: (matrix, lower),  # MJX does no more with it than solve
                 "cho_solve": lambda factor, right: solve(factor[0], right)[0]}
-    with jax.default_matmul_precision("highest"), mock.patch.multiple(jax.scipy.linalg, **cholesky):
-        with mock.patch.object(solver, "solve", solve_constraints if constraints else solver.solve):
-            yield
+    with (jax.default_matmul_precision("highest"), mock.patch.multiple(jax.scipy.linalg, **cholesky),
+          mock.patch.object(solver, "solve", solve_constraints if constraints else solver.solve),
+          mock.patch.dict(collision_driver._COLLISION_FUNC, {FLOOR_CAPSULE: touch_floor})):
+        yield
 
 class Env:
     """One world of a task; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes.
@@ -346,12 +473,17 @@ class Env:
         self.task, self.gymnasium_id = TASKS[env_id], env_id + "-v5"
         model = load_model(self.task, physics)
         self.control_dt = model.opt.timestep * self.task.frame_skip  # s
-        self.action_size, self.observation_size = model.nu, model.nq - 1 + model.nv
         self.fast = physics == "fast"
-        self.one_step = self.fast and model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
+        self.euler = model.opt.integrator == mujoco.mjtIntegrator.mjINT_EULER
+        self.substeps = self.task.fast_steps if self.fast and not self.euler else self.task.frame_skip
+        self.action_size, self.max_action = model.nu, float(model.actuator_ctrlrange[0, 1])
         device, self.init_qpos = jax.local_devices()[0], np.array(model.qpos0)
         self.model = mjx.put_model(model, device, impl="jax")
         self.template = mjx.make_data(self.model, device)
+        self.observation_size = jax.eval_shape(self.reset, jax.random.key(0)).obs.size
+
+    def sense(self, full: mjx.Data) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return sense(self.task, (vars(full._impl) | vars(full)).__getitem__)
 
     def reset(self, key: jax.Array) -> State:
         """A new episode, with Gymnasium's noise. key: one PRNG key."""
@@ -361,43 +493,61 @@ class Env:
         gaussian = self.task.reset_noise * jax.random.normal(qvel_key, (self.model.nv,))
         qvel = gaussian if self.task.gaussian_velocity else noise(qvel_key, (self.model.nv,))
         data, zero, no = Physics(qpos, qvel, jnp.zeros_like(qvel)), jnp.zeros(()), jnp.array(False)
-        metrics = dict.fromkeys(reward_terms(self.task, zero, jnp.zeros(self.action_size), no), zero)
-        info = {"elapsed": jnp.zeros((), jnp.int32), "truncated": no, "broken": no}
-        return State(data, observe(self.task, qpos, qvel), reward=zero, done=zero, metrics=metrics, info=info)
+        with our_algebra(constraints=False):  # there are no forces yet
+            full = smooth.kinematics(self.model, self.template.replace(qpos=qpos, qvel=qvel))
+            x, senses = self.sense(smooth.com_vel(self.model, smooth.com_pos(self.model, full)))
+        metrics = dict.fromkeys(reward_terms(self.task, zero, jnp.zeros(self.action_size), no, senses), zero)
+        info = {"elapsed": jnp.zeros((), jnp.int32), "truncated": no, "broken": no, "x": x}
+        return State(data, observe(self.task, qpos, qvel, senses), reward=zero, done=zero, metrics=metrics, info=info)
 
-    def advance(self, data: Physics, action: jax.Array) -> Physics:
-        """One control step of physics: frame_skip steps like the original's, or all of it as one step of Runge-Kutta 4.
-        Gymnasium's four Runge-Kutta steps evaluate the dynamics 16 times, one does so 4 times. Four steps of Euler's
-        method cost the same and err far more: what learnt to hop on them falls in the original."""
-        def substep(data: Physics, _):
-            full = mjx.step(self.model, self.template.replace(**vars(data), ctrl=action))
-            return Physics(full.qpos, full.qvel, full.qacc_warmstart), None
-        def stage(carry, tableau):
-            (slope, change, warmstart), (fraction, weight) = carry, tableau
-            qpos, qvel = start + fraction * slope
+    def advance(self, data: Physics, action: jax.Array) -> tuple[Physics, jax.Array, dict[str, jax.Array]]:
+        """One control step of physics, and what `sense` tells at its end: by Euler's method or Runge-Kutta 4, as the
+        original does. But `fast` takes one step of Runge-Kutta for Hopper's and Walker2d's four, 4 evaluations of the
+        dynamics instead of 16 (four steps of Euler's cost the same and err far more: what learnt to hop on them falls
+        in the original), and five of Euler's for Ant's and Humanoid's five, 5 instead of 20."""
+        dt, wrenches = self.control_dt / self.substeps, "cfrc_ext" in dict(self.task.senses)
+        def evaluate(function, qpos, qvel, warmstart):
             full = self.template.replace(qpos=qpos, qvel=qvel, qacc_warmstart=warmstart, ctrl=action)
-            qacc = mjx.forward(self.model, full).qacc
-            slope = self.control_dt * jnp.stack([qvel, qacc])
-            return (slope, change + weight * slope, qacc), None
-        if not self.one_step:
-            return jax.lax.scan(substep, data, None, length=self.task.frame_skip)[0]
-        start = jnp.stack([data.qpos, data.qvel])  # every coordinate is a hinge or a slide, so qpos changes by qvel
-        tableau = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
-        (_, change, warmstart), _ = jax.lax.scan(stage, (0 * start, 0 * start, data.qacc_warmstart), tableau)
-        return Physics(*(start + change), warmstart)
+            full = function(self.model, full)
+            return full, self.sense(smooth.rne_postconstraint(self.model, full) if wrenches else full)
+        def move(qpos, change):
+            if self.model.nq == self.model.nv:  # hinges and slides
+                return qpos + change
+            turned = mjx_math.quat_integrate(qpos[3:7], change[3:6], jnp.ones(()))
+            return jnp.concatenate([qpos[:3] + change[:3], turned, qpos[7:] + change[6:]])
+        def euler(carry, _):
+            full, seen = evaluate(mjx.step, *vars(carry[0]).values())
+            return (Physics(full.qpos, full.qvel, full.qacc_warmstart), *seen), None
+        def runge_kutta(carry, _):
+            start, seen = carry[0], carry[1:]
+            def stage(carry, tableau):
+                (qvel, qacc, velocity, acceleration, *_), (fraction, weight) = carry, tableau
+                qpos, qvel = move(start.qpos, fraction * dt * qvel), start.qvel + fraction * dt * qacc
+                full, seen = evaluate(mjx.forward, qpos, qvel, qacc)
+                return (qvel, full.qacc, velocity + weight * qvel, acceleration + weight * full.qacc, *seen), None
+            tableau = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
+            zero = jnp.zeros_like(start.qvel)
+            (_, qacc, velocity, acceleration, *seen), _ = jax.lax.scan(
+                stage, (start.qvel, start.qacc_warmstart, zero, zero, *seen), tableau)
+            return (Physics(move(start.qpos, dt * velocity), start.qvel + dt * acceleration, qacc), *seen), None
+        blank = jax.tree.map(jnp.zeros_like, self.sense(self.template))
+        return jax.lax.scan(euler if self.euler else runge_kutta, (data, *blank), None, length=self.substeps)[0]
 
     def step(self, state: State, action: jax.Array) -> State:
-        """One control step. action [A] in [-1, 1]: the motors' torques as shares of their gear."""
+        """One control step. action [A] in [-max_action, max_action]: the motors' torques as shares of their gear."""
         with our_algebra(constraints=self.fast):
-            data = self.advance(state.data, action)
-        sane = jnp.isfinite(data.qpos).all() & (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN, too
+            data, x, senses = self.advance(state.data, action)
+        if self.task.position[0] == "qpos":  # which, unlike the others, is known at the end itself
+            x = data.qpos[0]
+        obs = observe(self.task, data.qpos, data.qvel, senses)
+        finite = jnp.isfinite(data.qpos).all() & jnp.isfinite(obs).all()
+        sane = finite & (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN, too
         healthy = is_healthy(self.task, data.qpos, data.qvel)
-        x_velocity = (data.qpos[0] - state.data.qpos[0]) / self.control_dt
-        terms = reward_terms(self.task, x_velocity, action, healthy)
+        terms = reward_terms(self.task, (x - state.info["x"]) / self.control_dt, action, healthy, senses)
         terms = {name: jnp.where(sane, term, 0.0) for name, term in terms.items()}
-        obs = jnp.where(sane, observe(self.task, data.qpos, data.qvel), state.obs)
         done, elapsed = jnp.where(healthy & sane, 0.0, 1.0), state.info["elapsed"] + 1
-        info = {"elapsed": elapsed, "truncated": elapsed >= self.task.time_limit, "broken": ~sane}
+        info = {"elapsed": elapsed, "truncated": elapsed >= self.task.time_limit, "broken": ~sane, "x": x}
+        obs = jnp.where(sane, obs, state.obs)
         return State(data, obs, reward=sum(terms.values()), done=done, metrics=terms, info=info)
 
 # ---- 4. Running statistics ------------------------------------------------------------------------------------------
@@ -495,7 +645,7 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
 class Transition:
     """One step of the worlds: what was seen and done, and what came of it."""
     obs: jax.Array  # [O]
-    action: jax.Array  # [A], as sampled; the environment gets it clipped to [-1, 1]
+    action: jax.Array  # [A], as sampled; the environment gets it clipped to [-1, 1], times its largest action
     logprob: jax.Array
     start: State  # where the step began
     end: Worlds  # where it ended, before any reset, with its reward, observation, episode return, ...
@@ -512,7 +662,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
         mean = actor.apply(learner.params["actor"], normalize(learner.obs_stats, obs))
         noise = jax.vmap(partial(jax.random.normal, shape=log_std.shape))(action_key)
         action = mean + jnp.exp(log_std) * noise
-        state = jax.vmap(env.step)(worlds.env_state, jnp.clip(action, -1.0, 1.0))
+        state = jax.vmap(env.step)(worlds.env_state, env.max_action * jnp.clip(action, -1.0, 1.0))
         terminated, broken = state.done > 0, state.info["broken"]
         done = terminated | state.info["truncated"]
         end = Worlds(
@@ -645,7 +795,7 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
         "losses/explained_variance": explained_variance, "charts/nan_resets": broken,
         "charts/episodic_return": returns / episodes,  # NaN, and not logged, where no episode has finished
         "charts/episodic_length": lengths / episodes, "charts/episodes_finished": episodes}
-    box = black_box(steps.start, jnp.clip(steps.action, -1.0, 1.0), steps.end.env_state.info["broken"])
+    box = black_box(steps.start, env.max_action * jnp.clip(steps.action, -1.0, 1.0), steps.end.env_state.info["broken"])
     return TrainState(learner.replace(obs_stats=obs_stats, return_stats=return_stats), worlds), metrics, box
 
 @partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state")
@@ -657,40 +807,47 @@ def train_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState) -> tupl
     return state, metrics | {"black_box": box}
 
 # ---- 11. Evaluation -------------------------------------------------------------------------------------------------
-def export_policy(learner: Learner) -> dict[str, np.ndarray]:
-    """All that the deterministic policy needs: the normaliser's mean and variance, and layers w0, b0, w1, ..."""
-    policy = {"obs_mean": learner.obs_stats.mean, "obs_var": learner.obs_stats.var}
+def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
+    """All that the deterministic policy needs: the largest action, the normaliser, layers w0, b0, w1, ..."""
+    policy = {"max_action": np.float32(env.max_action), "obs_mean": learner.obs_stats.mean}
+    policy["obs_var"] = learner.obs_stats.var
     for name, layer in learner.params["actor"]["params"].items():  # Dense_0, Dense_1, ...
         policy |= {name.replace("Dense_", "w"): layer["kernel"], name.replace("Dense_", "b"): layer["bias"]}
     return jax.device_get(policy)
 
 def act(policy: dict, obs, xp=np):
-    """The policy's mean action for raw observations: [..., O] -> [..., A] in [-1, 1]. NumPy is enough to run it."""
+    """The policy's mean action for raw observations: [..., O] -> [..., A]. NumPy is enough to run it."""
     x = xp.clip((obs - policy["obs_mean"]) / xp.sqrt(policy["obs_var"] + 1e-8), -10.0, 10.0)
     last = len(policy) // 2 - 2
     for i in range(last):
         x = xp.tanh(x @ policy[f"w{i}"] + policy[f"b{i}"])
-    return xp.clip(x @ policy[f"w{last}"] + policy[f"b{last}"], -1.0, 1.0)
+    return policy["max_action"] * xp.clip(x @ policy[f"w{last}"] + policy[f"b{last}"], -1.0, 1.0)
 
 class CMujocoEnv:
     """The task in C MuJoCo, on the original model, with the interface of Gymnasium."""
     def __init__(self, env: Env):
         self.env, self.task, self.model = env, env.task, load_model(env.task)
-        self.data, self.elapsed = mujoco.MjData(self.model), 0
+        self.data = mujoco.MjData(self.model)
 
     def reset(self, seed: int):
         start = jax.device_get(self.env.reset(jax.random.key(seed)).data)
         mujoco.mj_resetData(self.model, self.data)
         self.data.qpos, self.data.qvel, self.elapsed = start.qpos, start.qvel, 0
-        return observe(self.task, self.data.qpos, self.data.qvel, np), {}
+        mujoco.mj_forward(self.model, self.data)
+        return self.observe(), {}
+
+    def observe(self) -> np.ndarray:
+        self.x, self.senses = sense(self.task, partial(getattr, self.data), np)
+        return observe(self.task, self.data.qpos, self.data.qvel, self.senses, np)
 
     def step(self, action):
-        task, data, x = self.task, self.data, self.data.qpos[0]
+        task, data, x = self.task, self.data, self.x
         data.ctrl, self.elapsed = action, self.elapsed + 1
         mujoco.mj_step(self.model, data, nstep=task.frame_skip)
-        healthy = is_healthy(task, data.qpos, data.qvel, np)
-        reward = sum(reward_terms(task, (data.qpos[0] - x) / self.env.control_dt, action, healthy, np).values())
-        return observe(task, data.qpos, data.qvel, np), reward, not healthy, self.elapsed >= task.time_limit, {}
+        mujoco.mj_rnePostConstraint(self.model, data)  # for the wrenches
+        obs, healthy = self.observe(), is_healthy(task, data.qpos, data.qvel, np)
+        terms = reward_terms(task, (self.x - x) / self.env.control_dt, action, healthy, self.senses, np)
+        return obs, sum(terms.values()), not healthy, self.elapsed >= task.time_limit, {}
 
 # shared: evaluation
 @partial(jax.jit, static_argnames="env")
@@ -1104,16 +1261,16 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
         pending = (iteration, metrics)
         if args.eval_every and iteration % args.eval_every == 0:
             keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
-            value = evaluate_mjx(env, export_policy(state.learner), keys).mean()
+            value = evaluate_mjx(env, export_policy(env, state.learner), keys).mean()
             log.scalars(iteration * steps, {"eval/episodic_return": value})
         if iteration % args.checkpoint_every == 0:
             log.write(*pending)  # so that the curves reach as far as the checkpoint
             pending, saved = None, iteration
-            save(args, run_dir, state, export_policy(state.learner))
+            save(args, run_dir, state, export_policy(env, state.learner))
     if pending:
         log.write(*pending)
     log.bar.close()
-    run["train_s"], policy = time.time() - log.start, export_policy(state.learner)
+    run["train_s"], policy = time.time() - log.start, export_policy(env, state.learner)
     if saved < iteration:
         save(args, run_dir, state, policy)
     if stops:

@@ -418,12 +418,14 @@ def times(matrix: jax.Array, x: jax.Array) -> jax.Array:
     """[k, n, N] @ [n, N] -> [k, N]. A sum of vectors over the worlds; XLA would multiply world by world."""
     return sum(matrix[:, i] * x[i] for i in range(len(x)))
 
-def solve_spd(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    """matrix^-1 right for symmetric positive definite [n, n, N] and [n, N], by Cholesky, a column at a time."""
-    rest, columns, x = jnp.concatenate([matrix, right[None]]), [], []  # of the last row comes L^-1 right
-    for _ in right:
-        columns.append(rest[:, 0] * jax.lax.rsqrt(rest[0, 0]))
-        rest = rest[1:, 1:] - columns[-1][1:, None] * columns[-1][None, 1:-1]
+def solve_spd(column, right: jax.Array) -> jax.Array:
+    """A^-1 right for a symmetric positive definite A, by Cholesky, a column at a time. column(j) gives A's column j from
+    the diagonal on, [n - j, N]; right [n, N]."""
+    columns, x = [], []
+    for j in range(len(right)):
+        rest = jnp.concatenate([column(j), right[j:j + 1]])  # of the last row comes L^-1 right
+        rest = rest - sum(done[j - k:] * done[j - k] for k, done in enumerate(columns))
+        columns.append(rest * jax.lax.rsqrt(rest[0]))
     for diagonal, *below, value in map(jnp.unstack, reversed(columns)):
         x = [(value - sum(a * b for a, b in zip(below, x, strict=True))) / diagonal, *x]
     return jnp.stack(x)
@@ -438,8 +440,8 @@ def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[ja
         slack, rest = times(J, a) - aim, times(M, a) - push
         active = jnp.where(slack < 0, d, 0.0)
         gradient = rest + sum(J[k] * (active * slack)[k] for k in range(len(d)))
-        hessian = M + sum((J[k] * active[k])[:, None] * J[k] for k in range(len(d)))
-        step = -solve_spd(hessian, gradient)
+        active_J = active[:, None] * J
+        step = -solve_spd(lambda j: M[j:, j] + sum(active_J[k, j] * J[k, j:] for k in range(len(d))), gradient)
         Js, slope_0, curve_0 = times(J, step), sum(step * rest), sum(step * times(M, step))
         def search(_, carry):  # for the root of the slope along the step: Newton's method, inside of what encloses it
             length, low, high = carry

@@ -111,7 +111,7 @@ def train_ours(args: Args, watch: Watch, block: int, blocks: int) -> None:
     state = init(ours, env, jax.random.key(ours.seed))
 
     def snapshot():
-        policy = ppo.export_policy(state.learner)
+        policy = ppo.export_policy(env, state.learner)
         return lambda: partial(ppo.act, policy)
 
     for i in range(blocks):

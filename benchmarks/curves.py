@@ -23,6 +23,8 @@ PEERS = {  # means in Gymnasium: CleanRL (v4) and Tianshou (v3) on a CPU, mjlab 
     "HalfCheetah": {"CleanRL, 1M": 1443, "Tianshou, 1M": 5784, "Tianshou, 3M": 7337, "mjlab, 167M": 6490},
     "Hopper": {"CleanRL, 1M": 2383, "Tianshou, 1M": 2609, "Tianshou, 3M": 3128, "mjlab, 148M": 3100},
     "Walker2d": {"CleanRL, 1M": 2288, "Tianshou, 1M": 3589, "Tianshou, 3M": 4896, "mjlab, 128M": 7046},
+    "Ant": {"CleanRL, 8M": 1824, "Tianshou, 1M": 3258, "Tianshou, 3M": 4079, "mjlab, 148M": 6294},
+    "Humanoid": {"CleanRL, 1M": 716, "Tianshou, 1M": 787, "Tianshou, 3M": 1360, "mjlab, 628M": 12049},
 }
 
 

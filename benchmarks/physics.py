@@ -25,12 +25,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import ppo_mjx as ppo
 
-EULER = mujoco.mjtIntegrator.mjINT_EULER
+EULER, RK4 = mujoco.mjtIntegrator.mjINT_EULER, mujoco.mjtIntegrator.mjINT_RK4
 
 
 @dataclasses.dataclass
 class Args:
-    env_ids: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d")
+    env_ids: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid")
     policies: tuple[str, ...] = ()  # policy.npz of each task, in the same order
     states: int = 256  # from which 50 steps are compared
     repeats: int = 5
@@ -45,7 +45,7 @@ class Setting:
     physics: str = "fast"
     iterations: tuple[int, int] | None = None
     integrator: int | None = None
-    one_step: bool | None = None
+    steps: int | None = None  # of the integrator in one environment step
     eulerdamp: bool = True
     mjx_solver: bool = False
     lapack: bool = False
@@ -63,10 +63,16 @@ SETTINGS = {
         Setting("exact", "exact"), FAST, Setting("fast, MJX's own solver", mjx_solver=True),
         Setting("fast, MJX's own solver, LAPACK", mjx_solver=True, lapack=True),
         Setting("fast, 1 / 4 iterations", iterations=(1, 4)),
-        Setting("fast, 4 Euler steps", integrator=EULER, one_step=False),
-        Setting("fast, 4 Runge-Kutta steps", one_step=False),
+        Setting("fast, 4 Euler steps", integrator=EULER, steps=4), Setting("fast, 4 Runge-Kutta steps", steps=4),
+    ],
+    "Ant": [
+        Setting("exact", "exact"), FAST, Setting("fast, 10 Euler steps", steps=10),
+        Setting("fast, 1 Runge-Kutta step", integrator=RK4, steps=1),
+        Setting("fast, 2 Runge-Kutta steps", integrator=RK4, steps=2),
+        Setting("fast, 5 Runge-Kutta steps", integrator=RK4, steps=5),
     ],
 }  # fmt: skip
+SETTINGS["Humanoid"] = SETTINGS["Ant"]
 SETTINGS["Walker2d"] = SETTINGS["Hopper"]
 
 
@@ -77,12 +83,15 @@ def make_env(env_id: str, setting: Setting) -> ppo.Env:
     if setting.iterations:
         model.opt.iterations, model.opt.ls_iterations = setting.iterations
     if setting.integrator is not None:
-        model.opt.integrator = setting.integrator
+        model.opt.integrator, env.euler = setting.integrator, setting.integrator == EULER
+    if setting.steps:
+        env.substeps = setting.steps
+        if env.euler:  # which mjx.step takes from the model
+            model.opt.timestep = env.control_dt / setting.steps
     if not setting.eulerdamp:
         model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_EULERDAMP
     env.model = ppo.mjx.put_model(model, impl="jax")
     env.template = ppo.mjx.make_data(env.model)
-    env.one_step = env.one_step if setting.one_step is None else setting.one_step
     return env
 
 
@@ -106,8 +115,9 @@ def collect(env_id: str, policy: dict | None, args: Args):
             data = original.data
             before = (data.qpos.copy(), data.qvel.copy(), data.qacc_warmstart.copy())
             noise = 0.3 * rng.standard_normal(original.model.nu)
-            action = rng.uniform(-1, 1, original.model.nu) if policy is None else ppo.act(policy, obs) + noise
-            action = np.clip(action, -1, 1)
+            most = original.env.max_action
+            action = most * rng.uniform(-1, 1, len(noise)) if policy is None else ppo.act(policy, obs) + most * noise
+            action = np.clip(action, -most, most)
             obs, _, terminated, truncated, _ = original.step(action)
             path.append((before, action, obs))
             over = terminated or truncated

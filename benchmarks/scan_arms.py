@@ -78,7 +78,8 @@ class FullDataEnv(ppo.Env):
     def advance(self, data, action):
         def substep(data, _):
             return ppo.mjx.step(self.model, data.replace(ctrl=action)), None
-        return jax.lax.scan(substep, data, None, length=self.task.frame_skip)[0]
+        data = jax.lax.scan(substep, data, None, length=self.task.frame_skip)[0]
+        return data, data.qpos[0], {}
 
 
 def make_env(iterations: int | None = None) -> ppo.Env:

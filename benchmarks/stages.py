@@ -25,7 +25,7 @@ mjx = ppo.mjx
 
 @dataclasses.dataclass
 class Args:
-    tasks: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d", "g1")
+    tasks: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "g1")
     num_envs: int = 256
     steps: int = 40  # physics steps of one turn
     warmup: int = 30  # environment steps before
@@ -79,7 +79,8 @@ def warm_up(env, num_envs: int, steps: int):
     keys = jax.random.split(jax.random.key(0), steps)
 
     def step(state, key):
-        return jax.vmap(env.step)(state, jax.random.uniform(key, (num_envs, env.action_size), minval=-1.0)), None
+        action = jax.random.uniform(key, (num_envs, env.action_size), minval=-1.0)
+        return jax.vmap(env.step)(state, getattr(env, "max_action", 1.0) * action), None
     start = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(1), num_envs))
     return jax.jit(lambda state: jax.lax.scan(step, state, keys)[0])(start).data
 

@@ -59,7 +59,7 @@ MJX_SOLVE = ppo.mjx._src.solver.solve
 
 @dataclasses.dataclass
 class Args:
-    tasks: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d", "g1", "Pendulum")
+    tasks: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "g1", "Pendulum")
     num_envs: tuple[int, ...] = (1, 32, 64, 128, 256, 1024, 4096)
     exact_num_envs: tuple[int, ...] = (1, 256, 4096)  # for which exact physics are measured as well
     gymnasium_num_envs: int = 32  # for up to so many worlds Gymnasium is measured
@@ -102,10 +102,9 @@ def servo(model: mujoco.MjModel, robot: unitree.Robot) -> mujoco.MjModel:
 def make_task(name: str) -> Task:
     if name in ppo.TASKS:
         task, env = ppo.TASKS[name], ppo.Env(name)
-        load_fast, substeps = partial(ppo.load_model, task, "fast"), task.frame_skip
+        load_fast = partial(ppo.load_model, task, "fast")
         fast = load_fast()
-        if env.one_step:
-            fast.opt.timestep, substeps = env.control_dt, 1
+        fast.opt.timestep, substeps = env.control_dt / env.substeps, env.substeps
         return Task(partial(ppo.Env, name), partial(ppo.Env, name, "exact"), ppo.load_model(task), task.frame_skip,
                     load_fast(), fast, substeps, lambda *data: ~ppo.is_healthy(task, *data, np),
                     gymnasium_id=env.gymnasium_id)

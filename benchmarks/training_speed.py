@@ -49,16 +49,13 @@ def own_steps(env: ppo.Env, steps: int, state: ppo.State) -> ppo.State:
 
 def bare_steps(env: ppo.Env, steps: int, state: ppo.State) -> ppo.State:
     """A scan of mjx.step, with MuJoCo's own Runge-Kutta where the script takes one step of its own."""
-    model = env.model
-    if env.one_step:
-        model = model.replace(opt=model.opt.replace(timestep=env.control_dt))
+    model = env.model.replace(opt=env.model.opt.replace(timestep=env.control_dt / env.substeps))
 
     def step(data, _):
         full = jax.vmap(lambda data: ppo.mjx.step(model, env.template.replace(**vars(data))))(data)
         return ppo.Physics(full.qpos, full.qvel, full.qacc_warmstart), None
 
-    steps = steps if env.one_step else steps * env.task.frame_skip
-    return state.replace(data=jax.lax.scan(step, state.data, None, length=steps)[0])
+    return state.replace(data=jax.lax.scan(step, state.data, None, length=steps * env.substeps)[0])
 
 
 def measure(env_id: str, num_envs: int, repeats: int) -> dict:

@@ -132,7 +132,7 @@ class CMujoco:
         return jax.random.fold_in(self.key, self.draws)
 
     def observe(self) -> np.ndarray:
-        return ppo.observe(self.task, self.qpos, self.qvel, np).astype(np.float32)
+        return ppo.observe(self.task, self.qpos, self.qvel, {}, np).astype(np.float32)
 
     def reset(self, done: np.ndarray) -> None:
         start = jax.device_get(self.starts(self.draw()))
@@ -148,7 +148,7 @@ class CMujoco:
             clipped = self.ctrl[:] = np.clip(action, -1, 1)
             self.batch.step(nstep=self.task.frame_skip)
             healthy = ppo.is_healthy(self.task, self.qpos, self.qvel, np)
-            terms = ppo.reward_terms(self.task, (self.qpos[:, 0] - x) / self.env.control_dt, clipped, healthy, np)
+            terms = ppo.reward_terms(self.task, (self.qpos[:, 0] - x) / self.env.control_dt, clipped, healthy, {}, np)
             terms = {name: term.astype(np.float32) for name, term in terms.items()}
             reward = sum(terms.values())
             self.discounted, self.total = self.args.gamma * self.discounted + reward, self.total + reward
@@ -210,6 +210,7 @@ def step_mjx(env: ppo.Env, qpos, qvel, warmstart, action) -> ppo.State:
     """One compiled step from each state."""
     data = ppo.Physics(*(jnp.asarray(x, jnp.float32) for x in (qpos, qvel, warmstart)))
     reset = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(action)))
+    reset = reset.replace(info=reset.info | {"x": data.qpos[:, 0]})
     program = jax.jit(jax.vmap(env.step)).lower(reset.replace(data=data), jnp.asarray(action, jnp.float32))
     # 16 evaluations of the exact physics take minutes to compile with all of LLVM's passes, and run here but once.
     program = program.compile({"xla_llvm_disable_expensive_passes": True})
@@ -230,6 +231,7 @@ def check_steps(args: Args, env_id: str, checks: Checks) -> None:
     original.reset(0)
     for start in zip(qpos, qvel, warmstart, action, strict=True):
         original.data.qpos, original.data.qvel, original.data.qacc_warmstart = start[:3]
+        original.x = start[0][0]
         rows.append(original.step(start[3])[:3])
     ours = [np.array(x) for x in zip(*rows, strict=True)]
     worst = max(np.abs(ours[0] - obs).max(), np.abs(ours[1] - reward).max())

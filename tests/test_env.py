@@ -16,9 +16,11 @@ import ppo_mjx
 
 TASK_IDS = list(ppo_mjx.TASKS)
 WORLDS, STEPS = 20, 50
+FEET = dict.fromkeys(TASK_IDS, "foot") | {"HalfCheetah": "bfoot", "Ant": "ankle"}
 LOOKS = ("light_", "mat_", "tex_", "cam_", "names", "name_", "vis", "stat", "geom_matid", "geom_user", "nuser_geom",
          "signature", "nlight", "nmat", "ntex", "ncam", "nnames", "nbuffer", "narena", "signature", "text_", "ntext",
-         "numeric_", "nnumeric")  # how a model looks or is stored, not how it moves
+         "numeric_", "nnumeric", "key_", "nkey")  # how a model looks or is stored, not how it moves
+TENDONS = ("tendon_", "ten_", "ntendon", "nJten", "wrap_", "nwrap")  # Humanoid's neither pull nor are observed
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
@@ -26,60 +28,72 @@ class Recording:
     qpos: np.ndarray  # qpos, qvel and warmstart are those before the step
     qvel: np.ndarray
     warmstart: np.ndarray
+    x: np.ndarray  # where the reward takes the robot to be
     action: np.ndarray
     next_qpos: np.ndarray
     obs: np.ndarray
     reward: np.ndarray
     terminated: np.ndarray
 
+def make_gymnasium(task_id: str):
+    """Gymnasium's environment, Humanoid with the solver that MJX has (test_humanoids_solver_is_near tells of PGS)."""
+    env = gymnasium.make(task_id + "-v5").unwrapped
+    if task_id == "Humanoid":
+        env.model.opt.solver, env.model.opt.iterations = mujoco.mjtSolver.mjSOL_NEWTON, 100
+    return env
+
 @functools.cache
 def record(task_id: str) -> Recording:
-    env, rng, rows = gymnasium.make(task_id + "-v5").unwrapped, np.random.default_rng(0), []
+    env, rng, rows, task = make_gymnasium(task_id), np.random.default_rng(0), [], ppo_mjx.TASKS[task_id]
     for world in range(WORLDS):
         env.reset(seed=world)
         for _ in range(STEPS):
             # float32 values, so that all precisions get the same action
             action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32).astype(float)
             before = [x.copy() for x in (env.data.qpos, env.data.qvel, env.data.qacc_warmstart)]
+            before.append(ppo_mjx.sense(task, functools.partial(getattr, env.data), np)[0])
             obs, reward, terminated, _, _ = env.step(action)
             rows.append((*before, action, env.data.qpos.copy(), obs, reward, terminated))
     return Recording(*(np.array(x).reshape(WORLDS, STEPS, *np.shape(x[0])) for x in zip(*rows, strict=True)))
 
 @functools.cache
 def compiled_step(task_id: str, physics: str, x64: bool):
-    """The environment, and one compiled step of WORLDS worlds from (qpos, qvel, warmstart, action)."""
+    """The environment, and one compiled step of WORLDS worlds from (qpos, qvel, warmstart, x, action)."""
     jax.clear_caches()  # JAX 0.9 mixes up its traces of float64 constants, MJX's RK4 has one, between the precisions
-    def step(qpos, qvel, warmstart, action):
+    def step(qpos, qvel, warmstart, x, action):
         reset = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), WORLDS))
-        state = reset.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), obs=ppo_mjx.observe(env.task, qpos, qvel))
+        state = reset.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), info=reset.info | {"x": x})
         return jax.vmap(env.step)(state, action)
     def call(*inputs):
         with jax.enable_x64(x64):
             return jax.device_get(compiled(*(jnp.asarray(x, float) for x in inputs)))
     with jax.enable_x64(x64):
         env = ppo_mjx.Env(task_id, physics)
-        sizes = env.model.nq, env.model.nv, env.model.nv, env.model.nu
-        compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, size), float) for size in sizes))
-        compiled = compiled.compile({"xla_llvm_disable_expensive_passes": True})  # RK4 takes a minute to compile else
+        sizes = (env.model.nq,), (env.model.nv,), (env.model.nv,), (), (env.model.nu,)
+        compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, *size), float) for size in sizes))
+        compiled = compiled.compile({"xla_llvm_disable_expensive_passes": True})  # which take long, and pay only later
     jax.clear_caches()
     return env, call
 
 def one_step(task_id: str, physics: str, x64: bool):
     """MJX's step from one random moment of each recorded episode, and the moment's index."""
     seen, moment = record(task_id), (np.arange(WORLDS), np.random.default_rng(1).integers(0, STEPS, WORLDS))
-    inputs = (seen.qpos[moment], seen.qvel[moment], seen.warmstart[moment], seen.action[moment])
+    inputs = (seen.qpos[moment], seen.qvel[moment], seen.warmstart[moment], seen.x[moment], seen.action[moment])
     return compiled_step(task_id, physics, x64)[1](*inputs), moment
 
 @pytest.mark.parametrize("task_id", TASK_IDS)
 def test_model_equals_gymnasium(task_id):
     """Every number of the compiled model that physics can depend on is Gymnasium's."""
     ours, theirs = ppo_mjx.load_model(ppo_mjx.TASKS[task_id]), gymnasium.make(task_id + "-v5").unwrapped.model
-    compared = 0
+    compared, looks = 0, LOOKS + (TENDONS if task_id == "Humanoid" else ())
+    if task_id == "Humanoid":
+        for name in "stiffness", "damping", "frictionloss", "armature", "limited", "actfrclimited":
+            assert not getattr(theirs, f"tendon_{name}").any()
     for mine, other in ((ours, theirs), (ours.opt, theirs.opt)):
         for name in dir(other):
             value = getattr(other, name)
             physical = isinstance(value, int | float | np.ndarray) and np.asarray(value).dtype.kind in "iufb"
-            if physical and not name.startswith(("_", *LOOKS)) and not name.endswith("_rgba"):
+            if physical and not name.startswith(("_", *looks)) and not name.endswith("_rgba"):
                 np.testing.assert_allclose(getattr(mine, name), value, rtol=1e-12, atol=1e-12, err_msg=name)
                 compared += 1
     assert compared > 250
@@ -91,9 +105,9 @@ def test_fast_model_differs_only_as_documented(task_id):
     for name in "body_mass body_inertia jnt_range jnt_stiffness dof_damping dof_armature actuator_gear qpos0".split():
         np.testing.assert_array_equal(getattr(fast, name), getattr(exact, name), err_msg=name)
     assert fast.opt.timestep == exact.opt.timestep
-    assert not fast.geom_conaffinity[1:].any() and fast.geom_conaffinity[0]
-    feet = [fast.geom_contype[i] for i in range(1, fast.ngeom) if "foot" in fast.geom(i).name]
-    assert feet and all(feet)
+    assert fast.geom_conaffinity[0] and (task_id == "Humanoid" or not fast.geom_conaffinity[1:].any())
+    feet = [fast.geom_contype[i] for i in range(1, fast.ngeom) if fast.geom(i).name.startswith(FEET[task_id])]
+    assert len(feet) > 0 and all(feet)
 
 @pytest.mark.parametrize("task_id", TASK_IDS)
 def test_reset_distribution(task_id):
@@ -110,9 +124,24 @@ def test_reset_distribution(task_id):
     center = np.concatenate([env.init_qpos, np.zeros(env.model.nv)])
     ours, theirs = np.abs(ours - center).max(0), np.abs(theirs - center).max(0)
     uniform = theirs <= noise
-    assert uniform.sum() == (env.model.nq if task_id == "HalfCheetah" else len(center))
+    assert uniform.sum() == (env.model.nq if env.task.gaussian_velocity else len(center))
     assert (ours[uniform] <= noise + 1e-6).all() and (ours[uniform] > 0.99 * noise).all()
     assert (ours[~uniform] > 3 * noise).all()
+
+def test_humanoids_solver_is_near():
+    """Newton's method, which MJX has, and Gymnasium's PGS come to the same accelerations, in contact as well."""
+    seen, model, ends = record("Humanoid"), ppo_mjx.load_model(ppo_mjx.TASKS["Humanoid"]), []
+    for solver in mujoco.mjtSolver.mjSOL_PGS, mujoco.mjtSolver.mjSOL_NEWTON:
+        model.opt.solver, data, path = solver, mujoco.MjData(model), []
+        for start in np.ndindex(WORLDS, STEPS // 5):
+            moment = (start[0], 5 * start[1])
+            data.qpos, data.qvel, data.qacc_warmstart = seen.qpos[moment], seen.qvel[moment], seen.warmstart[moment]
+            data.ctrl = seen.action[moment]
+            mujoco.mj_step(model, data, nstep=5)
+            path.append((*data.qpos, *data.qvel))
+        ends.append(np.array(path))
+    error = np.abs(ends[0] - ends[1]).max(axis=1)
+    assert np.median(error) < 1e-6 and error.max() < 1e-2  # rad/s; speeds are up to some 30
 
 def test_recorded_steps_have_contacts_and_terminations():
     """The recordings below are not easy: the bodies touch the floor, and most upright episodes end."""
@@ -148,10 +177,10 @@ def test_exact_step_equals_gymnasium_in_float32(task_id):
 def long_rollout(task_id: str):
     """MJX's observations [STEPS, WORLDS, O] and terminations, by the recorded actions from the recorded starts."""
     seen, (_, step) = record(task_id), compiled_step(task_id, "exact", True)
-    inputs, obs, done = (seen.qpos[:, 0], seen.qvel[:, 0], seen.warmstart[:, 0]), [], []
+    inputs, obs, done = (seen.qpos[:, 0], seen.qvel[:, 0], seen.warmstart[:, 0], seen.x[:, 0]), [], []
     for t in range(STEPS):
         state = step(*inputs, seen.action[:, t])
-        inputs = (state.data.qpos, state.data.qvel, state.data.qacc_warmstart)
+        inputs = (state.data.qpos, state.data.qvel, state.data.qacc_warmstart, state.info["x"])
         obs.append(state.obs)
         done.append(state.done > 0)
     return np.array(obs), np.array(done)
@@ -162,7 +191,7 @@ def test_fifty_exact_steps_follow_gymnasium(task_id):
     error = np.abs(long_rollout(task_id)[0] - record(task_id).obs.swapaxes(0, 1)).max(axis=(0, 2))  # of each episode
     assert np.median(error) < 1e-6 and error.max() < 1e-4  # contacts magnify the solvers' last digits in some episodes
 
-@pytest.mark.parametrize("task_id", ["Hopper", "Walker2d"])
+@pytest.mark.parametrize("task_id", ["Hopper", "Walker2d", "Ant", "Humanoid"])
 def test_terminates_on_gymnasiums_step(task_id):
     """Each episode ends on the same step as Gymnasium's."""
     ours, theirs = long_rollout(task_id)[1].T, record(task_id).terminated
@@ -228,11 +257,27 @@ def test_c_mujoco_env_equals_gymnasium(task_id):
     theirs.reset(seed=0)
     rng = np.random.default_rng(0)
     for _ in range(100):  # from the same state each: contacts would magnify the models' last bits from step to step
+        mujoco.mj_forward(ours.model, ours.data)  # as Gymnasium's set_state does
+        ours.observe()
         theirs.set_state(ours.data.qpos, ours.data.qvel)
         theirs.data.qacc_warmstart = ours.data.qacc_warmstart
         action = rng.uniform(-1, 1, theirs.action_space.shape)
         for mine, other in zip(ours.step(action)[:4], theirs.step(action)[:4], strict=True):
             np.testing.assert_allclose(mine, other, rtol=1e-9, atol=1e-9)
+
+@pytest.mark.parametrize("task_id", TASK_IDS)
+def test_reset_observation_equals_gymnasium(task_id):
+    """What an episode begins with, MJX's and C MuJoCo's: inertias and velocities of bodies too, no forces yet."""
+    ours, theirs = ppo_mjx.Env(task_id), gymnasium.make(task_id + "-v5").unwrapped
+    original = ppo_mjx.CMujocoEnv(ours)
+    for seed in range(3):
+        state = jax.jit(ours.reset)(jax.random.key(seed))
+        obs, _ = original.reset(seed)
+        theirs.reset(seed=0)
+        theirs.set_state(original.data.qpos, original.data.qvel)
+        np.testing.assert_allclose(obs, theirs._get_obs(), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(state.obs, obs, rtol=1e-5, atol=1e-5)
+        assert state.obs.shape == theirs.observation_space.shape and abs(float(state.info["x"]) - original.x) < 1e-6
 
 def test_c_mujoco_env_truncates_and_repeats():
     """CMujocoEnv cuts an episode at the time limit only, and one seed starts one episode."""
@@ -245,12 +290,13 @@ def test_step_is_pure_and_vmap_is_a_loop():
     """Same input, same output; a step alone and without jit is the jitted step of many worlds."""
     env, step = compiled_step("Hopper", "fast", False)
     seen = record("Hopper")
-    inputs = (seen.qpos[:, 20], seen.qvel[:, 20], seen.warmstart[:, 20], seen.action[:, 20])
+    inputs = (seen.qpos[:, 20], seen.qvel[:, 20], seen.warmstart[:, 20], seen.x[:, 20], seen.action[:, 20])
     first, second = step(*inputs), step(*inputs)
     jax.tree.map(np.testing.assert_array_equal, first, second)
     for world in (0, 7):
-        qpos, qvel, warmstart, action = (jnp.asarray(x[world], jnp.float32) for x in inputs)
-        start = env.reset(jax.random.key(0)).replace(data=ppo_mjx.Physics(qpos, qvel, warmstart))
+        qpos, qvel, warmstart, x, action = (jnp.asarray(x[world], jnp.float32) for x in inputs)
+        start = env.reset(jax.random.key(0))
+        start = start.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), info=start.info | {"x": x})
         alone, batch = env.step(start, action), jax.tree.map(lambda x, world=world: x[world], first)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), alone, batch)
 
@@ -264,11 +310,11 @@ def test_broken_world_ends_its_episode():
     """A world that is not finite or too fast terminates, earns nothing and shows its last observation."""
     _, step = compiled_step("Hopper", "fast", False)
     seen = record("Hopper")
-    inputs = [x[:, 0].copy() for x in (seen.qpos, seen.qvel, seen.warmstart, seen.action)]
+    inputs = [x[:, 0].copy() for x in (seen.qpos, seen.qvel, seen.warmstart, seen.x, seen.action)]
     inputs[0][0, 1], inputs[1][1, 0], inputs[1][2, 0] = np.nan, np.nan, 1e4
     state = step(*inputs)
     assert state.info["broken"].tolist() == 3 * [True] + (WORLDS - 3) * [False]
     assert (state.done[:3] == 1).all() and (state.reward[:3] == 0).all()
     assert not state.done[3:].any() and (state.reward[3:] != 0).all()
-    expected = ppo_mjx.observe(ppo_mjx.TASKS["Hopper"], inputs[0][2], inputs[1][2], np)
-    np.testing.assert_allclose(state.obs[2], expected, rtol=1e-6)
+    reset = jax.vmap(ppo_mjx.Env("Hopper").reset)(jax.random.split(jax.random.key(0), WORLDS))  # as in compiled_step
+    np.testing.assert_allclose(state.obs[:3], reset.obs[:3], rtol=1e-6)

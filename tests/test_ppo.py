@@ -165,7 +165,7 @@ def test_learning_rate_falls_linearly(make_mesh):
 
 class Probe:
     """An environment of one number: `reward_of` maps (elapsed, action) to the reward, episodes last `length` steps."""
-    action_size = observation_size = 1
+    action_size, observation_size, max_action = 1, 1, 1.0
 
     def __init__(self, reward_of, length: int, truncates: bool = False, shows_time: bool = False):
         self.reward_of, self.length, self.truncates, self.shows_time = reward_of, length, truncates, shows_time
@@ -230,6 +230,6 @@ def test_learns_to_run(make_mesh, make_state):
     state = make_state(args, env, mesh)
     for _ in range(args.num_iterations):
         state, _ = ppo_mjx.train_iteration(args, env, mesh, state)
-    policy = ppo_mjx.export_policy(state.learner)
+    policy = ppo_mjx.export_policy(env, state.learner)
     returns = ppo_mjx.evaluate_on_host(ppo_mjx.CMujocoEnv(env), policy, episodes=5, seed=0)
     assert returns.mean() > 1500  # three seeds got 3700 to 4100; random actions get about -280
