@@ -88,10 +88,10 @@ class Args:
     eval_every: int = 100  # iterations between evaluations in MJX; 0 for none
     eval_episodes: int = 20  # episodes of each evaluation
     # The algorithm, by CleanRL's names
-    total_timesteps: int = 1_000_000  # environment steps, over all worlds
-    learning_rate: float = 1e-3  # Adam's step size at the start
-    num_envs: int = 256  # worlds, over all devices; Hopper and Walker2d take 128 if not told
-    num_steps: int = 16  # steps of each world in one rollout; Hopper and Walker2d take 32
+    total_timesteps: int = 1_000_000  # environment steps, over all worlds; Ant and Humanoid take 3 million if not told
+    learning_rate: float = 1e-3  # Adam's step size at the start; Ant and Humanoid take 5e-4
+    num_envs: int = 256  # worlds, over all devices; all but HalfCheetah take 128
+    num_steps: int = 16  # steps of each world in one rollout; all but HalfCheetah take 32
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
@@ -202,7 +202,7 @@ def ant_mjcf() -> str:
         floor='size="40 40 40"', root=FREE.format('margin=".01"'), bodies=bodies, motors=make_motors(gears))
 
 def humanoid_mjcf() -> str:
-    """23 degrees of freedom, 42 kg. The original's tendons are left out: they act on nothing, and nothing reads them."""
+    """23 degrees of freedom, 42 kg. The original's tendons are left out: they act on nothing, nothing reads them."""
     def joint(name, axis, limits, stiffness, damping, armature, pos="0 0 0"):
         return (f'<joint name="{name}" axis="{axis}" range="{limits}" stiffness="{stiffness}" damping="{damping}" '
                 f'armature="{armature}" pos="{pos}"/>')
@@ -267,8 +267,10 @@ class Task:
     fast_max_contacts: int = 4  # keep only so many contacts of one kind of friction, the deepest
     fast_steps: int = 1  # of Runge-Kutta in one environment step; 0: Euler's method, frame_skip steps
     time_limit: int = 1000  # steps
-    num_envs: int = Args.num_envs  # what these two flags are where they are not given
+    num_envs: int = Args.num_envs  # what these flags are where they are not given
     num_steps: int = Args.num_steps
+    learning_rate: float = Args.learning_rate
+    total_timesteps: int = Args.total_timesteps
 
 TASKS = {
     "HalfCheetah": Task(
@@ -287,12 +289,13 @@ TASKS = {
         ant_mjcf(), (0.2, 1.0, math.inf, math.inf), frame_skip=5, ctrl_cost=0.5, contact_cost=5e-4, hidden=2,
         position=("xpos", 1, 0), senses=(("cfrc_ext", 1),), contact_clip=1.0, velocity_clip=math.inf, reset_noise=0.1,
         gaussian_velocity=True, fast_contacts=((("",), ("floor",)),), fast_max_contacts=8, fast_steps=0,
-        num_envs=128, num_steps=32),
+        num_envs=128, num_steps=32, learning_rate=5e-4, total_timesteps=3_000_000),
     "Humanoid": Task(
         humanoid_mjcf(), (1.0, 2.0, math.inf, math.inf), frame_skip=5, forward_reward=1.25, ctrl_cost=0.1,
         contact_cost=5e-7, healthy_reward=5.0, hidden=2, position=("subtree_com", 0, 0),
         senses=(("cinert", 1), ("cvel", 1), ("qfrc_actuator", 6), ("cfrc_ext", 1)), velocity_clip=math.inf,
-        reset_noise=0.01, fast_steps=2, num_envs=128, num_steps=32, fast_contacts=(
+        reset_noise=0.01, fast_steps=2, num_envs=128, num_steps=32, learning_rate=5e-4, total_timesteps=3_000_000,
+        fast_contacts=(
             (("foot",), ("floor",)), (("forearm", "hand"), ("torso", "waist", "butt", "thigh")),
             (("thigh", "shin", "foot"), ("thigh", "shin", "foot")))),
 }
@@ -341,7 +344,7 @@ def sense(task: Task, field, xp=jnp):
     Runge-Kutta is a little before the end of the step. xp is jax.numpy or numpy."""
     name, *index = task.position
     senses = {name: field(name)[first:].reshape(-1) for name, first in task.senses}
-    if "cfrc_ext" in senses:  # of each body the contacts' torque and force, world axes, about the robot's centre of mass
+    if "cfrc_ext" in senses:  # of each body, its contacts' torque and force about the robot's centre of mass
         senses["cfrc_ext"] = xp.clip(senses["cfrc_ext"], -task.contact_clip, task.contact_clip)
     return field(name)[tuple(index)], senses
 
@@ -374,8 +377,9 @@ def times(matrix: jax.Array, x: jax.Array) -> jax.Array:
     return sum(matrix[:, i] * x[i] for i in range(len(x)))
 
 def solve_spd(column, right: jax.Array) -> jax.Array:
-    """A^-1 right for a symmetric positive definite A, by Cholesky, a column at a time. column(j) gives A's column j from
-    the diagonal on, [n - j, N]; right [n, N]."""
+    """A^-1 right for symmetric positive definite A, by Cholesky, a column at a time. column(j): A's column j from the
+    diagonal on, [n - j, N]; right [n, N]. Each column takes off what those before it explain, which on a CPU is faster than
+    to take each column off the whole rest at once."""
     columns, x = [], []
     for j in range(len(right)):
         rest = jnp.concatenate([column(j), right[j:j + 1]])  # of the last row comes L^-1 right
@@ -1294,7 +1298,8 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
 
 def main(argv: list[str]) -> None:
     task = TASKS[parse_args(argv).env_id]
-    args = parse_args(argv, Args(num_envs=task.num_envs, num_steps=task.num_steps))
+    defaults = ("num_envs", "num_steps", "learning_rate", "total_timesteps")
+    args = parse_args(argv, Args(**{name: getattr(task, name) for name in defaults}))
     check_args(args)
     if args.resume:
         saved = dataclasses.replace(read_run(Path(args.resume)), **{x: getattr(args, x) for x in CALL_FLAGS})

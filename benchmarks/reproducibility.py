@@ -47,7 +47,7 @@ import ppo_mjx
 import ppo_mjx_unitree as unitree
 import sac_mjx_pendulum as sac
 
-TASKS = "HalfCheetah", "Hopper", "Walker2d", "G1"
+TASKS = "HalfCheetah", "Hopper", "Walker2d", "Ant", "G1"
 RUNS = {  # script and flags, of three iterations; SAC's first update comes after the first iteration's last step
     "PPO": ("ppo_mjx", "--env-id Hopper --num-envs 16 --num-steps 64 --num-minibatches 4 "
                        "--total-timesteps 3072 --eval-episodes 1"),
