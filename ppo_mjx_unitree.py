@@ -420,8 +420,8 @@ def times(matrix: jax.Array, x: jax.Array) -> jax.Array:
 
 def solve_spd(column, right: jax.Array) -> jax.Array:
     """A^-1 right for symmetric positive definite A, by Cholesky, a column at a time. column(j): A's column j from the
-    diagonal on, [n - j, N]; right [n, N]. Each column takes off what those before it explain, which on a CPU is faster than
-    to take each column off the whole rest at once."""
+    diagonal on, [n - j, N]; right [n, N]. Each column takes off what those before it explain; to take each
+    off the whole rest is slower on a CPU."""
     columns, x = [], []
     for j in range(len(right)):
         rest = jnp.concatenate([column(j), right[j:j + 1]])  # of the last row comes L^-1 right

@@ -66,10 +66,9 @@ SETTINGS = {
         Setting("fast, 4 Euler steps", integrator=EULER, steps=4), Setting("fast, 4 Runge-Kutta steps", steps=4),
     ],
     "Ant": [
-        Setting("exact", "exact"), FAST, Setting("fast, 10 Euler steps", steps=10),
-        Setting("fast, 1 Runge-Kutta step", integrator=RK4, steps=1),
-        Setting("fast, 2 Runge-Kutta steps", integrator=RK4, steps=2),
-        Setting("fast, 5 Runge-Kutta steps", integrator=RK4, steps=5),
+        Setting("exact", "exact"), FAST,
+        *(Setting(f"fast, {n} Euler steps", integrator=EULER, steps=n) for n in (5, 10)),
+        *(Setting(f"fast, {n} Runge-Kutta steps", integrator=RK4, steps=n) for n in (1, 2, 3, 5)),
     ],
 }  # fmt: skip
 SETTINGS["Humanoid"] = SETTINGS["Ant"]
@@ -83,10 +82,10 @@ def make_env(env_id: str, setting: Setting) -> ppo.Env:
     if setting.iterations:
         model.opt.iterations, model.opt.ls_iterations = setting.iterations
     if setting.integrator is not None:
-        model.opt.integrator, env.euler = setting.integrator, setting.integrator == EULER
+        model.opt.integrator, env.runge_kutta = setting.integrator, setting.integrator == RK4
     if setting.steps:
         env.substeps = setting.steps
-        if env.euler:  # which mjx.step takes from the model
+        if not env.runge_kutta:  # mjx.step takes it from the model
             model.opt.timestep = env.control_dt / setting.steps
     if not setting.eulerdamp:
         model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_EULERDAMP

@@ -49,7 +49,7 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 @dataclasses.dataclass
 class Args:
     modes: tuple[Mode, ...] = ("smoke", "equivalence", "performance", "jit")  # what to check
-    env_ids: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d")  # tasks
+    env_ids: tuple[Literal["HalfCheetah", "Hopper", "Walker2d"], ...] = ("HalfCheetah", "Hopper", "Walker2d")  # tasks
     seeds: tuple[int, ...] = (1, 2, 3)  # trainings of each kind of rollout, for each task
     timesteps: int = 300_000  # steps of each training
     num_envs: int = 64  # worlds of these trainings; few, so that whole episodes end early
