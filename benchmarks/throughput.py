@@ -107,7 +107,7 @@ def make_task(name: str) -> Task:
         fast.opt.timestep, substeps = env.control_dt / env.substeps, env.substeps
         return Task(partial(ppo.Env, name), partial(ppo.Env, name, "exact"), ppo.load_model(task), task.frame_skip,
                     load_fast(), fast, substeps, lambda *data: ~ppo.is_healthy(task, *data, np),
-                    gymnasium_id=env.gymnasium_id)
+                    scale=env.max_action, gymnasium_id=env.gymnasium_id)
     if name == "Pendulum":
         args = sac.Args(env_id="Pendulum-v1")
         task, env = sac.TASKS[args.env_id], sac.Env(args)

@@ -25,6 +25,8 @@ THRESHOLDS = {  # CleanRL's means after 1M steps; mjlab's best on a GPU (RTX PRO
     "HalfCheetah": (1443, 6490),
     "Hopper": (2383, 3100),
     "Walker2d": (2288, 7046),
+    "Ant": (1824, 6294),  # after 8M steps; 1M is not told
+    "Humanoid": (716, 12049),
 }
 
 
@@ -46,7 +48,7 @@ def act(policy: dict, obs: np.ndarray) -> np.ndarray:
     last = len(policy) // 2 - 2
     for i in range(last):
         x = np.tanh(x @ policy[f"w{i}"] + policy[f"b{i}"])
-    return np.clip(x @ policy[f"w{last}"] + policy[f"b{last}"], -1, 1)
+    return policy["max_action"] * np.clip(x @ policy[f"w{last}"] + policy[f"b{last}"], -1, 1)
 
 
 def judge(env_id: str, file: Path, episodes: int) -> list[float]:
