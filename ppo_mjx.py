@@ -255,7 +255,7 @@ class Task:
     contact_cost: float = 0.0  # weight of the squared contact wrenches; the cost is capped at 10
     healthy_reward: float = 1.0  # of each step
     hidden: int = 1  # coordinates that are not observed: x, and y of a robot in space; the next one is z
-    position: tuple = ("qpos", 0)  # MuJoCo's field, and where in it, that says how far the robot is
+    position: tuple[str | int, ...] = ("qpos", 0)  # MuJoCo's field, and where in it, that says how far the robot is
     senses: tuple[tuple[str, int], ...] = ()  # MuJoCo's fields that are observed besides coordinates, each from where
     contact_clip: float = math.inf  # bound of the sensed contact wrenches
     velocity_clip: float = math.inf  # bound of the observed velocities
@@ -343,11 +343,11 @@ def sense(task: Task, field, xp=jnp):
     gives MuJoCo's arrays by name. As in Gymnasium they tell of the moment whose forces were computed last: by
     Runge-Kutta the end of the step as its last stage guesses it, by Euler's method the start of the last physics step.
     xp is jax.numpy or numpy."""
-    name, *index = task.position
+    source, *index = task.position
     senses = {name: field(name)[first:].reshape(-1) for name, first in task.senses}
     if "cfrc_ext" in senses:  # of each body, its contacts' torque and force about the robot's centre of mass
         senses["cfrc_ext"] = xp.clip(senses["cfrc_ext"], -task.contact_clip, task.contact_clip)
-    return field(name)[tuple(index)], senses
+    return field(source)[tuple(index)], senses
 
 def observe(task: Task, qpos, qvel, senses: dict, xp=jnp):
     """Coordinates but those that tell where the robot is, velocities, senses: [..., nq], [..., nv] -> [..., O]."""
@@ -545,8 +545,9 @@ class Env:
         """One control step. action [A] in [-max_action, max_action]: the motors' torques as shares of their gear."""
         with our_algebra(constraints=self.fast):
             data, x, senses = self.advance(state.data, action)
-        if self.task.position[0] == "qpos":  # which, unlike the others, is known at the end itself
-            x = data.qpos[0]
+        source, *index = self.task.position
+        if source == "qpos":  # which, unlike the others, is known at the end itself
+            x = data.qpos[tuple(index)]
         obs = observe(self.task, data.qpos, data.qvel, senses)
         finite = jnp.isfinite(data.qpos).all() & jnp.isfinite(obs).all()
         sane = finite & (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN, too

@@ -462,9 +462,10 @@ def constrained(random, worlds):
 
 def test_systems_are_solved_as_numpy_does():
     """Symmetric positive definite ones, worlds last."""
+    def solve(mass, right):
+        return unitree.solve_spd(lambda j: mass[j:, j], right)
     mass, *_, right = constrained(np.random.default_rng(0), WORLDS)
     with jax.enable_x64(True):
-        solve = lambda mass, right: unitree.solve_spd(lambda j: mass[j:, j], right)  # noqa: E731
         found = run(solve, np.moveaxis(mass, 0, -1), right.T)
         np.testing.assert_allclose(found.T, np.linalg.solve(mass, right[..., None])[..., 0], rtol=1e-8)
 
