@@ -88,7 +88,7 @@ class Args:
     eval_every: int = 100  # iterations between evaluations in MJX; 0 for none
     eval_episodes: int = 20  # episodes of each evaluation
     # The algorithm, by CleanRL's names
-    total_timesteps: int = 1_000_000  # environment steps, over all worlds; Ant takes 3 million if not told
+    total_timesteps: int = 1_000_000  # environment steps, over all worlds; Ant takes 3 million, Humanoid 2
     learning_rate: float = 1e-3  # Adam's step size at the start; Ant and Humanoid take 5e-4
     num_envs: int = 256  # worlds, over all devices; all but HalfCheetah take 128
     num_steps: int = 16  # steps of each world in one rollout; all but HalfCheetah take 32
@@ -293,7 +293,7 @@ TASKS = {
         humanoid_mjcf(), (1.0, 2.0, math.inf, math.inf), frame_skip=5, forward_reward=1.25, ctrl_cost=0.1,
         contact_cost=5e-7, healthy_reward=5.0, hidden=2, position=("subtree_com", 0, 0),
         senses=(("cinert", 1), ("cvel", 1), ("qfrc_actuator", 6), ("cfrc_ext", 1)), reset_noise=0.01, fast_steps=2,
-        num_envs=128, num_steps=32, learning_rate=5e-4, fast_max_contacts=4, fast_contacts=(
+        num_envs=128, num_steps=32, learning_rate=5e-4, total_timesteps=2_000_000, fast_max_contacts=4, fast_contacts=(
             (("foot",), ("floor",)), (("arm", "forearm", "hand"), ("torso", "waist", "butt", "thigh")),
             (("thigh", "shin", "foot"), ("thigh", "shin", "foot")))),
 }
