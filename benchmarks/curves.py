@@ -6,7 +6,7 @@
 Each training is a process of its own that starts with an empty compile cache; its policies are copied while it trains
 and judged when it has ended, in Gymnasium's v5 by NumPy alone (all by time_to_return.py). A row is written as soon as
 it is there. The table has the final return's median and range over the seeds, and the peers' means beside it.
-Writes benchmarks/results/curves.json: return against steps and against seconds since the process's start.
+Writes benchmarks/results/NAME.json: return against steps and against seconds since the process's start.
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ class Args:
     episodes: int = 20  # by which a policy is judged
     flags: tuple[str, ...] = ()  # further flags of ppo_mjx.py for a task, as TASK=FLAGS
     resume: bool = False  # keep the rows that the file has already
+    name: str = "curves"  # of the JSON file
     smoke: bool = False  # one short training of one task
 
 
@@ -50,7 +51,7 @@ def settings(args: Args, env_id: str) -> time_to_return.Args:
 def finished_rows(args: Args, devices: list[str]) -> list[dict]:
     """The file's rows; only those of the same trainings may go on."""
     folder = common.RESULTS if all(kind == "cpu" for kind in devices) else common.RESULTS / "gpu"
-    file = folder / f"curves{'_smoke' if args.smoke else ''}.json"
+    file = folder / f"{args.name}{'_smoke' if args.smoke else ''}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     for row in rows:
         if row["env_id"] in args.env_ids and row["settings"] != describe(args, row["env_id"]):
@@ -98,7 +99,7 @@ def main(args: Args) -> None:
             final = row["final"]["mean"]
             print(f"{env_id}, seed {seed}: return {final:.0f} after {row['process_s']:.0f} s", flush=True)
             result = {"peers": PEERS, "summary": summarize(rows), "rows": rows}
-            common.write("curves", args, result, args.smoke, devices)
+            common.write(args.name, args, result, args.smoke, devices)
     for env_id, numbers in summarize(rows).items():  # a table for each, since the peers' steps differ
         common.table(["task", *numbers], [[env_id, *map(float, numbers.values())]])
         print()

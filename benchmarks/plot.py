@@ -2,13 +2,15 @@
 
     python benchmarks/plot.py
 
-curves.png: return in Gymnasium against steps and against seconds, mean and range over the seeds, with the peers' marks
-(curves.json). g1_curves.png: what the G1's test says of its policies while it learns (time_to_walk.json).
-validate_curves.png: training on MJX and on C MuJoCo (validate.json). A figure whose JSON is missing is left out.
+curves.png, and curves_3d.png of Ant and Humanoid: return in Gymnasium against steps and against seconds, mean and range
+over the seeds, with the peers' marks (JSON files of the same names). g1_curves.png: what the G1's test says of its
+policies while it learns (time_to_walk.json). validate_curves.png: training on MJX and on C MuJoCo (validate.json). A
+figure whose JSON is missing is left out.
 """
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -72,8 +74,8 @@ def thousands(axis) -> None:
     axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
 
 
-def plot_learning(args: Args) -> None:
-    result = json.loads((args.results / "curves.json").read_text())
+def plot_learning(args: Args, name: str = "curves") -> None:
+    result = json.loads((args.results / f"{name}.json").read_text())
     rows, peers = result["rows"], result["peers"]
     tasks = list(dict.fromkeys(row["env_id"] for row in rows))
     figure, axes = plt.subplots(2, len(tasks), figsize=(max(4.5 * len(tasks), 6), 7), squeeze=False)
@@ -90,7 +92,7 @@ def plot_learning(args: Args) -> None:
             axis.grid(alpha=0.3)
         thousands(axes[0][column])
         axes[1][column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize=9)
-    save(figure, args.output / "curves.png")
+    save(figure, args.output / f"{name}.png")
 
 
 def plot_validation(args: Args) -> None:
@@ -121,7 +123,8 @@ def binned(curve: list[dict], width: float) -> tuple[list, list]:
     return x, y
 
 
-FIGURES = {"curves.json": plot_learning, "time_to_walk.json": plot_g1, "validate.json": plot_validation}
+FIGURES = {"curves.json": plot_learning, "curves_3d.json": partial(plot_learning, name="curves_3d"),
+           "time_to_walk.json": plot_g1, "validate.json": plot_validation}  # fmt: skip
 
 
 def main(args: Args) -> None:
