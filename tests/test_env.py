@@ -114,7 +114,7 @@ def test_fast_model_differs_only_as_documented(task_id):
 @pytest.mark.parametrize("task_id", TASK_IDS)
 def test_reset_distribution(task_id):
     """Resets have Gymnasium's support, mean and standard deviation, coordinate by coordinate."""
-    count, env, original = 2000, ppo_mjx.Env(task_id), gymnasium.make(task_id + "-v5").unwrapped
+    count, env, original = 4000, ppo_mjx.Env(task_id), gymnasium.make(task_id + "-v5").unwrapped
     data = jax.device_get(jax.vmap(env.reset)(jax.random.split(jax.random.key(0), count)).data)
     noise, rows = env.task.reset_noise, []
     for seed in range(count):
@@ -122,7 +122,7 @@ def test_reset_distribution(task_id):
         rows.append(np.concatenate([original.data.qpos, original.data.qvel]))
     ours, theirs = np.concatenate([data.qpos, data.qvel], axis=1), np.array(rows)
     np.testing.assert_allclose(ours.mean(0), theirs.mean(0), atol=6 * noise / np.sqrt(count))
-    np.testing.assert_allclose(ours.std(0), theirs.std(0), rtol=0.08)
+    np.testing.assert_allclose(ours.std(0), theirs.std(0), rtol=0.06)
     center = np.concatenate([env.init_qpos, np.zeros(env.model.nv)])
     ours, theirs = np.abs(ours - center).max(0), np.abs(theirs - center).max(0)
     uniform = theirs <= noise
@@ -174,7 +174,7 @@ def test_exact_step_equals_gymnasium_in_float64(task_id):
     assert error.max() < 1e-4 * np.abs(seen.obs[MOMENT][:, wrenches]).max()
     np.testing.assert_allclose(state.reward, seen.reward[MOMENT], atol=1e-4)
 
-@pytest.mark.parametrize("task_id", ["HalfCheetah", "Walker2d"])
+@pytest.mark.parametrize("task_id", ["HalfCheetah", "Hopper", "Walker2d"])
 def test_exact_step_equals_gymnasium_in_float32(task_id):
     """In single precision, a step is Gymnasium's but for rounding, which stiff contacts magnify."""
     seen, state = record(task_id), one_step(task_id, "exact", False)
