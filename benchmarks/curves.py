@@ -36,6 +36,7 @@ class Args:
     checkpoint_every: int = 10  # iterations between two policies
     episodes: int = 20  # by which a policy is judged
     flags: tuple[str, ...] = ()  # further flags of ppo_mjx.py for a task, as TASK=FLAGS
+    keep: str | None = None  # folder to which each training's run folder is copied, to film or compare its policy
     resume: bool = False  # keep the rows that the file has already
     name: str = "curves"  # of the JSON file
     smoke: bool = False  # one short training of one task
@@ -45,7 +46,8 @@ def settings(args: Args, env_id: str) -> time_to_return.Args:
     """A task's training, as time_to_return.py takes it."""
     flags = dict(pair.split("=", 1) for pair in args.flags).get(env_id, "")
     return time_to_return.Args(
-        (env_id,), (), args.total_timesteps, args.checkpoint_every, args.episodes, "curves", flags)  # fmt: skip
+        total_timesteps=args.total_timesteps, checkpoint_every=args.checkpoint_every, episodes=args.episodes,
+        flags=flags, keep=args.keep)  # fmt: skip
 
 
 def finished_rows(args: Args, devices: list[str]) -> list[dict]:

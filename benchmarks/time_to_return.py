@@ -39,6 +39,7 @@ class Args:
     episodes: int = 20
     name: str = "time_to_return"  # of the JSON file
     flags: str = ""  # further flags for ppo_mjx.py
+    keep: str | None = None  # folder to which each training's run folder is copied, to film or compare its policy
     smoke: bool = False  # one short run of each task
 
 
@@ -104,6 +105,9 @@ def measure(args: Args, env_id: str, seed: int) -> dict:
     """One training, and its policies' returns in Gymnasium."""
     with tempfile.TemporaryDirectory() as folder:
         policies, run, seconds = train(args, env_id, seed, Path(folder))
+        if args.keep:
+            (trained,) = (Path(folder) / "runs").iterdir()
+            shutil.copytree(trained, Path(args.keep) / trained.name)
         with ProcessPoolExecutor(2) as pool:
             jobs = [pool.submit(judge, env_id, policy["file"], args.episodes) for policy in policies]
             returns = [job.result() for job in jobs]
