@@ -102,11 +102,12 @@ def test_model_equals_gymnasium(task_id):
 
 @pytest.mark.parametrize("task_id", TASK_IDS)
 def test_fast_model_differs_only_as_documented(task_id):
-    """The fast model keeps masses, joints, motors and time step; it drops contacts between body parts."""
+    """The fast model keeps masses, joints, motors and control step; it drops contacts between body parts."""
     exact, fast = (ppo_mjx.load_model(ppo_mjx.TASKS[task_id], physics) for physics in ("exact", "fast"))
     for name in "body_mass body_inertia jnt_range jnt_stiffness dof_damping dof_armature actuator_gear qpos0".split():
         np.testing.assert_array_equal(getattr(fast, name), getattr(exact, name), err_msg=name)
-    assert fast.opt.timestep == exact.opt.timestep
+    control_dt = [ppo_mjx.Env(task_id, physics).control_dt for physics in ("exact", "fast")]
+    assert control_dt[0] == control_dt[1] == exact.opt.timestep * ppo_mjx.TASKS[task_id].frame_skip
     assert fast.geom_conaffinity[0] and (task_id == "Humanoid" or not fast.geom_conaffinity[1:].any())
     feet = [fast.geom_contype[i] for i in range(1, fast.ngeom) if fast.geom(i).name.startswith(FEET[task_id])]
     assert len(feet) > 0 and all(feet)
