@@ -511,8 +511,8 @@ class Env:
 
     def advance(self, data: Physics, action: jax.Array) -> tuple[Physics, jax.Array, dict[str, jax.Array]]:
         """One control step of physics, and what `sense` tells then. By the original's steps, but `fast` evaluates the
-        dynamics 4 times instead of 16 for Hopper and Walker2d (one Runge-Kutta step; Euler's method at that price errs
-        far more), 8 instead of 20 for Humanoid (two), 10 for Ant (Euler's method; on five steps of it Ant tips over)."""
+        dynamics 4 times, not 16, for Hopper and Walker2d (one Runge-Kutta step; Euler's method at that price errs far
+        more), 8 times, not 20, for Humanoid (two), 10 for Ant (ten Euler steps; on five it would tip over)."""
         dt = self.control_dt / self.substeps
         def evaluate(function, qpos, qvel, warmstart):
             full = self.template.replace(qpos=qpos, qvel=qvel, qacc_warmstart=warmstart, ctrl=action)

@@ -5,7 +5,8 @@
 States and actions are those of a policy (--policies, one policy.npz a task; random actions where there is none) in
 C MuJoCo. Every setting starts from the same states with the same actions. Errors are of the observation, the largest
 entry: after one environment step, and after 50. Speed is that of these same steps, vmapped, on all devices; each
-setting is timed in turn, `--repeats` times over, and the median is given.
+setting is timed in turn, `--repeats` times over, and the median is given. With a policy its return in each setting is
+told as well, mean and least of `--episodes` from the same starts: does the robot stay on its feet there, too?
 Writes benchmarks/results/physics.json.
 """
 
@@ -34,6 +35,7 @@ class Args:
     policies: tuple[str, ...] = ()  # policy.npz of each task, in the same order
     states: int = 256  # from which 50 steps are compared
     repeats: int = 5
+    episodes: int = 20  # of a policy in each setting; 0: none
     smoke: bool = False
 
 
@@ -67,11 +69,16 @@ SETTINGS = {
     ],
     "Ant": [
         Setting("exact", "exact"), FAST,
+        Setting("fast, 5 Euler steps", integrator=EULER, steps=5),
+        Setting("fast, 5 Euler steps, 20 / 20 iterations", iterations=(20, 20), integrator=EULER, steps=5),
+        *(Setting(f"fast, {n} Runge-Kutta steps", integrator=RK4, steps=n) for n in (2, 3, 5)),
+    ],
+    "Humanoid": [
+        Setting("exact", "exact"), FAST,
         *(Setting(f"fast, {n} Euler steps", integrator=EULER, steps=n) for n in (5, 10)),
-        *(Setting(f"fast, {n} Runge-Kutta steps", integrator=RK4, steps=n) for n in (1, 2, 3, 5)),
+        *(Setting(f"fast, {n} Runge-Kutta steps", integrator=RK4, steps=n) for n in (1, 3, 5)),
     ],
 }  # fmt: skip
-SETTINGS["Humanoid"] = SETTINGS["Ant"]
 SETTINGS["Walker2d"] = SETTINGS["Hopper"]
 
 
@@ -167,21 +174,27 @@ def main(args: Args) -> None:
         policy = dict(np.load(args.policies[index])) if args.policies else None
         (starts, actions, observations), rows, runs = collect(env_id, policy, args), {}, {}
         for setting in SETTINGS[env_id][: 2 if args.smoke else None]:
+            env = make_env(env_id, setting)
             with other_algebra(setting):
-                runs[setting.name], seconds = make_run(make_env(env_id, setting), mesh, starts, actions)
-            rows[setting.name] = errors(runs[setting.name](), observations) | {"compile_s": seconds}
+                runs[setting.name], seconds = make_run(env, mesh, starts, actions)
+                rows[setting.name] = errors(runs[setting.name](), observations) | {"compile_s": seconds}
+                if policy and args.episodes:
+                    keys = jax.random.split(jax.random.key(1), args.episodes)
+                    total = np.asarray(ppo.evaluate_mjx(env, policy, keys))
+                    rows[setting.name] |= {"return_mean": float(total.mean()), "return_least": float(total.min())}
         times = {name: [] for name in rows}
         for _ in range(args.repeats):
             for name, run in runs.items():
                 start = time.perf_counter()
                 run()
                 times[name].append(time.perf_counter() - start)
-        print(f"\n| {env_id} | env steps/s | compile s | 1 step: median | p90 | max | 50 steps: median | max |")
-        print("|---|---|---|---|---|---|---|---|")
+        print(f"\n| {env_id} | env steps/s | compile s | 1 step: median | p90 | max | 50 steps: median | max | "
+              "policy's return: mean | least |\n|---|---|---|---|---|---|---|---|---|---|")
         for name, row in rows.items():
             row["steps_per_s"] = observations.shape[0] * observations.shape[1] / float(np.median(times[name]))
             numbers = " | ".join(f"{value:.1e}" for key, value in row.items() if "step_" in key or "steps_m" in key)
-            print(f"| {name} | {row['steps_per_s']:.0f} | {row['compile_s']:.0f} | {numbers} |", flush=True)
+            told = " | ".join(f"{row[key]:.0f}" if key in row else "" for key in ("return_mean", "return_least"))
+            print(f"| {name} | {row['steps_per_s']:.0f} | {row['compile_s']:.0f} | {numbers} | {told} |", flush=True)
         result[env_id] = rows
     common.write("physics", args, {"results": result}, args.smoke)
 
