@@ -1041,7 +1041,7 @@ def replay_nan(file: Path, make_env, make_original) -> None:
     with or_fail(f"--replay-nan {file}"), np.load(file, allow_pickle=False) as arrays:
         saved = dict(arrays)
         env, broken, actions = make_env(read_args(str(saved["args"]))), saved["['broken']"], saved["['action']"]
-        start = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(broken)))
+        start = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), len(broken)))
         start, last = from_arrays(saved, {"start": start})["start"], int(broken.argmax())
     first = max(0, last - int(start.info["elapsed"][last]))  # no reset lies between
     state = jax.tree.map(lambda x: x[first], start)

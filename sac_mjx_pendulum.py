@@ -543,10 +543,10 @@ class CMujocoEnv:
     """The task in C MuJoCo, with the interface of Gymnasium."""
     def __init__(self, env: Env):
         self.env, self.task, self.model = env, env.task, load_model(env.task)
-        self.data, self.elapsed = mujoco.MjData(self.model), 0
+        self.data, self.elapsed, self.start = mujoco.MjData(self.model), 0, jax.jit(env.reset)
 
     def reset(self, seed: int):
-        start = jax.device_get(self.env.reset(jax.random.key(seed)).data)
+        start = jax.device_get(self.start(jax.random.key(seed)).data)
         self.data.qpos, self.data.qvel, self.elapsed = start.qpos, start.qvel, 0
         return observe(self.data.qpos, self.data.qvel, np), {}
 
@@ -603,7 +603,7 @@ def replay_nan(file: Path, make_env, make_original) -> None:
     with or_fail(f"--replay-nan {file}"), np.load(file, allow_pickle=False) as arrays:
         saved = dict(arrays)
         env, broken, actions = make_env(read_args(str(saved["args"]))), saved["['broken']"], saved["['action']"]
-        start = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(broken)))
+        start = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), len(broken)))
         start, last = from_arrays(saved, {"start": start})["start"], int(broken.argmax())
     first = max(0, last - int(start.info["elapsed"][last]))  # no reset lies between
     state = jax.tree.map(lambda x: x[first], start)

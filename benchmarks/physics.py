@@ -137,7 +137,7 @@ def collect(env_id: str, policy: dict | None, args: Args):
 
 def make_run(env: ppo.Env, mesh: Mesh, starts, actions):
     """A compiled function that takes all states through their actions to observations [50, S, O]; compile seconds."""
-    blank = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(actions)))
+    blank = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), len(actions)))
     state = blank.replace(data=ppo.Physics(*(jnp.asarray(x, jnp.float32) for x in starts)))
     actions = jnp.asarray(actions, jnp.float32)
 

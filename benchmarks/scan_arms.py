@@ -139,7 +139,7 @@ def step_arms(args: Args, mesh):
     """Builders of the arms of the environment step: name -> function that returns a call and compile seconds."""
     env, full = make_env(), FullDataEnv("HalfCheetah")
     place = partial(jax.device_put, device=NamedSharding(mesh, P("devices")))
-    state = place(jax.vmap(env.reset)(jax.random.split(jax.random.key(args.seed), args.num_envs)))
+    state = place(jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(args.seed), args.num_envs)))
     shape = (args.num_envs, args.steps, env.action_size)
     actions = place(jax.random.uniform(jax.random.key(args.seed + 1), shape, minval=-1.0, maxval=1.0))
     count = place(jnp.full(args.num_envs, args.steps))

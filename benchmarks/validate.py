@@ -209,7 +209,7 @@ def record(env_id: str, count: int) -> list[np.ndarray]:
 def step_mjx(env: ppo.Env, qpos, qvel, warmstart, action) -> ppo.State:
     """One compiled step from each state."""
     data = ppo.Physics(*(jnp.asarray(x, jnp.float32) for x in (qpos, qvel, warmstart)))
-    reset = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(action)))
+    reset = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), len(action)))
     reset = reset.replace(info=reset.info | {"x": data.qpos[:, 0]})
     program = jax.jit(jax.vmap(env.step)).lower(reset.replace(data=data), jnp.asarray(action, jnp.float32))
     # 16 evaluations of the exact physics take minutes to compile with all of LLVM's passes, and run here but once.

@@ -116,7 +116,7 @@ def test_fast_model_differs_only_as_documented(task_id):
 def test_reset_distribution(task_id):
     """Resets have Gymnasium's support, mean and standard deviation, coordinate by coordinate."""
     count, env, original = 4000, ppo_mjx.Env(task_id), gymnasium.make(task_id + "-v5").unwrapped
-    data = jax.device_get(jax.vmap(env.reset)(jax.random.split(jax.random.key(0), count)).data)
+    data = jax.device_get(jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), count)).data)
     noise, rows = env.task.reset_noise, []
     for seed in range(count):
         original.reset(seed=seed)
@@ -309,14 +309,14 @@ def test_step_is_pure_and_vmap_is_a_loop():
     jax.tree.map(np.testing.assert_array_equal, first, second)
     for world in (0, 7):
         qpos, qvel, warmstart, x, action = (jnp.asarray(x[world], jnp.float32) for x in inputs)
-        start = env.reset(jax.random.key(0))
+        start = jax.jit(env.reset)(jax.random.key(0))
         start = start.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), info=start.info | {"x": x})
         alone, batch = env.step(start, action), jax.tree.map(lambda x, world=world: x[world], first)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), alone, batch)
 
 def test_reset_follows_its_key(hopper):
     """The same key starts the same episode, another key another one."""
-    first, again, other = (hopper.reset(jax.random.key(seed)) for seed in (0, 0, 1))
+    first, again, other = (jax.jit(hopper.reset)(jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert (first.data.qpos != other.data.qpos).all() and (first.data.qvel != other.data.qvel).all()
 
@@ -330,5 +330,6 @@ def test_broken_world_ends_its_episode():
     assert state.info["broken"].tolist() == 3 * [True] + (WORLDS - 3) * [False]
     assert (state.done[:3] == 1).all() and (state.reward[:3] == 0).all()
     assert not state.done[3:].any() and (state.reward[3:] != 0).all()
-    reset = jax.vmap(ppo_mjx.Env("Hopper").reset)(jax.random.split(jax.random.key(0), WORLDS))  # as in compiled_step
+    keys = jax.random.split(jax.random.key(0), WORLDS)  # as in compiled_step
+    reset = jax.jit(jax.vmap(ppo_mjx.Env("Hopper").reset))(keys)
     np.testing.assert_allclose(state.obs[:3], reset.obs[:3], rtol=1e-6)

@@ -46,7 +46,7 @@ def env():
 
 def start_at(env, qpos, qvel):
     """States [N] at these angles and speeds."""
-    state = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(qpos)))
+    state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), len(qpos)))
     data = sac.Physics(jnp.asarray(qpos, jnp.float32)[:, None], jnp.asarray(qvel, jnp.float32)[:, None])
     return state.replace(data=data, obs=sac.observe(data.qpos, data.qvel))
 
@@ -123,7 +123,7 @@ def test_time_limit_truncates(env):
 def test_resets_cover_gymnasiums_range(env):
     """Angles are uniform on the circle, speeds from -1 to 1; the same key gives the same start, another another."""
     keys = jax.random.split(jax.random.key(1), 2000)
-    first, again = jax.vmap(env.reset)(keys), jax.vmap(env.reset)(keys)
+    first, again = (jax.jit(jax.vmap(env.reset))(keys) for _ in range(2))
     assert_same(first, again)
     for values, most in ((first.data.qpos, np.pi), (first.data.qvel, 1)):
         values = np.asarray(values).ravel() / most
@@ -146,7 +146,7 @@ def test_c_mujoco_agrees(env):
     """The evaluation's C MuJoCo environment takes the same steps, up to the time limit."""
     original, torques = sac.CMujocoEnv(env), np.float32(np.random.default_rng(3).uniform(-3, 3, 200))
     obs, _ = original.reset(5)
-    state = env.reset(jax.random.key(5))
+    state = jax.jit(env.reset)(jax.random.key(5))
     np.testing.assert_allclose(obs, state.obs, atol=1e-6)
     path = run_steps(env, jax.tree.map(lambda x: x[None], state), torques[:, None])
     for t in range(200):
