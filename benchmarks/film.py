@@ -23,11 +23,11 @@ import ppo_mjx as ppo
 class Args:
     runs: tuple[str, ...] = ()  # run folders of ppo_mjx.py
     start: float = 1.0  # first moment that is shown, in seconds of the episode
-    seconds: float = 4.0  # that are shown
+    seconds: float = 3.0  # that are shown
     fps: int = 20  # frames a second
-    size: int = 200  # of a pane, in pixels
+    size: int = 240  # of a pane, in pixels
     seed: int = 1  # of the episodes' starts
-    name: str = "tasks"  # of the file
+    name: str = "film"  # of the file
     smoke: bool = False  # a moment of two robots that nothing moves, to benchmarks/results/
 
 
@@ -43,8 +43,9 @@ def film(env_id: str, policy: dict, args: Args) -> np.ndarray:
         mujoco.mj_forward(original.model, original.data)
         renderer.update_scene(original.data, camera="track")
         picture = Image.fromarray(renderer.render())
-        left = (picture.width - picture.height) // 2
-        square = picture.crop((left, 0, left + picture.height, picture.height))
+        side = 3 * picture.height // 4  # above is sky
+        left, top = (picture.width - side) // 2, picture.height - side
+        square = picture.crop((left, top, left + side, top + side))
         frames.append(np.asarray(square.resize((args.size, args.size), Image.Resampling.LANCZOS)))
     renderer.close()
     return np.array(frames)
