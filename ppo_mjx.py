@@ -531,13 +531,13 @@ class Env:
                 full = evaluate(mjx.forward, qpos, qvel, qacc)  # whose solver starts from the stage before
                 return (qvel, full.qacc, velocity + weight * qvel, acceleration + weight * full.qacc, full), None
             tableau = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
-            zero = jnp.zeros_like(start.qvel)
+            zero = 0 * start.qvel
             (_, qacc, velocity, acceleration, full), _ = jax.lax.scan(
                 stage, (start.qvel, start.qacc_warmstart, zero, zero, full), tableau)
             return (Physics(move(start.qpos, dt * velocity), start.qvel + dt * acceleration, qacc), full), None
-        # What `sense` reads is carried along, and computed once; XLA drops the rest of mjx.Data.
-        form = jax.eval_shape(partial(evaluate, mjx.forward), *vars(data).values())
-        carry = (data, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form))
+        # What `sense` reads is carried along (XLA drops the rest), from zeros of the world, or vmap would trace twice.
+        nothing = 0 * data.qpos[0]
+        carry = (data, jax.tree.map(lambda x: jnp.zeros_like(x) + nothing.astype(x.dtype), self.template))
         (data, full), _ = jax.lax.scan(runge_kutta if self.runge_kutta else own_step, carry, None, length=self.substeps)
         wrenches = "cfrc_ext" in dict(self.task.senses)
         return data, *self.sense(smooth.rne_postconstraint(self.model, full) if wrenches else full)
