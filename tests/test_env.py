@@ -307,12 +307,11 @@ def test_step_is_pure_and_vmap_is_a_loop():
     inputs = (seen.qpos[:, 20], seen.qvel[:, 20], seen.warmstart[:, 20], seen.x[:, 20], seen.action[:, 20])
     first, second = step(*inputs), step(*inputs)
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    for world in (0, 7):
-        qpos, qvel, warmstart, x, action = (jnp.asarray(x[world], jnp.float32) for x in inputs)
-        start = jax.jit(env.reset)(jax.random.key(0))
-        start = start.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), info=start.info | {"x": x})
-        alone, batch = env.step(start, action), jax.tree.map(lambda x, world=world: x[world], first)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), alone, batch)
+    qpos, qvel, warmstart, x, action = (jnp.asarray(x[7], jnp.float32) for x in inputs)
+    start = jax.jit(env.reset)(jax.random.key(0))
+    start = start.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), info=start.info | {"x": x})
+    alone, batch = env.step(start, action), jax.tree.map(lambda x: x[7], first)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), alone, batch)
 
 def test_reset_follows_its_key(hopper):
     """The same key starts the same episode, another key another one."""
