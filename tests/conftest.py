@@ -21,10 +21,9 @@ jax.devices()  # start the backend, so that no test changes the number of device
 def pytest_collection_modifyitems(items):
     """One process runs all tests of a file, of test_env.py's all of a task: they share what is compiled or recorded."""
     for item in items:
-        group = item.path.stem
-        if group == "test_env":
-            group += getattr(item, "callspec", None) and item.callspec.params.get("task_id", "") or "Hopper"
-        item.add_marker(pytest.mark.xdist_group(group))
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        task = params.get("task_id", "Hopper") if item.path.stem == "test_env" else ""
+        item.add_marker(pytest.mark.xdist_group(item.path.stem + task))
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
