@@ -17,14 +17,6 @@ import ppo_mjx
 jax.config.update("jax_num_cpu_devices", 2)
 jax.devices()  # start the backend, so that no test changes the number of devices
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """One process runs all tests of a file, of test_env.py's all of a task: they share what is compiled or recorded."""
-    for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        task = params.get("task_id", "Hopper") if item.path.stem == "test_env" else ""
-        item.add_marker(pytest.mark.xdist_group(item.path.stem + task))
-
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """Share compiled programs between tests and the processes that they start."""

@@ -1,0 +1,76 @@
+"""Gymnasium's random episodes, and MJX's steps from their states, for the tests of the environment."""
+
+import dataclasses
+import functools
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+
+import ppo_mjx
+
+TASK_IDS = list(ppo_mjx.TASKS)
+WORLDS, STEPS = 20, 50
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """Gymnasium's random episodes [WORLDS, STEPS, ...], which go on after a termination."""
+    qpos: np.ndarray  # qpos, qvel and warmstart are those before the step
+    qvel: np.ndarray
+    warmstart: np.ndarray
+    x: np.ndarray  # where the reward takes the robot to be
+    action: np.ndarray
+    next_qpos: np.ndarray
+    obs: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+
+def make_gymnasium(task_id: str):
+    """Gymnasium's environment, Humanoid with the solver that MJX has (test_humanoids_solver_is_near tells of PGS)."""
+    env = gymnasium.make(task_id + "-v5").unwrapped
+    if task_id == "Humanoid":
+        env.model.opt.solver, env.model.opt.iterations = mujoco.mjtSolver.mjSOL_NEWTON, 100
+    return env
+
+@functools.cache
+def record(task_id: str) -> Recording:
+    env, rng, rows, task = make_gymnasium(task_id), np.random.default_rng(0), [], ppo_mjx.TASKS[task_id]
+    for world in range(WORLDS):
+        env.reset(seed=world)
+        for _ in range(STEPS):
+            # float32 values, so that all precisions get the same action
+            action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32).astype(float)
+            before = [x.copy() for x in (env.data.qpos, env.data.qvel, env.data.qacc_warmstart)]
+            before.append(ppo_mjx.sense(task, functools.partial(getattr, env.data), np)[0])
+            obs, reward, terminated, _, _ = env.step(action)
+            rows.append((*before, action, env.data.qpos.copy(), obs, reward, terminated))
+    return Recording(*(np.array(x).reshape(WORLDS, STEPS, *np.shape(x[0])) for x in zip(*rows, strict=True)))
+
+@functools.cache
+def compiled_step(task_id: str, physics: str, x64: bool):
+    """The environment, and one compiled step of WORLDS worlds from (qpos, qvel, warmstart, x, action)."""
+    jax.clear_caches()  # JAX 0.9 mixes up its traces of float64 constants, MJX's RK4 has one, between the precisions
+    def step(qpos, qvel, warmstart, x, action):
+        reset = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), WORLDS))
+        state = reset.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), info=reset.info | {"x": x})
+        return jax.vmap(env.step)(state, action)
+    def call(*inputs):
+        with jax.enable_x64(x64):
+            return jax.device_get(compiled(*(jnp.asarray(x, float) for x in inputs)))
+    with jax.enable_x64(x64):
+        env = ppo_mjx.Env(task_id, physics)
+        sizes = (env.model.nq,), (env.model.nv,), (env.model.nv,), (), (env.model.nu,)
+        compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, *size), float) for size in sizes))
+        compiled = compiled.compile({"xla_llvm_disable_expensive_passes": True})  # which take long, and pay only later
+    jax.clear_caches()
+    return env, call
+
+MOMENT = np.arange(WORLDS), np.random.default_rng(1).integers(0, STEPS, WORLDS)  # a random one of each episode
+
+def one_step(task_id: str, physics: str, x64: bool):
+    """MJX's step from the MOMENT of each recorded episode."""
+    seen = record(task_id)
+    inputs = (seen.qpos, seen.qvel, seen.warmstart, seen.x, seen.action)
+    return compiled_step(task_id, physics, x64)[1](*(x[MOMENT] for x in inputs))
