@@ -3,14 +3,14 @@
     python benchmarks/scan_arms.py
 
 Each arm takes all worlds equally far from the same state with the same actions. Ours is what ppo_mjx.py does: a
-lax.scan over environment steps that carries the minimal state, with MJX's own loops in it (5 physics steps, Newton's
-iterations, the line search). The others:
+lax.scan over environment steps that carries the minimal state, with loops in it (5 physics steps, the solver's Newton
+iterations and line search). The others:
 - a loop in Python over the compiled step, with the minimal state and with full mjx.Data: no scan around the step;
 - a scan that carries full mjx.Data, and the same with its state donated;
 - the scan unrolled by some steps, as a fori_loop, and as one whose trip count the compiler does not know;
-- fewer loops inside: the physics steps unrolled; Newton's iterations unrolled (MJX leaves them when all worlds
-  have converged); one Newton iteration (other physics, less work); one with line search and physics steps unrolled, so
-  that no loop is left in a step;
+- fewer loops inside: the physics steps unrolled; Newton's iterations and the line search unrolled; one Newton
+  iteration (other physics, less work); one with line search and physics steps unrolled, so that no loop is left in a
+  step;
 - on a CUDA device: ours without command buffers (CUDA graphs), with loops in them, and with others of their sizes.
 The training iteration: ours is one program with donated state; its rollout's scan unrolled; and the rollout as one
 dispatch for each step of the worlds, followed by one program with advantages and update.
@@ -59,7 +59,9 @@ class Args:
     unroll: tuple[int, ...] = (2, 4)  # environment steps in one turn of an unrolled scan
     min_seconds: float = 0.3  # of one sample
     repeats: int = 9
+    arms: tuple[str, ...] | None = None  # names of the arms, ours first; by default all of them
     train: bool = True  # time the training iteration as well
+    compile_cache: bool = False  # keep compiled programs, for the next start: then their seconds tell nothing
     seed: int = 1
     smoke: bool = False  # one short round of an arm of each kind, on less physics, hardly optimised by the compiler
 
@@ -98,18 +100,13 @@ def unroll_scans(length: int, unroll: int):
     return mock.patch.object(jax.lax, "scan", scan)
 
 
-def repeat(condition, body, value, limit: int):
-    """A while loop of at most `limit` turns, unrolled: once the condition fails nothing changes any more."""
-    for _ in range(limit):
-        going = condition(value)
-        value = jax.tree.map(partial(jnp.where, going), body(value), value)
-    return value
-
-
-def unroll_newton(env: ppo.Env):
-    """Unroll the solver's while loop; there is no other in an environment step."""
-    return mock.patch.object(
-        jax.lax, "while_loop", lambda condition, body, value: repeat(condition, body, value, env.model.opt.iterations))
+def unroll_newton():
+    """Unroll the solver's loops; there are no others but the scans in an environment step."""
+    def fori_loop(low, high, body, carry):
+        for i in range(low, high):
+            carry = body(i, carry)
+        return carry
+    return mock.patch.object(jax.lax, "fori_loop", fori_loop)
 
 
 def compile_on(mesh, function, *operands, donate=(), options=None):
@@ -177,7 +174,7 @@ def step_arms(args: Args, mesh):
         return program(partial(scan_steps, env, unroll), state, actions, **how)
 
     def loopless():
-        with mock.patch("mujoco.mjx._src.solver._while_loop_scan", repeat):
+        with unroll_newton():
             return ours(make_env(1), patch=substeps)
 
     substeps, operands = partial(unroll_scans, env.task.frame_skip, env.task.frame_skip), (state, actions, count)
@@ -190,12 +187,12 @@ def step_arms(args: Args, mesh):
         "fori_loop": lambda: program(partial(count_steps, env, args.steps), *operands),
         "loop of unknown length": lambda: program(partial(count_steps, env, None), *operands),
         "physics steps unrolled": lambda: ours(patch=substeps),
-        "Newton unrolled": lambda: ours(patch=partial(unroll_newton, env)),
+        "Newton unrolled": lambda: ours(patch=unroll_newton),
         "1 Newton iteration": lambda: ours(make_env(1)),
         LOOPLESS: loopless,
     }  # fmt: skip
     arms |= {name: partial(ours, options=options) for name, options in CUDA_OPTIONS.items()}
-    return {name: arms[name] for name in (SMOKE if args.smoke else arms)}
+    return {name: arms[name] for name in args.arms or (SMOKE if args.smoke else arms)}
 
 
 def train_arms(args: Args, mesh):
@@ -293,7 +290,7 @@ def main(args: Args) -> None:
         mock.patch.object(ppo, "load_model", shrink).start()
         mock.patch.dict(ppo.TASKS, HalfCheetah=dataclasses.replace(ppo.TASKS["HalfCheetah"], frame_skip=2)).start()
     common.make_mesh()  # starts JAX with all cores
-    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_enable_compilation_cache", args.compile_cache)
     parts = (args.num_envs, args.num_envs * args.steps // ppo.Args.num_minibatches)
     mesh = common.make_mesh(max(k for k in range(1, jax.device_count() + 1) if all(x % k == 0 for x in parts)))
     result = {"devices_in_use": mesh.size, "step": measure(args, step_arms(args, mesh), OURS)}

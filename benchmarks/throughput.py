@@ -64,11 +64,12 @@ class Args:
     exact_num_envs: tuple[int, ...] = (1, 256, 4096)  # for which exact physics are measured as well
     gymnasium_num_envs: int = 32  # for up to so many worlds Gymnasium is measured
     steps: int = 16  # environment steps of a call at most; as many as in a rollout of ppo_mjx.py
-    turn_seconds: float = 1.0  # that a call of MJX fast may take; exact, Warp, one thread, Gymnasium: twice as long
+    turn_seconds: float = 1.0  # that a call of MJX fast may take; C on all cores four times as long, others twice
     min_seconds: float = 0.3  # of a turn at least
     repeats: int = 5
     seed: int = 0
     name: str = "throughput"  # of the JSON file
+    compile_cache: bool = False  # keep compiled programs, for the next start: then their seconds tell nothing
     smoke: bool = False  # one iteration of everything, with next to no optimisation by the compiler
 
 
@@ -275,7 +276,7 @@ def measure(args: Args, task: Task, pool, num_envs: int, steps: int, rates: dict
     with stack, sample_gpus() as samples:
         for arm, (reason, build) in arms.items():
             expected = num_envs * steps / rates.get(arm, np.inf)
-            if arm not in (FAST, C, C_FAST) and expected > 2 * args.turn_seconds:
+            if arm != FAST and expected > (4 if arm in (C, C_FAST) else 2) * args.turn_seconds:
                 reason = reason or f"a call of {steps} steps would take {expected:.2g} s"
             if reason:
                 rows[arm] = {"skipped": reason}
@@ -315,7 +316,7 @@ def main(args: Args) -> None:
         args = dataclasses.replace(args, tasks=("HalfCheetah", "g1", "Pendulum"), num_envs=(4,), exact_num_envs=(4,),
                                    steps=2, repeats=1, min_seconds=0.05)  # fmt: skip
     common.make_mesh()  # starts JAX with all cores
-    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_enable_compilation_cache", args.compile_cache)
     result, crossings, failed = {}, {}, []
     for name in args.tasks:
         task, rates, printed, result[name] = make_task(name), {}, [], {}

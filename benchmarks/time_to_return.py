@@ -108,7 +108,7 @@ def measure(args: Args, env_id: str, seed: int) -> dict:
         if args.keep:
             (trained,) = (Path(folder) / "runs").iterdir()
             shutil.copytree(trained, Path(args.keep) / trained.name)
-        with ProcessPoolExecutor(2) as pool:
+        with ProcessPoolExecutor(common.count_cores()) as pool:
             jobs = [pool.submit(judge, env_id, policy["file"], args.episodes) for policy in policies]
             returns = [job.result() for job in jobs]
     batch = run["args"]["num_envs"] * run["args"]["num_steps"]

@@ -87,7 +87,7 @@ def main(args: Args) -> None:
                 policies, run, seconds = train(args, variant, seed, Path(folder))
                 if args.ablations:
                     policies = policies[-1:]
-                with ProcessPoolExecutor(2) as pool:
+                with ProcessPoolExecutor(common.count_cores()) as pool:
                     results = list(pool.map(judge, [policy["file"] for policy in policies]))
                 if args.policy and not rows:
                     shutil.copy(policies[-1]["file"], args.policy)

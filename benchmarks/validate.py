@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax._src.core import jaxprs_in_params  # JAX moved the public name in 0.11
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from mujoco.batch import Batch
 
@@ -339,7 +340,7 @@ def equations(jaxpr):
     """All equations, those of inner programs too."""
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from equations(inner)
 
 
