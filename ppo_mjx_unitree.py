@@ -433,9 +433,9 @@ def solve_spd(column, right: jax.Array) -> jax.Array:
 
 def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The constraint solver: accelerations a [n, N], forces [k, N] of one-sided constraints (contacts, limits), and
-    what these do to the joints, J' forces [n, N].
-    MuJoCo's cost is least at a: a' M a / 2 - push a + sum of d min(J a - aim, 0)^2 / 2. problem: M [n, n, N],
-    J [k, n, N], d [k, N], aim [k, N], push [n, N], a guess of a. In loops, else XLA computes much anew for each use."""
+    what these do to the joints, J' forces [n, N]. MuJoCo's cost is least at a: a' M a / 2 - push a + sum of
+    d min(J a - aim, 0)^2 / 2. problem: M [n, n, N], J [k, n, N], d [k, N], aim [k, N], push [n, N], a guess of a.
+    In loops, else XLA computes much anew for each use; on a GPU it costs more to start the line search's kernels."""
     def iteration(_, carry):
         M, J, d, aim, push, a = carry
         slack, rest = times(J, a) - aim, times(M, a) - push
@@ -453,7 +453,8 @@ def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[ja
             middle = jnp.where(jnp.isinf(high), 2 * length, (low + high) / 2)
             length -= slope / (curve_0 + sum(pull * Js))
             return [jnp.where((length >= low) & (length <= high), length, middle), low, high]
-        length, *_ = jax.lax.fori_loop(0, ls_iterations, search, [jnp.full_like(slope_0, x) for x in (1, 0, math.inf)])
+        start = [jnp.full_like(slope_0, x) for x in (1, 0, math.inf)]
+        length, *_ = jax.lax.fori_loop(0, ls_iterations, search, start, unroll=jax.default_backend() != "cpu")
         return M, J, d, aim, push, a + length * step
     M, J, d, aim, push, a = jax.lax.fori_loop(0, iterations, iteration, problem)
     force = -d * jnp.minimum(times(J, a) - aim, 0.0)
@@ -476,8 +477,7 @@ def over_worlds(function):
     return one_world
 
 def solve_constraints(model: mjx.Model, data: mjx.Data, otherwise=solver.solve) -> mjx.Data:
-    """What MJX is to call as solver.solve. MJX's own solves what this does not know: equalities, dry friction, elliptic
-    cones."""
+    """For MJX as solver.solve; its own does what this does not know: equalities, dry friction, elliptic cones."""
     rows = data._impl
     if rows.ne or rows.nf or model.opt.cone != mujoco.mjtCone.mjCONE_PYRAMIDAL:
         return otherwise(model, data)

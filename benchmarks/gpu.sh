@@ -13,7 +13,7 @@ smoke=() pieces=()
 for word in "$@"; do
   if [ "$word" = --smoke ]; then smoke=(--smoke); else pieces+=("$word"); fi
 done
-all=(throughput scan_arms memory flags ppo g1 unitree_physics stages reproducibility validate sac)
+all=(ppo g1 xla_options throughput scan_arms memory unitree_physics stages reproducibility validate sac)
 [ ${#pieces[@]} -gt 0 ] || pieces=("${all[@]}")
 limit=${SECONDS_A_PIECE:-540} out=benchmarks/results/gpu failed=()
 mkdir -p "$out"
@@ -40,22 +40,21 @@ run() {
         piece "throughput_$task" python benchmarks/throughput.py --tasks "$task" --name "throughput_$task" \
           --num-envs 1 128 1024 4096 8192 16384 32768 "${smoke[@]}"
       done ;;
-    scan_arms) piece scan_arms python benchmarks/scan_arms.py --num-envs 4096 "${smoke[@]}" ;;
+    scan_arms) piece scan_arms python benchmarks/scan_arms.py --num-envs 4096 --no-train "${smoke[@]}" ;;
     memory) piece memory python benchmarks/memory.py "${smoke[@]}" ;;
-    flags)  # XLA's settings that others recommend, each against none
-      for flags in "" "--xla_gpu_triton_gemm_any=true" "--xla_gpu_enable_latency_hiding_scheduler=true" \
-                   "--xla_gpu_enable_command_buffer="; do
-        name="training_speed$(tr -dc '[:alnum:]_' <<< "$flags")"
-        piece "$name" env XLA_FLAGS="$flags" python benchmarks/training_speed.py --env-ids HalfCheetah \
-          --num-envs 4096 --starts 1 --name "$name" "${smoke[@]}"
+    xla_options)
+      for task in HalfCheetah g1; do
+        piece "xla_options_$task" python benchmarks/xla_options.py --task "$task" --num-envs 2048 \
+          --name "xla_options_$task" "${smoke[@]}"
       done ;;
     ppo)
       piece ppo_defaults python benchmarks/time_to_return.py --env-ids HalfCheetah --seeds 1 --name ppo_defaults "${smoke[@]}"
       for task in HalfCheetah Hopper Walker2d; do
         piece "ppo_$task" python benchmarks/time_to_return.py --env-ids "$task" --seeds 1 --name "ppo_$task" \
-          --total-timesteps 50000000 --flags="--num-envs 2048 --num-steps 32" "${smoke[@]}"
+          --total-timesteps 8000000 --flags="--num-envs 2048 --num-steps 16" "${smoke[@]}"
       done ;;
-    g1) piece g1 python benchmarks/time_to_walk.py --name g1 "${smoke[@]}" ;;
+    g1) piece g1 python benchmarks/time_to_walk.py --name g1 --total-timesteps 45000000 --checkpoint-every 120 \
+          --flags="--num-envs 2048" "${smoke[@]}" ;;
     unitree_physics) piece unitree_physics python benchmarks/unitree_physics.py --policy docs/g1_policy.npz "${smoke[@]}" ;;
     stages) piece stages python benchmarks/stages.py --num-envs 4096 "${smoke[@]}" ;;
     reproducibility) piece reproducibility python benchmarks/reproducibility.py "${smoke[@]}" ;;

@@ -303,6 +303,15 @@ def measure(args: Args, task: Task, pool, num_envs: int, steps: int, rates: dict
     return rows
 
 
+def c_rates(task: Task, data: dict) -> dict[str, float]:
+    """Environment steps/s of the C arms by one short call, so that none is begun that would take minutes."""
+    cores, controls = common.count_cores(), task.to_ctrl(draw_actions(task, 2, POOL))
+    arms = {C: (task.original, task.substeps, cores), C_ONE: (task.original, task.substeps, 1),
+            C_FAST: (task.fast_model, task.fast_substeps, cores)}
+    return {arm: controls[..., 0].size / min(common.take_turns({"": c_call(*how, data, controls)[0]}, 2)[""])
+            for arm, how in arms.items()}
+
+
 def find_crossing(ratios: dict[int, float]) -> dict:
     """The smallest number of worlds with which MJX is faster than C MuJoCo, and the best ratio."""
     best = max(ratios, key=ratios.get, default=None)
@@ -319,8 +328,9 @@ def main(args: Args) -> None:
     jax.config.update("jax_enable_compilation_cache", args.compile_cache)
     result, crossings, failed = {}, {}, []
     for name in args.tasks:
-        task, rates, printed, result[name] = make_task(name), {}, [], {}
+        task, printed, result[name] = make_task(name), [], {}
         pool = warm_up(task, task.fast(), args.seed)
+        rates = c_rates(task, pool[1])
         for num_envs in sorted(args.num_envs):
             steps = args.steps
             if FAST in rates:
@@ -339,6 +349,7 @@ def main(args: Args) -> None:
                 printed.append([num_envs, arm, *(row.get(column) for column in COLUMNS), note])
             jax.clear_caches()
             print(f"{name}, {num_envs} worlds: done", flush=True)
+            common.write(args.name, args, {"failed": failed, "results": result}, args.smoke)  # should it be cut
         print(f"\n{name}\n")
         common.table(["worlds", "arm", *COLUMNS.values(), ""], printed)
         crossings[name] = {}

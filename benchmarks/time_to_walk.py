@@ -42,6 +42,7 @@ class Args:
     seeds: tuple[int, ...] = (1,)
     total_timesteps: int = 15_000_000
     checkpoint_every: int = 150  # iterations between two policies; the test of one takes 42 s of a core
+    flags: str = ""  # further flags for ppo_mjx_unitree.py
     ablations: bool = False  # all variants, of which the last policies alone are judged
     name: str = "time_to_walk"  # of the JSON file
     policy: str | None = None  # where the last policy of the first seed is copied to
@@ -73,6 +74,7 @@ def train(args: Args, variant: str, seed: int, folder: Path) -> tuple[list[dict]
     command = [sys.executable, __file__, "--child", json.dumps(weights), "--seed", str(seed)]
     command += ["--runs-dir", str(folder / "runs"), "--total-timesteps", str(args.total_timesteps)]
     command += ["--checkpoint-every", str(args.checkpoint_every), "--no-compile-cache", *flags]
+    command += args.flags.split()
     return watch(command, folder)
 
 
