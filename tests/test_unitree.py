@@ -485,6 +485,14 @@ def test_solver_ends_where_the_cost_is_least():
     assert (force > 0).any() and (force == 0).any()
     np.testing.assert_allclose(alone[:, 0], found[0], rtol=1e-9)
 
+@pytest.mark.parametrize("backend, loops", [("cpu", 2), ("gpu", 1)])
+def test_line_search_is_a_loop_on_a_cpu_alone(monkeypatch, backend, loops):
+    """The other loop is over the iterations."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    problem = (np.moveaxis(x, 0, -1) for x in constrained(np.random.default_rng(3), WORLDS))
+    program = jax.jit(partial(unitree.newton, 2, 4)).lower(*problem).as_text()
+    assert program.count("stablehlo.while") == loops
+
 def test_a_step_of_the_solver_never_makes_the_cost_larger():
     """Neither the first nor later ones, also with few steps of its search."""
     problem = constrained(np.random.default_rng(1), WORLDS)
