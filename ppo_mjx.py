@@ -89,7 +89,7 @@ class Args:
     eval_episodes: int = 20  # episodes of each evaluation
     # The algorithm, by CleanRL's names
     total_timesteps: int = 1_000_000  # environment steps, over all worlds; Ant takes 3 million, Humanoid 2
-    learning_rate: float = 1e-3  # Adam's step size at the start; Ant and Humanoid take 5e-4
+    learning_rate: float = 1e-3  # Adam's step size at the start; Ant takes 2e-4, Humanoid 5e-4
     num_envs: int = 256  # worlds, over all devices; all but HalfCheetah take 128
     num_steps: int = 16  # steps of each world in one rollout; all but HalfCheetah take 32
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
@@ -248,11 +248,11 @@ def humanoid_mjcf() -> str:
 class Task:
     """What tells one task from another: Gymnasium's numbers, what `--physics fast` changes, how it learns best."""
     mjcf: str
-    healthy: tuple[float, float, float, float]  # z min, z max in m, |pitch| in rad, |all but x and z|
+    healthy: tuple[float, float, float, float]  # z min, z max in m; |pitch| in rad (|w| of a free root); |all but x, z|
     frame_skip: int = 4  # physics steps in one environment step
     forward_reward: float = 1.0  # weight of the velocity
     ctrl_cost: float = 1e-3  # weight of the squared action
-    contact_cost: float = 0.0  # weight of the squared contact wrenches; the cost is capped at 10
+    contact_cost: float = 0.0  # weight of the squared contact wrenches; like Humanoid's, it costs 10 at most
     healthy_reward: float = 1.0  # of each step
     hidden: int = 1  # coordinates that are not observed: x, and y of a robot in space; the next one is z
     position: tuple[str | int, ...] = ("qpos", 0)  # MuJoCo's field, and where in it, that says how far the robot is
@@ -316,7 +316,7 @@ def load_model(task: Task, physics: str = "original") -> mujoco.MjModel:
     if task.fast_contacts is None:
         return model
     model.geom_contype[:] = model.geom_conaffinity[:] = 0
-    for bit, (ones, others) in enumerate(task.fast_contacts):
+    for bit, (ones, others) in enumerate(task.fast_contacts):  # a bit for each pair of groups: no others touch
         for geom in range(model.ngeom):
             name = model.geom(geom).name
             model.geom_contype[geom] |= name.startswith(ones) << bit
@@ -396,8 +396,8 @@ def solve_spd(column, right: jax.Array) -> jax.Array:
 def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The constraint solver: accelerations a [n, N], forces [k, N] of one-sided constraints (contacts, limits), and
     what these do to the joints, J' forces [n, N]. MuJoCo's cost is least at a: a' M a / 2 - push a + sum of
-    d min(J a - aim, 0)^2 / 2. problem: M [n, n, N], J [k, n, N], d [k, N], aim [k, N], push [n, N], a guess of a.
-    In loops, else XLA computes much anew for each use; on a GPU it costs more to start the line search's kernels."""
+    d min(J a - aim, 0)^2 / 2. problem: M [n, n, N], J [k, n, N], d [k, N] (efc_D), aim [k, N] (efc_aref), push [n, N]
+    (qfrc_smooth), a guess of a. In two loops, else XLA computes much anew; a GPU, slow to start them, gets one."""
     def iteration(_, carry):
         M, J, d, aim, push, a = carry
         slack, rest = times(J, a) - aim, times(M, a) - push
@@ -409,11 +409,11 @@ def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[ja
         def search(_, carry):  # for the root of the slope along the step: Newton's method, inside of what encloses it
             length, low, high = carry
             ahead = slack + length * Js
-            pull = jnp.where(ahead < 0, d * Js, 0.0)
-            slope = slope_0 + length * curve_0 + sum(pull * ahead)
+            weight = jnp.where(ahead < 0, d * Js, 0.0)
+            slope = slope_0 + length * curve_0 + sum(weight * ahead)
             low, high = jnp.where(slope < 0, length, low), jnp.where(slope < 0, high, length)
             middle = jnp.where(jnp.isinf(high), 2 * length, (low + high) / 2)
-            length -= slope / (curve_0 + sum(pull * Js))
+            length -= slope / (curve_0 + sum(weight * Js))
             return [jnp.where((length >= low) & (length <= high), length, middle), low, high]
         start = [jnp.full_like(slope_0, x) for x in (1, 0, math.inf)]
         length, *_ = jax.lax.fori_loop(0, ls_iterations, search, start, unroll=jax.default_backend() != "cpu")
@@ -432,7 +432,7 @@ def over_worlds(function):
     def all_worlds(size: int, batched: list, *arrays):
         arrays = [x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip(arrays, batched, strict=True)]
         if size > WORLDS_AT_ONCE and jax.default_backend() == "cpu":
-            out = jax.lax.map(lambda x: one_world(*x), arrays, batch_size=WORLDS_AT_ONCE)
+            out = jax.lax.map(lambda x: one_world(*x), arrays, batch_size=WORLDS_AT_ONCE)  # whose parts come back here
         else:
             out = tuple(jnp.moveaxis(x, -1, 0) for x in function(*(jnp.moveaxis(x, 0, -1) for x in arrays)))
         return out, (True,) * len(out)
@@ -485,6 +485,7 @@ class Env:
         self.control_dt = model.opt.timestep * self.substeps  # s
         self.runge_kutta = model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
         assert model.na == 0, "Physics has no place for the state of actuators"
+        assert np.ptp(model.actuator_ctrlrange * [-1, 1]) == 0, "all motors take actions from -max_action to max_action"
         self.action_size, self.max_action = model.nu, float(model.actuator_ctrlrange[0, 1])
         device, self.init_qpos = jax.local_devices()[0], np.array(model.qpos0)
         self.model = mjx.put_model(model, device, impl="jax")
@@ -492,7 +493,7 @@ class Env:
         self.observation_size = jax.eval_shape(self.reset, jax.random.key(0)).obs.size
 
     def sense(self, full: mjx.Data) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return sense(self.task, (vars(full._impl) | vars(full)).__getitem__)
+        return sense(self.task, (vars(full._impl) | vars(full)).__getitem__)  # MJX keeps some fields in _impl
 
     def reset(self, key: jax.Array) -> State:
         """A new episode, with Gymnasium's noise. key: one PRNG key."""
@@ -510,9 +511,8 @@ class Env:
         return State(data, observe(self.task, qpos, qvel, senses), reward=zero, done=zero, metrics=metrics, info=info)
 
     def advance(self, data: Physics, action: jax.Array) -> tuple[Physics, jax.Array, dict[str, jax.Array]]:
-        """One control step of physics, and what `sense` tells then. By the original's steps, but `fast` evaluates the
-        dynamics 4 times, not 16, for Hopper and Walker2d (one Runge-Kutta step; Euler's method at that price errs far
-        more), 8 times, not 20, for Humanoid (two), 10 for Ant (ten Euler steps; on five it would tip over)."""
+        """One control step of physics, and what `sense` tells then. The original takes frame_skip physics steps, `fast`
+        the task's fast_steps; one by Runge-Kutta evaluates the dynamics four times."""
         dt = self.control_dt / self.substeps
         def evaluate(function, qpos, qvel, warmstart):
             full = self.template.replace(qpos=qpos, qvel=qvel, qacc_warmstart=warmstart, ctrl=action)
@@ -535,7 +535,7 @@ class Env:
             (_, qacc, velocity, acceleration, full), _ = jax.lax.scan(
                 stage, (start.qvel, start.qacc_warmstart, zero, zero, full), tableau)
             return (Physics(move(start.qpos, dt * velocity), start.qvel + dt * acceleration, qacc), full), None
-        # What `sense` reads is carried along (XLA drops the rest), from zeros of the world, or vmap would trace twice.
+        # `full` is for `sense` (XLA drops the rest): first zeros made of the world's data, or vmap would trace twice.
         nothing = 0 * data.qpos[0]
         carry = (data, jax.tree.map(lambda x: jnp.zeros_like(x) + nothing.astype(x.dtype), self.template))
         (data, full), _ = jax.lax.scan(runge_kutta if self.runge_kutta else own_step, carry, None, length=self.substeps)
@@ -547,7 +547,7 @@ class Env:
         with our_algebra(constraints=self.fast):
             data, x, senses = self.advance(state.data, action)
         source, *index = self.task.position
-        if source == "qpos":  # which, unlike the others, is known at the end itself
+        if source == "qpos":  # sense has the last evaluation's; this one is known at the end of the step
             x = data.qpos[tuple(index)]
         obs = observe(self.task, data.qpos, data.qvel, senses)
         finite = jnp.isfinite(data.qpos).all() & jnp.isfinite(obs).all()
@@ -777,7 +777,7 @@ def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
 def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict, dict]:
     """Rollout, advantages and update with one device's worlds. Returns metrics over all devices, by tag, and this
     one's black box."""
-    learner, mean = state.learner, partial(jax.lax.pmean, axis_name="devices")
+    learner, pmean = state.learner, partial(jax.lax.pmean, axis_name="devices")
     worlds, steps = rollout(args, env, learner, state.worlds)
     reward, return_stats = steps.end.env_state.reward, learner.return_stats
     if args.norm_reward:
@@ -787,11 +787,11 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
     obs, end_obs = normalize(learner.obs_stats, jnp.stack([steps.obs, steps.end.env_state.obs]))
     value, next_value = critic.apply(learner.params["critic"], jnp.stack([obs, end_obs]))[..., 0]
     advantage, target = compute_gae(args, reward, value, next_value, steps.terminated, steps.done)
-    target_var = mean(jnp.square(target - mean(target.mean())).mean())
-    explained_variance = 1 - mean(jnp.square(target - value).mean()) / (target_var + 1e-8)
+    target_var = pmean(jnp.square(target - pmean(target.mean())).mean())
+    explained_variance = 1 - pmean(jnp.square(target - value).mean()) / (target_var + 1e-8)
     if args.norm_adv:
-        advantage -= mean(advantage.mean())
-        advantage /= jnp.sqrt(mean(jnp.square(advantage).mean())) + 1e-8
+        advantage -= pmean(advantage.mean())
+        advantage /= jnp.sqrt(pmean(jnp.square(advantage).mean())) + 1e-8
     batch = Batch(obs, steps.action, steps.logprob, value, advantage, target)
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)  # [T, N, ...] -> [B, ...]
     learner, metrics = update_epochs(args, env, learner, batch)
@@ -801,7 +801,7 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
     returns, lengths = steps.finished * steps.end.episode_return, steps.finished * steps.end.episode_length
     sums = (steps.finished.sum(), returns.sum(), lengths.sum(), worlds.broken.sum())
     episodes, returns, lengths, broken = jax.lax.psum(sums, "devices")
-    metrics = mean(metrics) | {
+    metrics = pmean(metrics) | {
         "losses/explained_variance": explained_variance, "charts/nan_resets": broken,
         "charts/episodic_return": returns / episodes,  # NaN, and not logged, where no episode has finished
         "charts/episodic_length": lengths / episodes, "charts/episodes_finished": episodes}

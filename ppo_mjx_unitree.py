@@ -434,8 +434,8 @@ def solve_spd(column, right: jax.Array) -> jax.Array:
 def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The constraint solver: accelerations a [n, N], forces [k, N] of one-sided constraints (contacts, limits), and
     what these do to the joints, J' forces [n, N]. MuJoCo's cost is least at a: a' M a / 2 - push a + sum of
-    d min(J a - aim, 0)^2 / 2. problem: M [n, n, N], J [k, n, N], d [k, N], aim [k, N], push [n, N], a guess of a.
-    In loops, else XLA computes much anew for each use; on a GPU it costs more to start the line search's kernels."""
+    d min(J a - aim, 0)^2 / 2. problem: M [n, n, N], J [k, n, N], d [k, N] (efc_D), aim [k, N] (efc_aref), push [n, N]
+    (qfrc_smooth), a guess of a. In two loops, else XLA computes much anew; a GPU, slow to start them, gets one."""
     def iteration(_, carry):
         M, J, d, aim, push, a = carry
         slack, rest = times(J, a) - aim, times(M, a) - push
@@ -447,11 +447,11 @@ def newton(iterations: int, ls_iterations: int, *problem: jax.Array) -> tuple[ja
         def search(_, carry):  # for the root of the slope along the step: Newton's method, inside of what encloses it
             length, low, high = carry
             ahead = slack + length * Js
-            pull = jnp.where(ahead < 0, d * Js, 0.0)
-            slope = slope_0 + length * curve_0 + sum(pull * ahead)
+            weight = jnp.where(ahead < 0, d * Js, 0.0)
+            slope = slope_0 + length * curve_0 + sum(weight * ahead)
             low, high = jnp.where(slope < 0, length, low), jnp.where(slope < 0, high, length)
             middle = jnp.where(jnp.isinf(high), 2 * length, (low + high) / 2)
-            length -= slope / (curve_0 + sum(pull * Js))
+            length -= slope / (curve_0 + sum(weight * Js))
             return [jnp.where((length >= low) & (length <= high), length, middle), low, high]
         start = [jnp.full_like(slope_0, x) for x in (1, 0, math.inf)]
         length, *_ = jax.lax.fori_loop(0, ls_iterations, search, start, unroll=jax.default_backend() != "cpu")
@@ -470,7 +470,7 @@ def over_worlds(function):
     def all_worlds(size: int, batched: list, *arrays):
         arrays = [x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip(arrays, batched, strict=True)]
         if size > WORLDS_AT_ONCE and jax.default_backend() == "cpu":
-            out = jax.lax.map(lambda x: one_world(*x), arrays, batch_size=WORLDS_AT_ONCE)
+            out = jax.lax.map(lambda x: one_world(*x), arrays, batch_size=WORLDS_AT_ONCE)  # whose parts come back here
         else:
             out = tuple(jnp.moveaxis(x, -1, 0) for x in function(*(jnp.moveaxis(x, 0, -1) for x in arrays)))
         return out, (True,) * len(out)
@@ -831,7 +831,7 @@ def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
 def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict, dict]:
     """Rollout, advantages and update with one device's worlds. Returns metrics over all devices, by tag, and this
     one's black box."""
-    learner, mean = state.learner, partial(jax.lax.pmean, axis_name="devices")
+    learner, pmean = state.learner, partial(jax.lax.pmean, axis_name="devices")
     worlds, steps = rollout(args, env, learner, state.worlds)
     return_stats = update_stats(learner.return_stats, steps.end.discounted_return)
     reward = jnp.clip(steps.end.env_state.reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
@@ -839,10 +839,10 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
     seen = normalize(learner.obs_stats["critic"], seen)
     value, next_value = critic.apply(learner.params["critic"], seen)[..., 0]
     advantage, target = compute_gae(args, reward, value, next_value, steps.terminated, steps.done)
-    target_var = mean(jnp.square(target - mean(target.mean())).mean())
-    explained_variance = 1 - mean(jnp.square(target - value).mean()) / (target_var + 1e-8)
-    advantage -= mean(advantage.mean())
-    advantage /= jnp.sqrt(mean(jnp.square(advantage).mean())) + 1e-8
+    target_var = pmean(jnp.square(target - pmean(target.mean())).mean())
+    explained_variance = 1 - pmean(jnp.square(target - value).mean()) / (target_var + 1e-8)
+    advantage -= pmean(advantage.mean())
+    advantage /= jnp.sqrt(pmean(jnp.square(advantage).mean())) + 1e-8
     batch = Batch(steps.obs, steps.action, steps.mean, advantage, target)
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)  # [T, N, ...] -> [B, ...]
     learner, metrics = update_epochs(args, env, learner, batch)
@@ -852,7 +852,7 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
     returns, lengths = steps.finished * steps.end.episode_return, steps.finished * steps.end.episode_length
     sums = (steps.finished.sum(), returns.sum(), lengths.sum(), steps.terminated.sum(), worlds.broken.sum())
     episodes, returns, lengths, falls, broken = jax.lax.psum(sums, "devices")
-    metrics = mean(metrics) | {
+    metrics = pmean(metrics) | {
         "losses/explained_variance": explained_variance, "charts/nan_resets": broken, "charts/falls": falls,
         "charts/episodic_return": returns / episodes,  # NaN, and not logged, where no episode has finished
         "charts/episodic_length": lengths / episodes, "charts/episodes_finished": episodes}

@@ -102,7 +102,7 @@ def unroll_scans(length: int, unroll: int):
 
 def unroll_newton():
     """Unroll the solver's loops; there are no others but the scans in an environment step."""
-    def fori_loop(low, high, body, carry):
+    def fori_loop(low, high, body, carry, **_):
         for i in range(low, high):
             carry = body(i, carry)
         return carry

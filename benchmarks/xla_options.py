@@ -29,16 +29,15 @@ import ppo_mjx_unitree as unitree
 OURS = "as it is"
 BUFFERS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION"  # XLA's own choice
 SMALL, LOOPS = {"xla_gpu_graph_min_graph_size": 1}, {"xla_gpu_enable_command_buffer": f"{BUFFERS},WHILE"}
-SEARCH, SOLVER = "line search unrolled", "solver unrolled"
+LOOP, SOLVER = "line search as a loop", "solver unrolled"
 ARMS = {  # the solver's form, options of the compiler
     OURS: (None, {}),
+    LOOP: (LOOP, {}),
+    SOLVER: (SOLVER, {}),
     "no command buffers": (None, {"xla_gpu_enable_command_buffer": ""}),
     "command buffers from 1 kernel on": (None, SMALL),
     "loops in command buffers": (None, LOOPS),
     "loops in command buffers, from 1 kernel on": (None, SMALL | LOOPS),
-    SEARCH: (SEARCH, {}),
-    f"{SEARCH}, loops in command buffers, from 1 kernel on": (SEARCH, SMALL | LOOPS),
-    SOLVER: (SOLVER, {}),
 }
 
 
@@ -56,12 +55,12 @@ class Args:
     smoke: bool = False
 
 
-def unroll(script, form: str | None, ls_iterations: int):
-    """Write out the loops of the script's solver that are traced meanwhile."""
+def rewrite(script, form: str | None):
+    """Write out the loops of the script's solver that are traced meanwhile, or none of them."""
     loop = jax.lax.fori_loop
 
-    def fori_loop(low, high, body, carry):
-        if form == SEARCH and high != ls_iterations:
+    def fori_loop(low, high, body, carry, **_):
+        if form == LOOP:
             return loop(low, high, body, carry)
         for i in range(low, high):
             carry = body(i, carry)
@@ -71,7 +70,7 @@ def unroll(script, form: str | None, ls_iterations: int):
 
 def main(args: Args) -> None:
     if args.smoke:
-        args = dataclasses.replace(args, task="Hopper", num_envs=16, num_steps=4, arms=(OURS, SEARCH), iterations=1,
+        args = dataclasses.replace(args, task="Hopper", num_envs=16, num_steps=4, arms=(OURS, SOLVER), iterations=1,
                                    repeats=1)  # fmt: skip
     gpu, script = jax.default_backend() == "gpu", unitree if args.task == "g1" else ppo
     which = {"robot": "g1"} if args.task == "g1" else {"env_id": args.task}
@@ -85,7 +84,7 @@ def main(args: Args) -> None:
     for arm in arms:
         states[arm], form = init(config, env, jax.random.key(args.seed)), ARMS[arm][0]
         if form not in lowered:
-            with unroll(script, form, env.model.opt.ls_iterations):
+            with rewrite(script, form):
                 script.train_iteration.clear_cache()  # else it keeps the trace of another form
                 lowered[form] = script.train_iteration.lower(config, env, mesh, states[arm])
 

@@ -13,6 +13,7 @@ import ppo_mjx
 
 TASK_IDS = list(ppo_mjx.TASKS)
 WORLDS, STEPS = 20, 50
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # half the time to compile
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
@@ -63,7 +64,7 @@ def compiled_step(task_id: str, physics: str, x64: bool):
         env = ppo_mjx.Env(task_id, physics)
         sizes = (env.model.nq,), (env.model.nv,), (env.model.nv,), (), (env.model.nu,)
         compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, *size), float) for size in sizes))
-        compiled = compiled.compile({"xla_llvm_disable_expensive_passes": True})  # which take long, and pay only later
+        compiled = compiled.compile(QUICK)
     jax.clear_caches()
     return env, call
 
