@@ -49,7 +49,7 @@ run() {
       done ;;
     ppo)
       piece ppo_defaults python benchmarks/time_to_return.py --env-ids HalfCheetah --seeds 1 --name ppo_defaults "${smoke[@]}"
-      for task in HalfCheetah Hopper Walker2d; do
+      for task in HalfCheetah Hopper Walker2d Ant Humanoid; do
         piece "ppo_$task" python benchmarks/time_to_return.py --env-ids "$task" --seeds 1 --name "ppo_$task" \
           --total-timesteps 8000000 --flags="--num-envs 2048 --num-steps 16" "${smoke[@]}"
       done ;;
