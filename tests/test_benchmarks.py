@@ -76,7 +76,7 @@ def test_gpu_script_knows_its_pieces():
     calls = re.findall(r"python benchmarks/(\w+)\.py(.*)", text)
     assert len(calls) > 10
     for name, rest in calls:
-        flags = {flag.replace("-", "_") for flag in re.findall(r" --([a-z-]+)", re.sub(r'"[^"]*"', "", rest))}
+        flags = {flag.replace("-", "_") for flag in re.findall(r" --(?:no-)?([a-z-]+)", re.sub(r'"[^"]*"', "", rest))}
         assert flags <= {field.name for field in dataclasses.fields(importlib.import_module(name).Args)}, (name, flags)
     result = subprocess.run([BENCHMARKS / "gpu.sh", "nonsense"], capture_output=True, text=True)
     assert result.returncode == 2 and "no piece nonsense" in result.stdout
