@@ -18,7 +18,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_mjx
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SCRIPT = Path(ppo_mjx.__file__)
 SMALL = ("--env-id Hopper --num-devices 1 --num-envs 16 --num-steps 16 --num-minibatches 4 --update-epochs 2 "
          "--eval-episodes 2").split()
