@@ -31,15 +31,6 @@ def forget_programs():
     jax.clear_caches()
     gc.collect()
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For files whose programs run so shortly that compiling them is all; for the processes that they start, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
-
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """Training takes over SIGINT and SIGTERM; give them back."""

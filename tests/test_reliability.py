@@ -32,7 +32,6 @@ faults = importlib.util.module_from_spec(spec)
 sys.modules["faults"] = faults  # where dataclasses looks it up
 spec.loader.exec_module(faults)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SCRIPTS = [ppo_mjx, sac, unitree]
 SMALL = {
     ppo_mjx: {"env_id": "Hopper", "num_envs": 8, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1,
