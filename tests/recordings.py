@@ -63,7 +63,7 @@ def compiled_step(task_id: str, physics: str, x64: bool):
         env = ppo_mjx.Env(task_id, physics)
         sizes = (env.model.nq,), (env.model.nv,), (env.model.nv,), (), (env.model.nu,)
         compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, *size), float) for size in sizes))
-        # Half the time to compile; but a hundred Newton iterations of fifty exact steps run too long without optimising.
+        # Half the time to compile; a hundred Newton iterations of fifty exact steps run too long without optimising.
         compiled = compiled.compile({"xla_backend_optimization_level": 0} if physics == "fast" else None)
     jax.clear_caches()
     return env, call
