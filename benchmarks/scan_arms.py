@@ -4,7 +4,7 @@
 
 Each arm takes all worlds equally far from the same state with the same actions. Ours is what ppo_mjx.py does: a
 lax.scan over environment steps that carries the minimal state, with loops in it (5 physics steps, the solver's Newton
-iterations and line search). The others:
+iterations and, but for a GPU, its line search). The others:
 - a loop in Python over the compiled step, with the minimal state and with full mjx.Data: no scan around the step;
 - a scan that carries full mjx.Data, and the same with its state donated;
 - the scan unrolled by some steps, as a fori_loop, and as one whose trip count the compiler does not know;
