@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,12 @@ PACKAGES = ("jax", "mujoco", "mujoco-mjx", "flax", "optax", "gymnasium", "brax",
 
 def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The CPU's name where Linux tells it, elsewhere its kind."""
+    file = Path("/proc/cpuinfo")
+    return [*re.findall(r"model name\s*: (.*)", file.read_text() if file.exists() else ""), platform.machine()][0]
 
 
 def make_mesh(count: int | None = None):
@@ -98,7 +105,7 @@ def write(name: str, args, result: dict, smoke: bool = False, devices: list[str]
     note = {
         "command": " ".join(["python", *(Path(x).relative_to(ROOT).as_posix() if Path(x).is_absolute() and
                                          Path(x).is_relative_to(ROOT) else x for x in sys.argv)]),
-        "commit": git.stdout.strip(), "devices": devices, "machine": f"{platform.machine()}, {count_cores()} cores",
+        "commit": git.stdout.strip(), "devices": devices, "machine": f"{processor()}, {count_cores()} cores",
         "versions": {name: installed[name] for name in PACKAGES if name in installed},
         "args": dataclasses.asdict(args),
     }  # fmt: skip
