@@ -28,9 +28,9 @@ def processor() -> str:
     return [*re.findall(r"model name\s*: (.*)", file.read_text() if file.exists() else ""), platform.machine()][0]
 
 
-def make_mesh(count: int | None = None):
-    """All devices (or the first `count`) as a mesh with the axis "devices"; a CPU is one device for each core, which
-    has to be told before JAX starts."""
+def make_mesh(most: int | None = None, *parts: int):
+    """All devices (or the first of them, at most so many) as a mesh with the axis "devices", as many as divide each of
+    `parts`; a CPU is one device for each core, which has to be told before JAX starts."""
     import jax
     import numpy as np
 
@@ -38,18 +38,28 @@ def make_mesh(count: int | None = None):
         jax.config.update("jax_num_cpu_devices", count_cores())
     except RuntimeError:
         pass  # JAX has started already, with the devices that it has
-    return jax.sharding.Mesh(np.array(jax.devices()[:count]), ("devices",))
+    devices = jax.devices()[:most]
+    count = max(n for n in range(1, len(devices) + 1) if all(part % n == 0 for part in parts))
+    return jax.sharding.Mesh(np.array(devices[:count]), ("devices",))
 
 
-def compile_sharded(mesh, function, *operands):
+def ppo_args(env_id: str, **changes):
+    """ppo_mjx.Args with the defaults that the command line has for the task."""
+    import ppo_mjx as ppo
+
+    names = "num_envs", "num_steps", "learning_rate", "total_timesteps"
+    return ppo.Args(env_id=env_id, **{name: getattr(ppo.TASKS[env_id], name) for name in names} | changes)
+
+
+def compile_sharded(mesh, function, *operands, options: dict | None = None):
     """`function` over the mesh, its operands split along the first axis: a call without arguments that waits for the
-    result and returns it, the seconds of compiling, and the compiled program."""
+    result and returns it, the seconds of compiling, and the compiled program. options: the compiler's."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec as P
 
     start = time.perf_counter()
     run = jax.shard_map(function, mesh=mesh, in_specs=P("devices"), out_specs=P("devices"), check_vma=False)
-    compiled = jax.jit(run).lower(*operands).compile()
+    compiled = jax.jit(run).lower(*operands).compile(options)
     seconds = time.perf_counter() - start
     placed = jax.device_put(operands, NamedSharding(mesh, P("devices")))
     return lambda: jax.block_until_ready(compiled(*placed)), seconds, compiled
@@ -100,12 +110,14 @@ def write(name: str, args, result: dict, smoke: bool = False, devices: list[str]
         import jax
 
         devices = [device.device_kind for device in jax.devices()]
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
-    installed = {dist.metadata["Name"].lower(): dist.version for dist in metadata.distributions()}
+    def git(command: str) -> str:
+        return subprocess.run(["git", *command.split()], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    installed = {dist.metadata["Name"].lower().replace("_", "-"): dist.version for dist in metadata.distributions()}
     note = {
         "command": " ".join(["python", *(Path(x).relative_to(ROOT).as_posix() if Path(x).is_absolute() and
                                          Path(x).is_relative_to(ROOT) else x for x in sys.argv)]),
-        "commit": git.stdout.strip(), "devices": devices, "machine": f"{processor()}, {count_cores()} cores",
+        "commit": git("rev-parse HEAD"), "changed_since": git("status --porcelain -- *.py").splitlines(),
+        "devices": devices, "machine": f"{processor()}, {count_cores()} cores",
         "versions": {name: installed[name] for name in PACKAGES if name in installed},
         "args": dataclasses.asdict(args),
     }  # fmt: skip

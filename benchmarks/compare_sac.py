@@ -4,9 +4,11 @@
     python benchmarks/compare_sac.py --seeds 1 2 3 4 5
 
 Each training is a process of its own that starts with an empty compile cache. Ours keeps its policy after each
-iteration, and all are judged when it has ended; the peers, with RL-Zoo's settings for Pendulum-v1, are judged every 500
-steps, and the seconds that this takes are not counted. A judgement is 200 deterministic episodes from fixed seeds.
-Writes benchmarks/results/NAME.json.
+iteration; when it has ended they are judged in their order up to the first that passes, and so is the last one. The
+peers, with RL-Zoo's settings for Pendulum-v1, are judged every 500 steps, and the seconds that this takes are not
+counted; the first pass ends their training. A judgement is 200 deterministic episodes from fixed seeds. In a median, a
+training that never passes counts as infinitely long.
+Writes benchmarks/results/NAME.json after each training.
 """
 
 import time
@@ -16,11 +18,10 @@ START = time.perf_counter()
 import dataclasses
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import common
 import gymnasium
@@ -35,6 +36,7 @@ class Args:
     peers: tuple[str, ...] = ("sb3", "sbx")
     threshold: float = -155.0  # RL-Zoo's SAC: -157 after 20k steps
     episodes: int = 200
+    torch_threads: int | None = None  # of Stable-Baselines3; by default torch's own choice
     flags: str = ""  # further flags of sac_mjx_pendulum.py
     name: str = "compare_sac"  # of the JSON file
     smoke: bool = False  # one short run of ours
@@ -66,7 +68,8 @@ def ours(args: Args) -> dict:
     compile_s, policies = time.perf_counter() - compile_start, []
     for _ in range(settings.num_iterations):
         state, _ = run_iteration(state)
-        policies.append((time.perf_counter() - START, sac.export_policy(env, state.learner)))
+        policy = sac.export_policy(env, state.learner)  # waits for the device
+        policies.append((time.perf_counter() - START, policy))
     row = {"seconds": None, "steps": None, "compile_s": compile_s, "end_s": policies[-1][0]}
     for i, (seconds, policy) in enumerate(policies):
         if judge(lambda obs, policy=policy: sac.act(policy, obs), args.episodes) >= args.threshold:
@@ -80,7 +83,11 @@ def ours(args: Args) -> dict:
 def peer(args: Args) -> dict:
     """SAC of Stable-Baselines3 or SBX, with RL-Zoo's settings."""
     if args.child == "sb3":
+        import torch
         from stable_baselines3 import SAC
+
+        if args.torch_threads:
+            torch.set_num_threads(args.torch_threads)
     else:
         from sbx import SAC
     from stable_baselines3.common.callbacks import BaseCallback
@@ -108,12 +115,11 @@ def peer(args: Args) -> dict:
 def run_child(args: Args, name: str, seed: int) -> dict:
     """One training in a process of its own, with an empty compile cache."""
     flags = f"--total-timesteps 40960 {args.flags}" if args.smoke else args.flags
-    command = [sys.executable, __file__, "--child", name, "--seeds", str(seed), "--episodes", str(args.episodes),
-               f"--threshold={args.threshold}", f"--flags={flags}"]
+    command = [sys.executable, str(Path(__file__).resolve()), f"--child={name}", f"--seeds={seed}",
+               f"--episodes={args.episodes}", f"--threshold={args.threshold}", f"--flags={flags}",
+               f"--torch-threads={args.torch_threads}"]  # fmt: skip
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-        output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    row = {"seed": seed} | json.loads(output.splitlines()[-1])
+        row = {"seed": seed} | common.run_child(command, JAX_COMPILATION_CACHE_DIR=cache)
     print(name, {key: round(x, 2) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
     return row
 
@@ -123,17 +129,26 @@ def main(args: Args) -> None:
         return print("\n" + json.dumps(ours(args) if args.child == "ours" else peer(args)))
     if args.smoke:
         args = dataclasses.replace(args, seeds=(1,), peers=(), episodes=10)
-    rows = {name: [] for name in ("ours", *args.peers)}
+    rows, failed, devices = {name: [] for name in ("ours", *args.peers)}, [], ["cpu"]
     for i, seed in enumerate(args.seeds):
         for name in rows:
-            if name == "ours" or i < args.peer_seeds:
-                rows[name].append(run_child(args, name, seed))
+            if name != "ours" and i >= args.peer_seeds:
+                continue
+            try:
+                row = run_child(args, name, seed)
+            except RuntimeError as error:
+                failed.append({"name": name, "seed": seed, "error": str(error)})
+                print(f"FAIL {name} {seed}: {error}", file=sys.stderr, flush=True)
+            else:
+                devices = row.pop("devices", devices)
+                rows[name].append(row)
+            common.write(args.name, args, {"runs": rows, "failed": failed}, args.smoke, devices)
     for name, runs in rows.items():
         for key in ("seconds", "training_s", "steps", "return_at_end"):
-            values = [run[key] for run in runs if run.get(key) is not None]
+            values = [math.inf if run.get(key) is None else run[key] for run in runs]
             print(f"{name:5} {key:14} median {statistics.median(values or [math.nan]):10.2f} of {len(values)}")
-    devices = [row.pop("devices") for row in rows["ours"]][0]
-    common.write(args.name, args, {"runs": rows}, args.smoke, devices)
+    if failed:
+        sys.exit(f"{len(failed)} runs have failed")
 
 
 if __name__ == "__main__":

@@ -15,20 +15,25 @@ for word in "$@"; do
 done
 all=(ppo g1 xla_options throughput scan_arms memory unitree_physics stages reproducibility validate sac)
 [ ${#pieces[@]} -gt 0 ] || pieces=("${all[@]}")
+for name in "${pieces[@]}"; do
+  [[ " ${all[*]} " == *" $name "* ]] || { echo "gpu.sh: no piece $name; there are: ${all[*]}"; exit 2; }
+done
 limit=${SECONDS_A_PIECE:-540} out=benchmarks/results/gpu failed=()
 mkdir -p "$out"
-python - <<'PYTHON' || exit 2
+python - "${smoke[@]}" <<'PYTHON' || exit 2
+import sys
+
 import jax, mujoco.mjx
 kinds = [device.device_kind for device in jax.devices()]
 print(f"jax {jax.__version__} on {kinds}")
-if jax.default_backend() == "cpu":
-    print("no GPU: these are the CPU's results, and lie in benchmarks/results/")
+if jax.default_backend() == "cpu" and len(sys.argv) == 1:
+    sys.exit("gpu.sh: no GPU; its sizes would replace the CPU's results (--smoke runs anywhere)")
 PYTHON
 
 piece() {  # NAME COMMAND...: its output to a log and the screen; killed at the limit
   local name=$1; shift
   echo "== $name: $*"
-  timeout --signal INT --kill-after 20 "$limit" "$@" 2>&1 | tee "$out/$name.log"
+  timeout --signal INT --kill-after 20 "$limit" "$@" 2>&1 | tee "$out/$name${smoke:+_smoke}.log"
   local code=${PIPESTATUS[0]}
   [ "$code" -eq 0 ] || { failed+=("$name"); echo "== $name ended with $code"; }
 }
@@ -60,7 +65,6 @@ run() {
     reproducibility) piece reproducibility python benchmarks/reproducibility.py "${smoke[@]}" ;;
     validate) piece validate python benchmarks/validate.py "${smoke[@]}" ;;
     sac) piece sac python benchmarks/sac_throughput.py "${smoke[@]}" ;;
-    *) echo "gpu.sh: no piece $1; there are: ${all[*]}"; exit 2 ;;
   esac
 }
 

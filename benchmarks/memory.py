@@ -14,7 +14,7 @@ another kind.
 On an accelerator every size also runs one iteration, for its peak_bytes_in_use, and num_envs is doubled until the
 memory is not enough (by JAX's default share). On a CPU one iteration of the largest size is run, and the rise of the
 process' largest resident set (ru_maxrss, set back before, which needs Linux) is compared with the analysis.
-Writes benchmarks/results/memory.json.
+Writes benchmarks/results/NAME.json.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from common import make_mesh, run_child, table, write
+from common import make_mesh, ppo_args, run_child, table, write
 
-GB = 2**30
+GIB = 2**30
 NO_ROOM = "resource_exhausted", "out of memory", "out_of_memory"  # in the text of an error
 
 
@@ -38,7 +38,8 @@ class Args:
     programs: tuple[str, ...] = ("HalfCheetah", "SAC", "G1")  # or Hopper, Walker2d
     num_envs: tuple[int, ...] = (32, 64, 128, 256, 1024, 4096, 8192)
     g1_num_envs: tuple[int, ...] = (32, 256, 1024, 8192)  # of the G1, which takes longest to compile
-    gigabytes: tuple[int, ...] = (8, 24, 80)  # memories to fill, by the line
+    gibibytes: tuple[int, ...] = (8, 24, 80)  # memories to fill, by the line
+    name: str = "memory"  # of the JSON file
     most_num_envs: int = 2**22  # where the search on an accelerator ends
     child: str | None = None  # program, worlds and 1 to run them as well: what the processes of this benchmark do
     smoke: bool = False
@@ -59,7 +60,7 @@ def build(program: str, num_envs: int):
         args = script.Args()
     else:
         import ppo_mjx as script
-        args = script.Args(env_id=program)
+        args = ppo_args(program)
     steps = num_envs * args.num_steps  # an iteration, of which there has to be one
     args = dataclasses.replace(args, num_envs=num_envs, total_timesteps=max(args.total_timesteps, steps))
     script.check_args(args)
@@ -180,7 +181,7 @@ def measure_program(program: str, args: Args, failures: list[str]) -> dict:
         return result
     result["line"] = line = fit(told)
     most = told[0]["transitions"] or sys.maxsize
-    result["worlds_in"] = {f"{gb} GB": min(most, int((gb * GB - line["a"]) / line["b"])) for gb in args.gigabytes}
+    result["worlds_in"] = {f"{gb} GiB": min(most, int((gb * GIB - line["a"]) / line["b"])) for gb in args.gibibytes}
     if "bytes_limit" in told[0]:
         most = min(most, args.most_num_envs)
         by_line = max(sizes[0], (told[0]["bytes_limit"] - line["a"]) / line["b"])
@@ -205,7 +206,7 @@ def main(args: Args) -> None:
     print()
     lines = {program: row for program, row in result.items() if "line" in row}
     table(["program", "a, MiB", "b, KiB a world", "largest error of the line, %", "at",
-           *(f"worlds in {gb} GB" for gb in args.gigabytes), "largest run", "out of memory at"],
+           *(f"worlds in {gb} GiB" for gb in args.gibibytes), "largest run", "out of memory at"],
           [[program, (line := row["line"])["a"] / 2**20, line["b"] / 1024, 100 * line["largest_error"],
             line["largest_error_at"], *row["worlds_in"].values(),
             *((row["search"]["ran"], row["search"]["failed"]) if "search" in row else (None, None))]
@@ -213,7 +214,7 @@ def main(args: Args) -> None:
     for text in failures:
         print(f"FAIL  {text}")
     kinds = sorted({row["device"] for run in result.values() for row in run["sizes"] if "device" in row})
-    write("memory", args, {"results": result, "seeds": [1], "failures": failures}, args.smoke, kinds)
+    write(args.name, args, {"results": result, "seeds": [1], "failures": failures}, args.smoke, kinds)
     raise SystemExit(bool(failures))
 
 

@@ -7,10 +7,11 @@ C MuJoCo. Every setting starts from the same states with the same actions. Error
 entry: after one environment step, and after 50. Speed is that of these same steps, vmapped, on all devices; each
 setting is timed in turn, `--repeats` times over, and the median is given. With a policy its return in each setting is
 told as well, mean and least of `--episodes` from the same starts: does the robot stay on its feet there, too?
-Writes benchmarks/results/physics.json.
+Writes benchmarks/results/NAME.json after each task.
 """
 
 import dataclasses
+import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -36,6 +37,7 @@ class Args:
     states: int = 256  # from which 50 steps are compared
     repeats: int = 5
     episodes: int = 20  # of a policy in each setting; 0: none
+    name: str = "physics"  # of the JSON file
     smoke: bool = False
 
 
@@ -169,7 +171,9 @@ def errors(predicted: np.ndarray, observations: np.ndarray) -> dict[str, float]:
 def main(args: Args) -> None:
     if args.smoke:
         args = dataclasses.replace(args, env_ids=("HalfCheetah",), states=20, repeats=1)
-    mesh, result = common.make_mesh(), {}
+    if args.policies and len(args.policies) != len(args.env_ids):
+        sys.exit("error: --policies: one for each of --env-ids")
+    mesh, result = common.make_mesh(None, args.states), {}
     for index, env_id in enumerate(args.env_ids):
         policy = dict(np.load(args.policies[index])) if args.policies else None
         (starts, actions, observations), rows, runs = collect(env_id, policy, args), {}, {}
@@ -196,7 +200,7 @@ def main(args: Args) -> None:
             told = " | ".join(f"{row[key]:.0f}" if key in row else "" for key in ("return_mean", "return_least"))
             print(f"| {name} | {row['steps_per_s']:.0f} | {row['compile_s']:.0f} | {numbers} | {told} |", flush=True)
         result[env_id] = rows
-    common.write("physics", args, {"results": result}, args.smoke)
+        common.write(args.name, args, {"results": result}, args.smoke)
 
 
 if __name__ == "__main__":

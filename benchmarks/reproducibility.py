@@ -18,7 +18,7 @@ coordinate (m or rad) after so many environment steps; median, 90 % quantile and
 an episode. The reference is C MuJoCo on the original model, for the G1 on its training model with a solver that has
 converged. Beside it stands what becomes of a start that is off by about 1e-7 in C MuJoCo alone.
 
-The exit code is 1 if what has to be equal to the bit is not. Writes benchmarks/results/reproducibility.json.
+The exit code is 1 if what has to be equal to the bit is not. Writes benchmarks/results/NAME.json.
 """
 
 import dataclasses
@@ -67,6 +67,7 @@ class Args:
     runs: tuple[str, ...] = tuple(RUNS)
     tasks: tuple[str, ...] = TASKS  # of resets (with SAC's) and trajectories
     starts: int = 64
+    name: str = "reproducibility"  # of the JSON file
     steps: tuple[int, ...] = (1, 10, 50, 100, 200)  # of the environment, after which states are compared
     seed: int = 1
     child: str | None = None  # file of starts and actions that a process of this benchmark takes to the exact physics
@@ -327,7 +328,7 @@ def main(args: Args) -> None:
         result[part] = measures[part](args, failures)
     for text in failures:
         print(f"FAIL  {text}")
-    write("reproducibility", args, {"results": result, "failures": failures}, args.smoke)
+    write(args.name, args, {"results": result, "failures": failures}, args.smoke)
     raise SystemExit(bool(failures))
 
 

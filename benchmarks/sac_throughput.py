@@ -41,7 +41,7 @@ class Args:
     num_envs: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
     rounds: int = 7
     seconds: float = 0.5  # of one sample, about
-    smoke: bool = False  # one short measurement; writes nothing
+    smoke: bool = False  # one short measurement
 
 
 def act_only(args: sac.Args, env: sac.Env, steps: int, learner: sac.Learner, worlds: sac.Worlds) -> sac.Worlds:

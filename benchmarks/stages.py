@@ -5,7 +5,8 @@
 Each program begins from the same states, after `--warmup` random actions, and computes what its stage and all before it
 give; a stage's time is what its program takes longer than the one before, as the median over the turns. Small
 differences are noise, and what XLA fuses with a later stage is counted there. Bytes are the temporaries of the compiled
-program, which it reads and writes in each step. Writes benchmarks/results/stages.json.
+program, which it reads and writes in each step. Of a step by Runge-Kutta, which evaluates the dynamics four times, it
+is one evaluation. Writes benchmarks/results/NAME.json.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ class Args:
     steps: int = 40  # physics steps of one turn
     warmup: int = 30  # environment steps before
     repeats: int = 9
+    name: str = "stages"  # of the JSON file
     smoke: bool = False  # Hopper alone, small
 
 
@@ -93,11 +95,12 @@ def measure(args: Args, task: str, mesh) -> dict:
         del stages["integration"]  # mjx.step would evaluate the dynamics four times; the script does so by a scan
     for name, stage in stages.items():
         run = make_program(stage, env, args.steps)
-        programs[name], _, compiled = common.compile_sharded(mesh, run, data)
+        programs[name], _, compiled = common.compile_sharded(
+            mesh, run, data, options=unitree.WIDE if task == "g1" else None)
         temporaries[name] = compiled.memory_analysis().temp_size_in_bytes
     seconds, rows, before = common.take_turns(programs, args.repeats), {}, [0.0] * args.repeats
     per_step = 1e6 / (args.num_envs * args.steps)
-    whole = seconds[name]
+    whole = seconds[list(stages)[-1]]
     for name, times in seconds.items():
         own = [now - then for now, then in zip(times, before, strict=True)]
         rows[name] = {"us_per_world_step": statistics.median(own) * per_step, "share": common.ratio(own, whole),
@@ -111,14 +114,14 @@ def measure(args: Args, task: str, mesh) -> dict:
 def main(args: Args) -> None:
     if args.smoke:
         args = dataclasses.replace(args, tasks=("Hopper",), num_envs=32, steps=4, warmup=2, repeats=2)
-    mesh, result, table = common.make_mesh(), {}, []
+    mesh, result, table = common.make_mesh(None, args.num_envs), {}, []
     for task in args.tasks:
         result[task] = measure(args, task, mesh)
         cells = [f"{row['us_per_world_step']:.2f} ({row['share']:.0%})" for row in result[task]["rows"].values()]
         cells += ["-"] * (len(STAGES) - len(cells))
         table.append([task, result[task]["constraint_rows"], result[task]["whole_us"], *cells])
     common.table(["task", "constraint rows", "us a world's step", *STAGES], table)
-    common.write("stages", args, {"tasks": result}, args.smoke)
+    common.write(args.name, args, {"tasks": result}, args.smoke)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ MuJoCo and 50 random steps of 256 worlds (those that fell started again), repeat
 for a while. Gymnasium's worlds run on from turn to turn and reset themselves. Arms are timed in turn, medians are
 given; a call has up to --steps steps, fewer where one would take longer than --turn-seconds.
 
-Units: an environment step counts as frame_skip physics steps of the original's length in all arms, though Hopper and
-Walker2d take it as ONE Runge-Kutta step in `fast`, and the G1 as 4 steps of 0.005 s. "/ C" is the speed over that of
-C MuJoCo on all cores, the median over turns. CPU: the process's CPU time over wall time and cores, with the threads
-that only wait busily (- where other processes do the work); GPU: mean of nvidia-smi's samples.
+Units: an environment step counts as frame_skip physics steps of the original's length in all arms, though in `fast`
+Hopper and Walker2d take it as ONE Runge-Kutta step, Humanoid as two, Ant as 10 Euler steps and the G1 as 4. "/ C" is
+the speed over that of C MuJoCo on all cores, the median over turns. CPU: the process's CPU time over wall time and
+cores, with the threads that only wait busily (- where other processes do the work); GPU: mean of nvidia-smi's samples.
 Writes benchmarks/results/NAME.json after each task.
 """
 
@@ -102,12 +102,9 @@ def servo(model: mujoco.MjModel, robot: unitree.Robot) -> mujoco.MjModel:
 
 def make_task(name: str) -> Task:
     if name in ppo.TASKS:
-        task, env = ppo.TASKS[name], ppo.Env(name)
-        load_fast = partial(ppo.load_model, task, "fast")
-        fast = load_fast()
-        fast.opt.timestep, substeps = env.control_dt / env.substeps, env.substeps
+        task, env, fast = ppo.TASKS[name], ppo.Env(name), ppo.load_model(ppo.TASKS[name], "fast")
         return Task(partial(ppo.Env, name), partial(ppo.Env, name, "exact"), ppo.load_model(task), task.frame_skip,
-                    load_fast(), fast, substeps, lambda *data: ~ppo.is_healthy(task, *data, np),
+                    fast, fast, env.substeps, lambda *data: ~ppo.is_healthy(task, *data, np),
                     scale=env.max_action, gymnasium_id=env.gymnasium_id)
     if name == "Pendulum":
         args = sac.Args(env_id="Pendulum-v1")
@@ -207,7 +204,7 @@ def warp_env(task: Task, num_envs: int):
 
 def mjx_call(env, state, actions: np.ndarray, exact: bool = False):
     """A call of an MJX arm, and what compiling it took."""
-    count = max(k for k in range(1, jax.device_count() + 1) if len(actions[0]) % k == 0)
+    mesh, options = common.make_mesh(None, len(actions[0])), unitree.WIDE if isinstance(env, unitree.Env) else None
 
     def run(state, actions):
         def step(state, action):
@@ -217,10 +214,10 @@ def mjx_call(env, state, actions: np.ndarray, exact: bool = False):
     own_solver = mock.patch.object(unitree, "solve_constraints", MJX_SOLVE) if exact else contextlib.nullcontext()
     with own_solver:
         call, seconds, compiled = common.compile_sharded(
-            common.make_mesh(count), run, state, jnp.asarray(actions.swapaxes(0, 1)))
+            mesh, run, state, jnp.asarray(actions.swapaxes(0, 1)), options=options)
     memory = compiled.memory_analysis()
     used = None if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return call, {"devices": count, "compile_s": seconds, "bytes_of_a_device": used}
+    return call, {"devices": mesh.size, "compile_s": seconds, "bytes_of_a_device": used}
 
 
 def c_call(model, substeps: int, threads: int, data: dict, controls: np.ndarray):

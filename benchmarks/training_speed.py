@@ -60,7 +60,7 @@ def bare_steps(env: ppo.Env, steps: int, state: ppo.State) -> ppo.State:
 
 def measure(env_id: str, num_envs: int, repeats: int) -> dict:
     """Seconds of one training iteration, and of the same steps by the environment and by mjx.step alone."""
-    args = ppo.Args(env_id=env_id, num_envs=num_envs)
+    args = common.ppo_args(env_id, num_envs=num_envs)
     mesh = ppo.make_mesh(args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches)
     env = ppo.Env(env_id)
     shardings = jax.tree.map(partial(NamedSharding, mesh), ppo.STATE_SPEC)
@@ -95,9 +95,15 @@ def first_update(env_id: str, cache: str) -> float:
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
         start = time.perf_counter()
         command += ["--runs-dir", runs]
-        process = subprocess.Popen(command, cwd=common.ROOT, env=environment, stdout=subprocess.PIPE)
-        seconds = next(time.perf_counter() - start for line in process.stdout if b"] step " in line)
-        process.communicate()
+        process = subprocess.Popen(command, cwd=common.ROOT, env=environment, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)  # no terminal, where it would show a bar and no lines
+        lines, seconds = [], None
+        for line in process.stdout:
+            lines.append(line.decode())
+            if seconds is None and b"] step " in line:
+                seconds = time.perf_counter() - start
+        if process.wait() or seconds is None:
+            raise RuntimeError("".join(lines[-20:]))
     return seconds
 
 
@@ -112,6 +118,7 @@ def main(args: Args) -> None:
             row = speed[f"{env_id} {num_envs}"] = measure(env_id, num_envs, args.repeats)
             numbers = [f"{value:.0f}" if value > 10 else f"{value:.2f}" for value in list(row.values())[:5]]
             print(f"| {env_id} | {num_envs} | {' | '.join(numbers)} |", flush=True)
+    common.write(args.name, args, {"speed": speed}, args.smoke)
     for env_id in args.env_ids:
         times = {"cold": [], "warm": []}
         for _ in range(args.starts):

@@ -9,11 +9,10 @@ all devices; settings are timed in turn, `--repeats` times over, medians are giv
 
 Throughput: control steps/s of the script's `env.step`, physics steps/s of a scan of mjx.step as MuJoCo has it, of the
 same with the script's solver, and of C MuJoCo (mujoco.batch, a thread for each core, same model and settings),
-over the number of worlds. Writes benchmarks/results/unitree_physics.json.
+over the number of worlds. Writes benchmarks/results/NAME.json.
 """
 
 import dataclasses
-import os
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -41,6 +40,7 @@ class Args:
     num_envs: tuple[int, ...] = (64, 256, 1024, 4096)
     settings: bool = True
     throughput: bool = True
+    name: str = "unitree_physics"  # of the JSON file
     smoke: bool = False
 
 
@@ -171,7 +171,7 @@ def compare_settings(args: Args, mesh: Mesh) -> dict:
 
 def measure_throughput(args: Args, mesh: Mesh, num_envs: int) -> dict:
     """Physics and control steps/s with so many worlds, all from resets, with no action."""
-    env, threads = unitree.Env(unitree.Args()), os.cpu_count()
+    env = unitree.Env(unitree.Args())
     state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), num_envs))
     substeps = 40
 
@@ -185,7 +185,7 @@ def measure_throughput(args: Args, mesh: Mesh, num_envs: int) -> dict:
             return unitree.Physics(full.qpos, full.qvel, full.qacc_warmstart), None
         return jax.lax.scan(step, data, None, length=substeps)[0]
 
-    batch = mujoco.batch.Batch(unitree.training_model(env.robot, 4), nsim=num_envs, nthread=threads)
+    batch = mujoco.batch.Batch(unitree.training_model(env.robot, 4), nsim=num_envs, nthread=common.count_cores())
     qpos, qvel = np.array(state.data.qpos, float), np.array(state.data.qvel, float)
 
     def in_c():
@@ -207,15 +207,15 @@ def measure_throughput(args: Args, mesh: Mesh, num_envs: int) -> dict:
 
 def main(args: Args) -> None:
     if args.smoke:
-        args = dataclasses.replace(args, states=32, repeats=1, num_envs=(32,), throughput=False)
-    mesh, result = common.make_mesh(), {}
+        args = dataclasses.replace(args, states=32, repeats=1, num_envs=(32,))
+    mesh, result = common.make_mesh(None, args.states, *args.num_envs), {}
     if args.settings:
         result["settings"] = compare_settings(args, mesh)
     if args.throughput:
         print("| worlds | control steps/s, env.step | physics steps/s, mjx.step | with our solver | "
               "C MuJoCo | ours / C |\n" + "|---" * 6 + "|")
         result["throughput"] = {n: measure_throughput(args, mesh, n) for n in args.num_envs}
-    common.write("unitree_physics", args, result, args.smoke)
+    common.write(args.name, args, result, args.smoke)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_exact_step_equals_gymnasium_in_float64(task_id):
     assert error.max() < 1e-4 * np.abs(seen.obs[MOMENT][:, wrenches]).max()
     np.testing.assert_allclose(state.reward, seen.reward[MOMENT], atol=1e-4)
 
-@pytest.mark.parametrize("task_id", ["HalfCheetah", "Hopper", "Walker2d"])
+@pytest.mark.parametrize("task_id", ["HalfCheetah", "Walker2d"])
 def test_exact_step_equals_gymnasium_in_float32(task_id):
     """In single precision, a step is Gymnasium's but for rounding, which stiff contacts magnify."""
     seen, state = record(task_id), one_step(task_id, "exact", False)
