@@ -60,7 +60,7 @@ from tqdm import tqdm
 
 with contextlib.redirect_stdout(io.StringIO()):  # it tells everyone that the optional Warp backend is missing
     from mujoco import mjx
-    from mujoco.mjx._src import collision_driver, forward, smooth, solver
+    from mujoco.mjx._src import collision_driver, forward, math as mjx_math, smooth, solver
 
 # ---- 1. Settings ----------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
@@ -446,6 +446,13 @@ def solve_constraints(model: mjx.Model, data: mjx.Data, otherwise=solver.solve) 
     solve = over_worlds(partial(newton, model.opt.iterations, model.opt.ls_iterations))
     qacc, force, pull = solve(rows.M, rows.efc_J, rows.efc_D, rows.efc_aref, data.qfrc_smooth, data.qacc_warmstart)
     return data.tree_replace({"qacc": qacc, "qfrc_constraint": pull, "_impl.efc_force": force})
+
+def rotate(vec: jax.Array, quat: jax.Array) -> jax.Array:
+    """For MJX: vec [3] turned by a unit quaternion [4]. Its own has dot products, around which XLA on a CPU computes
+    the same values anew for each use; in Hopper that took more than a quarter of a step."""
+    s, u = quat[0], quat[1:]
+    along, square = (u[0] * x[0] + u[1] * x[1] + u[2] * x[2] for x in (vec, u))
+    return 2 * along * u + (s * s - square) * vec + 2 * s * jnp.cross(u, vec)
 # end shared
 
 FLOOR_CAPSULE = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_CAPSULE)
@@ -462,13 +469,14 @@ touch_floor.ncon = 2
 
 @contextlib.contextmanager
 def our_algebra(constraints: bool):
-    """MJX while it is traced: in full precision (TF32 would be too rough), with linear systems solved by `solve_spd`,
-    and if so told, the constraints by `newton`."""
+    """MJX while it is traced: in full precision (TF32 would be too rough), with our `rotate`, linear systems solved by
+    `solve_spd`, and if so told, the constraints by `newton`."""
     solve = over_worlds(lambda matrix, right: (solve_spd(lambda j: matrix[j:, j], right),))
     cholesky = {"cho_factor": lambda matrix, lower=False: (matrix, lower),  # MJX does no more with it than solve
                 "cho_solve": lambda factor, right: solve(factor[0], right)[0]}
     with (jax.default_matmul_precision("highest"), mock.patch.multiple(jax.scipy.linalg, **cholesky),
           mock.patch.object(solver, "solve", solve_constraints if constraints else solver.solve),
+          mock.patch.object(mjx_math, "rotate", rotate),
           mock.patch.dict(collision_driver._COLLISION_FUNC, {FLOOR_CAPSULE: touch_floor})):
         yield
 

@@ -35,6 +35,16 @@ def test_fast_step_stays_close_to_gymnasium(task_id, median, most):
     error = np.abs(state.data.qpos - seen.next_qpos[MOMENT]).max(axis=1)
     assert np.median(error) < median and error.max() < most  # m or rad; about five times what is observed
 
+def test_rotate_is_c_mujocos():
+    """A vector by a unit quaternion, worlds first, as MuJoCo turns it."""
+    random = np.random.default_rng(0)
+    vec, quat = random.standard_normal((50, 3)), random.standard_normal((50, 4))
+    quat /= np.linalg.norm(quat, axis=1, keepdims=True)
+    wanted = np.zeros((50, 3))
+    for i in range(50):
+        mujoco.mju_rotVecQuat(wanted[i], vec[i], quat[i])
+    np.testing.assert_allclose(jax.vmap(ppo_mjx.rotate)(vec, quat), wanted, atol=2e-6)
+
 @pytest.mark.parametrize("n", [1, 6, 9])
 def test_cholesky_equals_numpy(n):
     """What MJX solves by Cholesky while `our_algebra` holds is solved as NumPy does: many systems, in blocks and a
