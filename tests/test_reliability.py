@@ -276,7 +276,7 @@ def test_what_does_not_fit_into_memory_is_refused(script, tmp_path, monkeypatch,
 ROLLOUTS = """
 import dataclasses, sys, jax, numpy as np
 from functools import partial
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
 jax.config.update("jax_num_cpu_devices", 4)
 import ppo_mjx as m
 args = m.Args(env_id="Hopper", num_envs=8, num_steps=8, num_minibatches=1, update_epochs=1, hidden_sizes=(16,))
