@@ -2,13 +2,15 @@
 
     python benchmarks/time_to_return.py --env-ids HalfCheetah Hopper Walker2d --seeds 1 2 3 --total-timesteps 1000000
 
-Each training is one process that starts with an empty compile cache. Its policies are copied while it trains and
-judged when it has ended: deterministic episodes in Gymnasium's v5, by NumPy alone. Writes benchmarks/results/NAME.json.
+Each training is one process that starts with an empty compile cache (--compile-cache: with the user's, as when the
+script is started again). Its policies are copied while it trains and judged when it has ended: deterministic episodes
+in Gymnasium's v5, by NumPy alone. Writes benchmarks/results/NAME.json.
 """
 
 import dataclasses
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -40,6 +42,8 @@ class Args:
     name: str = "time_to_return"  # of the JSON file
     flags: str = ""  # further flags for ppo_mjx.py
     keep: str | None = None  # folder to which each training's run folder is copied, to film or compare its policy
+    evaluate: bool = True  # let the script evaluate its last policy; else it is stopped once that is there
+    compile_cache: bool = False  # take compiled programs from the cache, and keep them
     smoke: bool = False  # one short run of each task
 
 
@@ -69,9 +73,18 @@ def judge(env_id: str, file: Path, episodes: int) -> list[float]:
     return returns
 
 
-def watch(command: list[str], folder: Path) -> tuple[list[dict], dict, float]:
+def read_run(folder: Path) -> dict:
+    return json.loads(next((folder / "runs").glob("*/run.json")).read_text())
+
+
+def last_iteration(folder: Path) -> int:
+    args = read_run(folder)["args"]
+    return args["total_timesteps"] // (args["num_envs"] * args["num_steps"])
+
+
+def watch(command: list[str], folder: Path, evaluate: bool = True) -> tuple[list[dict], dict, float]:
     """Train by a process of its own, with runs in folder / "runs". Returns its policies with the seconds at which each
-    was there, run.json, and all its seconds."""
+    was there, run.json, and all its seconds. evaluate: let it go on when the last policy is there."""
     policies, seen, start = [], set(), time.perf_counter()
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=common.ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -85,10 +98,14 @@ def watch(command: list[str], folder: Path) -> tuple[list[dict], dict, float]:
                     policies.append({"seconds": seconds, "iteration": int(checkpoint.stem), "file": copy})
             if ended:
                 break
+            if not evaluate and policies and policies[-1]["iteration"] == last_iteration(folder):
+                process.kill()
+                process.wait()
+                break
             time.sleep(0.05)
-    if process.returncode:
+    if process.returncode and (evaluate or process.returncode != -signal.SIGKILL):
         raise SystemExit((folder / "log.txt").read_text()[-3000:])
-    run = json.loads(next((folder / "runs").glob("*/run.json")).read_text())
+    run = read_run(folder)
     del run["args"]["runs_dir"]  # a temporary folder, of no use to a reader
     return policies, run, time.perf_counter() - start
 
@@ -97,8 +114,9 @@ def train(args: Args, env_id: str, seed: int, folder: Path) -> tuple[list[dict],
     """What `watch` returns of one training."""
     command = [sys.executable, "ppo_mjx.py", "--env-id", env_id, "--seed", str(seed)]
     command += ["--runs-dir", str(folder / "runs"), "--total-timesteps", str(args.total_timesteps)]
-    command += ["--checkpoint-every", str(args.checkpoint_every), "--eval-every", "0", "--no-compile-cache"]
-    return watch(command + args.flags.split(), folder)
+    command += ["--checkpoint-every", str(args.checkpoint_every), "--eval-every", "0"]
+    command += ["--compile-cache" if args.compile_cache else "--no-compile-cache", *args.flags.split()]
+    return watch(command, folder, args.evaluate)
 
 
 def measure(args: Args, env_id: str, seed: int) -> dict:
@@ -122,7 +140,7 @@ def measure(args: Args, env_id: str, seed: int) -> dict:
         for goal in THRESHOLDS[env_id]
     }
     row = {"env_id": env_id, "seed": seed, "process_s": seconds, "passed": passed, "final": curve[-1]}
-    return row | {"evaluation": run["evaluation"], "run": run, "curve": curve}
+    return row | {"evaluation": run.get("evaluation"), "run": run, "curve": curve}
 
 
 def main(args: Args) -> None:

@@ -3,9 +3,9 @@
     python benchmarks/time_to_walk.py --seeds 1
     python benchmarks/time_to_walk.py --ablations --seeds 1 2 --total-timesteps 4000000 --name g1_ablations
 
-Each training is one process that starts with an empty compile cache. Its policies are copied while it trains and put to
-the script's test when it has ended. Ablations train with one trick left out at a time. Writes
-benchmarks/results/NAME.json, and the last policy of the first seed to --policy.
+Each training is one process that starts with an empty compile cache (--compile-cache: with the user's). Its policies
+are copied while it trains and put to the script's test when it has ended. Ablations train with one trick left out at a
+time. Writes benchmarks/results/NAME.json, and the last policy of the first seed to --policy.
 """
 
 import contextlib
@@ -46,6 +46,7 @@ class Args:
     ablations: bool = False  # all variants, of which the last policies alone are judged
     name: str = "time_to_walk"  # of the JSON file
     policy: str | None = None  # where the last policy of the first seed is copied to
+    compile_cache: bool = False  # take compiled programs from the cache, and keep them
     smoke: bool = False  # one short run of each variant
 
 
@@ -73,8 +74,8 @@ def train(args: Args, variant: str, seed: int, folder: Path) -> tuple[list[dict]
     flags, weights = VARIANTS[variant]
     command = [sys.executable, __file__, "--child", json.dumps(weights), "--seed", str(seed)]
     command += ["--runs-dir", str(folder / "runs"), "--total-timesteps", str(args.total_timesteps)]
-    command += ["--checkpoint-every", str(args.checkpoint_every), "--no-compile-cache", *flags]
-    command += args.flags.split()
+    command += ["--checkpoint-every", str(args.checkpoint_every), *flags]
+    command += ["--compile-cache" if args.compile_cache else "--no-compile-cache", *args.flags.split()]
     return watch(command, folder)
 
 

@@ -29,11 +29,12 @@ import ppo_mjx_unitree as unitree
 OURS = "as it is"
 BUFFERS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION"  # XLA's own choice
 SMALL, LOOPS = {"xla_gpu_graph_min_graph_size": 1}, {"xla_gpu_enable_command_buffer": f"{BUFFERS},WHILE"}
-LOOP, SOLVER = "line search as a loop", "solver unrolled"
-ARMS = {  # the solver's form, options of the compiler
+LOOP, SOLVER, ROTATE = "line search as a loop", "solver unrolled", "MJX's own rotate"
+ARMS = {  # what of the physics is written in another way, options of the compiler
     OURS: (None, {}),
     LOOP: (LOOP, {}),
     SOLVER: (SOLVER, {}),
+    ROTATE: (ROTATE, {}),
     "no command buffers": (None, {"xla_gpu_enable_command_buffer": ""}),
     "command buffers from 1 kernel on": (None, SMALL),
     "loops in command buffers": (None, LOOPS),
@@ -56,7 +57,9 @@ class Args:
 
 
 def rewrite(script, form: str | None):
-    """Write out the loops of the script's solver that are traced meanwhile, or none of them."""
+    """Write the loops of the script's solver that are traced meanwhile in another way, or how vectors are turned."""
+    if form == ROTATE:
+        return mock.patch.object(script, "rotate", script.mjx_math.rotate)
     loop = jax.lax.fori_loop
 
     def fori_loop(low, high, body, carry, **_):
