@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of child processes
 sys.path.insert(0, str(ROOT))  # the training scripts
 PACKAGES = ("jax", "mujoco", "mujoco-mjx", "flax", "optax", "gymnasium", "brax", "stable-baselines3", "sbx-rl", "torch")
 
@@ -114,8 +116,8 @@ def write(name: str, args, result: dict, smoke: bool = False, devices: list[str]
         return subprocess.run(["git", *command.split()], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     installed = {dist.metadata["Name"].lower().replace("_", "-"): dist.version for dist in metadata.distributions()}
     note = {
-        "command": " ".join(["python", *(Path(x).relative_to(ROOT).as_posix() if Path(x).is_absolute() and
-                                         Path(x).is_relative_to(ROOT) else x for x in sys.argv)]),
+        "command": shlex.join(["python", *(Path(x).relative_to(ROOT).as_posix() if Path(x).is_absolute() and
+                                           Path(x).is_relative_to(ROOT) else x for x in sys.argv)]),
         "commit": git("rev-parse HEAD"), "changed_since": git("status --porcelain -- *.py").splitlines(),
         "devices": devices, "machine": f"{processor()}, {count_cores()} cores",
         "versions": {name: installed[name] for name in PACKAGES if name in installed},

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import tyro
-from common import ROOT, make_mesh, run_child, table, write
+from common import PYTHONPATH, make_mesh, run_child, table, write
 from faults import checkpoints, only_run, read
 from jax.sharding import NamedSharding, PartitionSpec as P
 
@@ -117,7 +117,7 @@ for call in {calls}:
         if stop.code not in (0, 1):
             raise
 print(json.dumps("done"))"""
-    run_child([sys.executable, "-c", code], PYTHONPATH=str(ROOT), JAX_COMPILATION_CACHE_DIR=str(cache))
+    run_child([sys.executable, "-c", code], PYTHONPATH=PYTHONPATH, JAX_COMPILATION_CACHE_DIR=str(cache))
     runs = [only_run(folder) for folder in folders]
     for run in runs:
         assert [int(file.stem) for file in checkpoints(run)] == [3, 2, 1], f"{run}: not all checkpoints are there"
