@@ -27,6 +27,7 @@ class Args:
     policies: tuple[str, ...] = ()  # run folders, one a task, in the same order
     steps: int = 20_000  # environment steps of each kind
     pairs: int = 8  # how many of those left out are printed
+    name: str = "contacts"  # of the JSON file
     smoke: bool = False
 
 
@@ -82,7 +83,7 @@ def main(args: Args) -> None:
                          f"{row['over_cap']:.2%}", listed or "-"])  # fmt: skip
     common.table(["task", "by", "steps", "contacts at once", "steps with one left out", "over the cap",
                   "pairs left out, share of the steps"], rows)  # fmt: skip
-    common.write("contacts", dataclasses.replace(args, policies=()), {"tasks": result}, args.smoke)
+    common.write(args.name, dataclasses.replace(args, policies=()), {"tasks": result}, args.smoke)
 
 
 if __name__ == "__main__":

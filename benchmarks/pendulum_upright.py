@@ -7,7 +7,7 @@ NumPy runs the policy for an episode from each of the same 100 random starts. An
 0.1 rad and the speed below 0.2 rad/s at every step of the last second. Of the other ends the largest angle in that
 second is told, and whether the pendulum still moved (else it stands still, but not upright). Seconds of training are
 the script's own `train_s`, without start and compiling; those of the process hold both, and depend on the compile
-cache. Writes benchmarks/results/pendulum_upright_ENV_ID.json.
+cache. Writes benchmarks/results/NAME_ENV_ID.json.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     starts: int = 100
     flags: str = ""  # further flags of sac_mjx_pendulum.py
+    name: str = "pendulum_upright"  # of the JSON file, to which the environment's is added
     smoke: bool = False  # one short training
 
 
@@ -86,8 +87,8 @@ def main(args: Args) -> None:
     medians = {name: statistics.median(row[name] for row in rows) for name in ("upright", "return", "train_s")}
     print("median: upright {upright:.2f}, return {return:.1f}, training {train_s:.1f} s".format(**medians))
     devices, _ = ([row.pop(name) for row in rows][0] for name in ("devices", "versions"))
-    name, result = f"pendulum_upright_{args.env_id}", {"medians": medians, "runs": rows}
-    common.write(name, args, result, args.smoke, devices)
+    result = {"medians": medians, "runs": rows}
+    common.write(f"{args.name}_{args.env_id}", args, result, args.smoke, devices)
 
 
 if __name__ == "__main__":

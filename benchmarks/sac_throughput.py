@@ -41,6 +41,7 @@ class Args:
     num_envs: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
     rounds: int = 7
     seconds: float = 0.5  # of one sample, about
+    name: str = "sac_throughput"  # of the JSON file
     smoke: bool = False  # one short measurement
 
 
@@ -139,7 +140,7 @@ def main(args: Args) -> None:
         row = rows[num_envs] = measure(num_envs, args.rounds, args.seconds)
         numbers = [f"{value:.0f}" if value > 10 else f"{value:.2f}" for value in list(row.values())[:6]]
         print(f"| {num_envs} | {' | '.join(numbers)} | {row['compile_s']['train']:.1f} |", flush=True)
-    common.write("sac_throughput", args, {"worlds": rows}, args.smoke)
+    common.write(args.name, args, {"worlds": rows}, args.smoke)
 
 
 if __name__ == "__main__":
