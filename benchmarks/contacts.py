@@ -6,7 +6,7 @@ Episodes on the original model, by random actions and, where there is one, by a 
 largest action. After each environment step all contacts nearer than their margin are counted: how many there are at
 once, and for each pair of geoms the share of the steps in which it touches. Left out: pairs that cannot touch in
 `fast`. Over the cap: steps with more contacts of one condim, of those that can, than `fast_max_contacts`.
-Writes benchmarks/results/contacts.json.
+Writes benchmarks/results/NAME.json.
 """
 
 import collections

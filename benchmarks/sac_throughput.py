@@ -16,7 +16,7 @@ already because acting takes more of an iteration.
 "update / bare" is updates/s in training over those of the bare update, which is also the share of an iteration that
 its updates would take by themselves. "acting" is the share that its steps would take by themselves. What is left is
 the buffer (write, draw, gather), metrics and calling.
-Writes benchmarks/results/sac_throughput.json. Compiling is told apart, without a compile cache.
+Writes benchmarks/results/NAME.json. Compiling is told apart, without a compile cache.
 """
 
 import dataclasses
