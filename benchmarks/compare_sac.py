@@ -59,6 +59,7 @@ def ours(args: Args) -> dict:
 
     import sac_mjx_pendulum as sac
 
+    common.make_mesh()  # starts JAX with all cores
     settings = sac.parse_args([f"--seed={args.seeds[0]}", *args.flags.split()])
     mesh, env = sac.make_mesh(settings.num_devices, settings.num_envs, settings.batch_size), sac.Env(settings)
     settings = dataclasses.replace(settings, num_devices=mesh.size)

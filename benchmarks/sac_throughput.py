@@ -133,6 +133,7 @@ def main(args: Args) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     if args.smoke:
         args = dataclasses.replace(args, num_envs=(64,), rounds=2, seconds=0.1)
+    common.make_mesh()  # starts JAX with all cores
     rows = {}
     print("| worlds | acting steps/s | training steps/s | updates/s in training | bare updates/s | update / bare "
           "| acting | compile s |\n" + "|---" * 8 + "|")

@@ -110,6 +110,7 @@ def first_update(env_id: str, cache: str) -> float:
 def main(args: Args) -> None:
     if args.smoke:
         args = dataclasses.replace(args, env_ids=("Hopper",), num_envs=(64,), repeats=2, starts=1)
+    common.make_mesh()  # starts JAX with all cores
     speed, starts = {}, {}
     print("| task | worlds | train steps/s | env.step | mjx.step | train / env.step | train / mjx.step |")
     print("|---" * 7 + "|")
