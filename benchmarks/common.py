@@ -67,6 +67,11 @@ def compile_sharded(mesh, function, *operands, options: dict | None = None):
     return lambda: jax.block_until_ready(compiled(*placed)), seconds, compiled
 
 
+def hardly_optimise() -> None:
+    """Let XLA compile quickly what then runs slowly, here and in child processes: for short versions."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
+
 def take_turns(programs: dict, repeats: int, warmups: int = 1) -> dict[str, list[float]]:
     """Seconds of each program, `repeats` times, in turn, so that a slow phase of the machine meets all of them."""
     seconds = {name: [] for name in programs}

@@ -70,7 +70,7 @@ class Args:
     vec_env: Literal["dummy", "subproc"] = "dummy"  # worlds of SB3 and SBX: in turn, or each in a process of its own
     torch_threads: int = 1  # of SB3; for such small networks more only wait for each other
     name: str = "compare_ppo"  # of the JSON file
-    smoke: bool = False  # all modes in short, with the peers that are installed
+    smoke: bool = False  # `return` in short, with the peers that are installed
     child: str | None = None  # the one to train in this process, by the first mode and seed
 
 
@@ -378,9 +378,8 @@ def main(args: Args) -> None:
     if missing:
         print(f"left out, as they are not installed: {', '.join(missing)}")
     if args.smoke:
-        args = dataclasses.replace(
-            args, modes=("speed", "return", "lines"), rounds=1, num_envs=64, iterations=1, blocks=1, seeds=(1,),
-            total_timesteps=3072, judge_every=1, episodes=2)  # fmt: skip
+        args = dataclasses.replace(args, modes=("return",), num_envs=64, seeds=(1,), total_timesteps=2048,
+                                   judge_every=1, episodes=2)  # fmt: skip
     names = ["ours", *(name for name in peers if name not in missing)]
     # Brax's own HalfCheetah is another model, so its policies cannot be judged in Gymnasium's.
     runs = {mode: {name: [] for name in names if (mode, name) != ("return", "brax_own")} for mode in args.modes}

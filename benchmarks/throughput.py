@@ -24,7 +24,6 @@ Writes benchmarks/results/NAME.json after each task.
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import statistics
 import subprocess
@@ -318,7 +317,7 @@ def find_crossing(ratios: dict[int, float]) -> dict:
 
 def main(args: Args) -> None:
     if args.smoke:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+        common.hardly_optimise()
         args = dataclasses.replace(args, tasks=("g1", "Pendulum"), num_envs=(4,), exact_num_envs=(4,),
                                    steps=2, repeats=1, min_seconds=0.05)  # fmt: skip
     common.make_mesh()  # starts JAX with all cores

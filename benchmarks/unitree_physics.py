@@ -207,7 +207,8 @@ def measure_throughput(args: Args, mesh: Mesh, num_envs: int) -> dict:
 
 def main(args: Args) -> None:
     if args.smoke:
-        args = dataclasses.replace(args, states=32, repeats=1, num_envs=(32,))
+        common.hardly_optimise()
+        args = dataclasses.replace(args, states=8, repeats=1, num_envs=(8,))
     mesh, result = common.make_mesh(None, args.states, *args.num_envs), {}
     if args.settings:
         result["settings"] = compare_settings(args, mesh)
