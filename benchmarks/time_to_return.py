@@ -44,7 +44,7 @@ class Args:
     keep: str | None = None  # folder to which each training's run folder is copied, to film or compare its policy
     evaluate: bool = True  # let the script evaluate its last policy; else it is stopped once that is there
     compile_cache: bool = False  # take compiled programs from the cache, and keep them
-    smoke: bool = False  # one short run of each task
+    smoke: bool = False  # one short run of the first task
 
 
 def act(policy: dict, obs: np.ndarray) -> np.ndarray:
@@ -145,7 +145,7 @@ def measure(args: Args, env_id: str, seed: int) -> dict:
 
 def main(args: Args) -> None:
     if args.smoke:
-        args = dataclasses.replace(args, seeds=(1,), total_timesteps=60_000, episodes=2)
+        args = dataclasses.replace(args, env_ids=args.env_ids[:1], seeds=(1,), total_timesteps=60_000, episodes=2)
     rows = []
     for seed in args.seeds:
         for env_id in args.env_ids:
