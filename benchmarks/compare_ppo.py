@@ -378,8 +378,9 @@ def main(args: Args) -> None:
     if missing:
         print(f"left out, as they are not installed: {', '.join(missing)}")
     if args.smoke:
-        args = dataclasses.replace(args, modes=("return",), num_envs=64, seeds=(1,), total_timesteps=2048,
-                                   judge_every=1, episodes=2)  # fmt: skip
+        common.hardly_optimise()
+        args = dataclasses.replace(args, modes=("return",), num_envs=64, seeds=(1,), total_timesteps=1024,
+                                   judge_every=1, episodes=1)  # fmt: skip
     names = ["ours", *(name for name in peers if name not in missing)]
     # Brax's own HalfCheetah is another model, so its policies cannot be judged in Gymnasium's.
     runs = {mode: {name: [] for name in names if (mode, name) != ("return", "brax_own")} for mode in args.modes}

@@ -71,7 +71,7 @@ class Args:
     steps: tuple[int, ...] = (1, 10, 50, 100, 200)  # of the environment, after which states are compared
     seed: int = 1
     child: str | None = None  # file of starts and actions that a process of this benchmark takes to the exact physics
-    smoke: bool = False
+    smoke: bool = False  # in short, and without runs unless they are named
 
 
 # ---- Comparing ------------------------------------------------------------------------------------------------------
@@ -319,7 +319,8 @@ def main(args: Args) -> None:
         print(json.dumps("done"))
         return
     if args.smoke:
-        args = dataclasses.replace(args, runs=("SAC",), tasks=("HalfCheetah",), starts=4, steps=(1, 5))
+        parts = args.parts[1:] if args.parts == Args.parts else args.parts
+        args = dataclasses.replace(args, parts=parts, runs=("SAC",), tasks=("HalfCheetah",), starts=4, steps=(1, 5))
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # in the processes that follow; for a quick start
     make_mesh()  # starts JAX with a device for each core
     measures = {"runs": measure_runs, "resets": measure_resets, "trajectories": measure_trajectories}

@@ -139,7 +139,7 @@ def compare_settings(args: Args, mesh: Mesh) -> dict:
     policy = dict(np.load(args.policy)) if args.policy else None
     qpos, qvel, warmstart, actions, before, angles = collect(policy, args.states)
     programs, rows = {}, {}
-    for setting in SETTINGS[: 2 if args.smoke else None]:
+    for setting in SETTINGS[: 1 if args.smoke else None]:
         env = make_env(setting)
 
         def run(start, actions, before, env=env, setting=setting):
