@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from common import make_mesh, ppo_args, run_child, table, write
+from common import hardly_optimise, make_mesh, ppo_args, run_child, table, write
 
 GIB = 2**30
 NO_ROOM = "resource_exhausted", "out of memory", "out_of_memory"  # in the text of an error
@@ -198,7 +198,7 @@ def main(args: Args) -> None:
         return
     if args.smoke:
         args = dataclasses.replace(args, programs=("HalfCheetah", "SAC"), num_envs=(32, 128))
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for a quick start
+        hardly_optimise()
     os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")
     failures, result = [], {}
     for program in args.programs:

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import tyro
-from common import PYTHONPATH, make_mesh, run_child, table, write
+from common import PYTHONPATH, hardly_optimise, make_mesh, run_child, table, write
 from faults import checkpoints, only_run, read
 from jax.sharding import NamedSharding, PartitionSpec as P
 
@@ -321,7 +321,7 @@ def main(args: Args) -> None:
     if args.smoke:
         parts = args.parts[1:] if args.parts == Args.parts else args.parts
         args = dataclasses.replace(args, parts=parts, runs=("SAC",), tasks=("HalfCheetah",), starts=4, steps=(1, 5))
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # in the processes that follow; for a quick start
+        hardly_optimise()
     make_mesh()  # starts JAX with a device for each core
     measures = {"runs": measure_runs, "resets": measure_resets, "trajectories": measure_trajectories}
     failures, result = [], {}
