@@ -18,11 +18,10 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from onekernel import arrays, cache, cpu, cuda, fingerprint
-from onekernel import primitives as primitives  # registers the rules
+from onekernel import arrays, cache, cpu, cuda, fingerprint, primitives
 from onekernel.arrays import Keys, Memory, Scalars, kind_of
 from onekernel.graph import KINDS, Graph, TooLarge
 from onekernel.trace import Builder, Unsupported, rule
@@ -125,11 +124,11 @@ class Signature:
         impls = []
         for leaf in leaves:
             aval = jax.typeof(leaf)
-            is_key = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
+            impl = key_impl(leaf)
             shapes.append(tuple(aval.shape))
-            dtypes.append("key" if is_key else np.dtype(aval.dtype).name)
+            dtypes.append(np.dtype(aval.dtype).name if impl is None else "key")
             weak.append(bool(getattr(aval, "weak_type", False)))
-            impls.append(jax.random.key_impl(leaf) if is_key else None)
+            impls.append(impl)
         config = jax.config
         settings = (
             config.jax_enable_x64,
@@ -155,8 +154,8 @@ class Signature:
         return structs
 
     def text(self) -> str:
-        """The same for the same types in any process."""
-        return repr((str(self.tree), *map(str, (self.shapes, self.dtypes, self.weak, self.impls)), self.settings))
+        """The same for the same types in any process; without the tree, which `fingerprint` takes care of."""
+        return repr((self.shapes, self.dtypes, self.weak, [str(impl) for impl in self.impls], self.settings))
 
 
 @functools.cache
@@ -185,7 +184,7 @@ class Kernel:
         for dtype in signature.dtypes:
             if dtype != "key" and np.dtype(dtype) not in KINDS:
                 raise Unsupported(f"arguments of type {dtype}")
-        mark = fingerprint.fingerprint(function)
+        mark = fingerprint.fingerprint(function, signature.tree)
         if mark is not None:
             text = "\n".join((mark, signature.text(), versions()))
             self.key = hashlib.sha256(text.encode()).hexdigest()
@@ -230,12 +229,12 @@ class Kernel:
         with self.lock:
             if self.closed is not None:
                 return
-            trees = []
+            self.out_impls = []
 
             def flat(*leaves):
                 args, kwargs = jax.tree.unflatten(self.signature.tree, leaves)
-                results, tree = jax.tree.flatten(self.function(*args, **kwargs))
-                trees.append(tree)
+                results, self.out_tree = jax.tree.flatten(self.function(*args, **kwargs))
+                self.out_impls = [key_impl(result) for result in results]
                 return results
 
             closed = jax.make_jaxpr(flat)(*self.signature.structs())
@@ -243,21 +242,15 @@ class Kernel:
                 names = ", ".join(str(effect) for effect in closed.jaxpr.effects)
                 raise Unsupported(f"side effects ({names})")
             outs = [variable.aval for variable in closed.jaxpr.outvars]
-            is_key = [jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key) for aval in outs]
-            self.out_tree = trees[0]
-            self.out_impls = []
             self.out_shapes = []
             self.out_dtypes = []
-            for aval, key in zip(outs, is_key, strict=True):
-                if key:
-                    impl = aval.dtype._impl
-                    self.out_impls.append(impl.name)
-                    self.out_shapes.append((*aval.shape, *impl.key_shape))
+            for aval, impl in zip(outs, self.out_impls, strict=True):
+                if impl is not None:
+                    self.out_shapes.append((*aval.shape, *key_shape(impl)))
                     self.out_dtypes.append("uint32")
                     continue
                 if aval.dtype not in KINDS:
                     raise Unsupported(f"results of type {aval.dtype}")
-                self.out_impls.append(None)
                 self.out_shapes.append(tuple(aval.shape))
                 self.out_dtypes.append(aval.dtype.name)
             self.consts = list(closed.consts)
@@ -406,6 +399,14 @@ def pack_code(name: str, scratch: int, code: bytes) -> bytes:
     return cache.pack({"name": name, "scratch": scratch}, [code])
 
 
+def key_impl(value):
+    """The PRNG implementation of a key array; None for another value."""
+    dtype = jax.typeof(value).dtype
+    is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return jax.random.key_impl(value) if is_key else None
+
+
+@functools.cache
 def key_shape(impl) -> tuple[int, ...]:
     """Of the words of one PRNG key."""
     return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl))).shape
@@ -455,7 +456,7 @@ def run(*operands, kernel: Kernel, mapped, batched):
 
 def batch(operands, axes, *, kernel: Kernel, mapped, batched):
     """jax.vmap: of a function of one world, one of many; of one of many worlds, one of all their worlds."""
-    outer_mapped = [axis is not batching.not_mapped for axis in axes]
+    outer_mapped = [axis is not None for axis in axes]
     moved = [
         jnp.moveaxis(operand, axis, 0) if own else operand
         for operand, axis, own in zip(operands, axes, outer_mapped, strict=True)
@@ -552,5 +553,3 @@ def inline(builder: Builder, equation, *values):
 def run_by_xla(kernel, equation, operands):
     return xla_call(kernel, equation.params["mapped"], True, operands)
 
-
-__all__ = ["Compiled", "Fallback", "compile", "jaxpr_as_fun"]

@@ -62,7 +62,7 @@ def load(key: str) -> bytes | None:
 
 
 def store(key: str, payload: bytes) -> None:
-    """Keep `payload` under `key`, in place of what was there. Where nothing can be kept, do nothing.
+    """Keep `payload` under `key`, in place of what was there; do nothing if that is impossible.
 
     key: any text; name in it everything that the payload depends on.
     payload: bytes, see `pack`. One larger than the whole store may be is not kept.
@@ -118,7 +118,7 @@ def unpack(payload: bytes) -> tuple[dict, list[bytes]]:
 
 
 def folder() -> Path | None:
-    """The folder of the store, whether it exists or not; None if it is switched off or has no home."""
+    """The folder of the store, made or not; None if it is switched off or the user has no home."""
     if os.environ.get("ONEKERNEL_CACHE") == "0":
         return None
     chosen = os.environ.get("ONEKERNEL_CACHE_DIR")
@@ -143,7 +143,7 @@ def _user_cache_folder() -> Path:
 
 
 def _usable_folder() -> Path | None:
-    """The folder of the store, made if it was missing; None, and a warning, if it is not to be used."""
+    """The folder of the store, made if it was missing; None and a warning if it is unusable."""
     path = folder()
     if path is None:
         return None
@@ -163,7 +163,7 @@ def _usable_folder() -> Path | None:
 
 
 def _belongs_to_user_alone(status: os.stat_result) -> bool:
-    """Whether nobody else can write to it. Windows keeps a user's cache folder private by itself."""
+    """Whether nobody else can write to it. Windows keeps a user's folders private by itself."""
     if os.name != "posix":
         return True
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
@@ -206,7 +206,7 @@ def _payload_of(content: bytes, key: str) -> bytes | None:
 
 
 def _write_and_rename(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name only when it is whole. mkstemp makes it mode 0600."""
+    """Write a file, of mode 0600, that appears under its name only when it is whole."""
     descriptor, unfinished = tempfile.mkstemp(suffix=UNFINISHED, dir=path.parent)
     try:
         with open(descriptor, "wb") as file:

@@ -7,8 +7,9 @@ GPU the width is 1: a thread handles one world, and values are plain scalars.
 
 `Emitter` writes the body of the kernel; the function around it, with its arguments and the loop over
 worlds, is in cpu.py and cuda.py. Text is written rather than llvmlite's builder called, which is five
-times slower. The body relies on these names: %operandI and %resultI, pointers to the arrays; %scratch;
-%worlds, their number; %world, the number of lane 0's world; %lanes, every lane's.
+times slower. The body relies on these names: %operandI, %resultI and %scratch, pointers to the arrays
+and to scratch memory; %lanes, the number of every lane's world. With width 1 there is no %lanes, and
+the pointers are to what is the world's own.
 """
 
 import struct
@@ -17,6 +18,7 @@ import numpy as np
 
 from onekernel import vector_math
 from onekernel.graph import Branch, Graph, Loop
+from onekernel.layout import scratch_layout
 
 TYPES = {"f": "float", "i": "i32", "u": "i32", "b": "i1"}
 MEMORY_TYPES = {"f": "float", "i": "i32", "u": "i32", "b": "i8"}  # a bool takes a byte
@@ -24,6 +26,7 @@ ARITHMETIC = {"add", "sub", "mul"}
 FLOAT_COMPARISONS = {"lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
 SIGNED_COMPARISONS = {"lt": "slt", "le": "sle", "eq": "eq", "ne": "ne"}
 UNSIGNED_COMPARISONS = {"lt": "ult", "le": "ule", "eq": "eq", "ne": "ne"}
+WARP = 32  # threads of a GPU that run together; their scratch memory is laid out as that of a vector's lanes
 FLOAT_INTRINSICS = {"sqrt": "sqrt", "abs": "fabs", "floor": "floor", "ceil": "ceil", "rint": "rint"}
 
 
@@ -102,31 +105,30 @@ class Liveness:
 
 
 class Emitter:
-    """mapped: of each operand, whether each world has its own. layout: where each scratch buffer begins, in elements of
-    one world."""
+    """Writes a kernel's body.
+
+    width: worlds at a time; mapped: of each operand, whether each world has its own; sizes: of each operand, elements
+    of one world's. A value that is the same in all worlds, such as a loop's counter, is a scalar named %sN besides the
+    vector %vN; while `prefix` is "s", `operation` computes with those."""
 
     def __init__(self, graph: Graph, width: int, mapped: list[bool], sizes: list[int]):
         self.graph = graph
         self.width = width
         self.mapped = mapped
-        self.sizes = sizes  # of the operands, in elements of one world
+        self.sizes = sizes
         self.live = Liveness(graph).nodes
         self.lines: list[str] = []
-        self.names: dict[int, str] = {}
+        self.prefix = "v"
+        self.names: dict[str, str] = {}  # of values that another name stands for already
         self.declarations: set[str] = set()
         self.functions: set[str] = set()
         self.tables: list[str] = []
         self.count = 0
         self.label = "body"
-        self.offsets: dict[int, int] = {}
-        self.scratch_size = 0
+        self.offsets, self.scratch_size = scratch_layout(graph, self.live)
         for number, buffer in enumerate(graph.buffers):
-            if buffer.source == "scratch":
-                self.offsets[number] = self.scratch_size
-                self.scratch_size += buffer.size
-            elif buffer.source == "const":
+            if buffer.source == "const":
                 self.add_table(number, buffer)
-        self.phi_places: dict[int, tuple[Loop, int]] = {}
 
     # Names and types --------------------------------------------------------------------------------------------------
 
@@ -145,19 +147,20 @@ class Emitter:
         return short if self.width == 1 else f"v{self.width}{short}"
 
     def of(self, node: int) -> str:
-        """A node as an operand, a vector."""
+        """A node as an operand: a vector, or, while `prefix` says so, a scalar."""
         graph = self.graph
         if graph.op[node] == "const":
             kind = graph.kind[node]
             return self.splat(TYPES[kind], literal(kind, graph.value[node]))
-        return self.names.get(node) or f"%v{node}"
+        own = f"%{self.prefix}{node}"
+        return self.names.get(own, own)
 
     def scalar(self, node: int) -> str:
         """A node that is the same in all worlds, as a scalar."""
         graph = self.graph
         if graph.op[node] == "const":
             return literal(graph.kind[node], graph.value[node])
-        return self.of(node) if self.width == 1 else f"%s{node}"
+        return self.of(node) if self.width == 1 else self.names.get(f"%s{node}", f"%s{node}")
 
     def fresh(self) -> str:
         self.count += 1
@@ -263,7 +266,7 @@ class Emitter:
             if not self.live[out]:
                 continue
             if loop.length is not None:
-                self.names[out] = self.of(following)
+                self.names[f"%v{out}"] = self.of(following)
             else:
                 kind = self.type(out)
                 self.add(
@@ -281,7 +284,6 @@ class Emitter:
             if self.is_empty(block):
                 sides.append([self.of(branch.results[which][index]) for index, _ in outs])
                 continue
-            del values
             before = self.label
             inside, after = f"side{node}.{which}", f"joined{node}.{which}"
             wanted = self.any(branch.wanted[which])
@@ -355,14 +357,10 @@ class Emitter:
         else:
             base = f"%{'operand' if source.source == 'input' else 'result'}{source.operand}"
             shared = source.source == "input" and not self.mapped[source.operand]
-        if shared:
+        if shared or self.width == 1:
             if same:
                 return "one", self.value(f"getelementptr {scalar}, ptr {base}, i64 {offset}")
             return "each", self.value(f"getelementptr {scalar}, ptr {base}, {vector} {offset}")
-        if self.width == 1:
-            start = self.value(f"mul i64 %world, {source.size}")
-            place = self.value(f"add i64 {start}, {offset}")
-            return "one", self.value(f"getelementptr {scalar}, ptr {base}, i64 {place}")
         start = self.value(f"mul {vector} %lanes, splat (i64 {source.size})")
         if same and not offset.startswith("%"):
             place = self.value(f"add {vector} {start}, splat (i64 {offset})")
@@ -380,17 +378,17 @@ class Emitter:
         )
 
     def scratch_places(self, start: int, offset: str, same: bool) -> tuple[str, str]:
-        """Element k of a world's scratch memory: next to it are those of the other worlds."""
-        if self.width == 1:
-            place = self.value(f"add i64 {offset}, {start}")
-            row = self.value(f"mul i64 {place}, %worlds")
-            own = self.value(f"add i64 {row}, %world")
-            return "one", self.value(f"getelementptr i32, ptr %scratch, i64 {own}")
-        if same:
-            place = self.value(f"add i64 {offset}, {start}")
-            row = self.value(f"mul i64 {place}, {self.width}")
-            return "row", self.value(f"getelementptr i32, ptr %scratch, i64 {row}")
+        """Element k of a world's scratch memory: next to it are those of the other lanes, or of a warp's threads."""
         vector = f"<{self.width} x i64>"
+        if same:
+            lanes = WARP if self.width == 1 else self.width
+            if offset.startswith("%"):
+                place = self.value(f"add i64 {offset}, {start}")
+                row = self.value(f"mul i64 {place}, {lanes}")
+            else:
+                row = str((int(offset) + start) * lanes)
+            pointer = self.value(f"getelementptr i32, ptr %scratch, i64 {row}")
+            return "one" if self.width == 1 else "row", pointer
         lanes = ", ".join(f"i64 {lane + start * self.width}" for lane in range(self.width))
         row = self.value(f"mul {vector} {offset}, splat (i64 {self.width})")
         own = self.value(f"add {vector} {row}, <{lanes}>")
@@ -416,13 +414,13 @@ class Emitter:
         if kind == "b":
             self.add(f"%v{node} = icmp ne {vector} {loaded}, zeroinitializer")
         else:
-            self.names[node] = loaded
+            self.names[f"%v{node}"] = loaded
         if graph.uniform[node]:
             self.add(f"%s{node} = extractelement {self.type(node)} {self.of(node)}, i32 0")
 
     def define_from_scalar(self, node: int, loaded: str) -> None:
         if self.width == 1:
-            self.names[node] = loaded
+            self.names[f"%v{node}"] = loaded
             return
         kind = self.type(node)
         scalar = TYPES[self.graph.kind[node]]
@@ -432,7 +430,7 @@ class Emitter:
             f"<{self.width} x i32> zeroinitializer"
         )
         if self.graph.uniform[node]:
-            self.add(f"%s{node} = bitcast {scalar} {loaded} to {scalar}")
+            self.names[f"%s{node}"] = loaded
 
     def gather(self, scalar: str, places: str) -> str:
         align = 1 if scalar == "i8" else 4
@@ -488,7 +486,7 @@ class Emitter:
             return
         kind = self.type(node)
         scalar = TYPES[self.graph.kind[node]]
-        one = self.value(f"insertelement {kind} zeroinitializer, {scalar} %s{node}, i32 0")
+        one = self.value(f"insertelement {kind} zeroinitializer, {scalar} {self.scalar(node)}, i32 0")
         self.add(
             f"%v{node} = shufflevector {kind} {one}, {kind} zeroinitializer, "
             f"<{self.width} x i32> zeroinitializer"
@@ -507,7 +505,7 @@ class Emitter:
         if graph.uniform[node] and self.width > 1:
             self.uniform_operation(node, op)
             return
-        name = f"%v{node}"
+        name = f"%{self.prefix}{node}"
         a = self.of(args[0])
         vector = self.vector(TYPES[graph.kind[args[0]]])
         if op in ARITHMETIC:
@@ -521,7 +519,7 @@ class Emitter:
             if kind == "f":
                 self.add(f"{name} = fneg {vector} {a}")
             else:
-                self.add(f"{name} = sub {vector} zeroinitializer, {a}".replace("zeroinitializer", self.zero("i")))
+                self.add(f"{name} = sub {vector} {self.zero('i')}, {a}")
         elif " " in op and op.split()[0] in FLOAT_COMPARISONS:
             self.add(f"{name} = {self.comparison(op)} {vector} {a}, {self.of(args[1])}")
         elif op in FLOAT_INTRINSICS:
@@ -551,7 +549,7 @@ class Emitter:
 
     def extreme(self, node: int, op: str, kind: str, args) -> None:
         """NaN wins. With a constant on the right one comparison does it: false for NaN, it picks the left."""
-        name = f"%v{node}"
+        name = f"%{self.prefix}{node}"
         vector = self.vector(TYPES[kind])
         a, b = self.of(args[0]), self.of(args[1])
         if kind != "f":
@@ -570,7 +568,7 @@ class Emitter:
         self.add(f"{name} = select {booleans} {is_nan}, {vector} {b}, {vector} {one}")
 
     def rare_operation(self, node: int, op: str, kind: str, args) -> None:
-        name = f"%v{node}"
+        name = f"%{self.prefix}{node}"
         graph = self.graph
         from_kind = graph.kind[args[0]]
         vector = self.vector(TYPES[from_kind])
@@ -588,7 +586,7 @@ class Emitter:
                 self.add(f"{name} = zext {vector} {values[0]} to {result}")
         elif op == "bitcast":
             if TYPES[kind] == TYPES[from_kind]:
-                self.names[node] = values[0]
+                self.names[f"%{self.prefix}{node}"] = values[0]
             else:
                 self.add(f"{name} = bitcast {vector} {values[0]} to {result}")
         elif op.startswith("convert"):
@@ -657,20 +655,13 @@ class Emitter:
         self.add(f"{name} = select {booleans} {by_zero}, {vector} {otherwise}, {vector} {result}")
 
     def uniform_operation(self, node: int, op: str) -> None:
-        """An operation on integers or truth values that are the same in all worlds: once, by a scalar instruction."""
-        narrow = Emitter.__new__(Emitter)
-        narrow.__dict__ = dict(self.__dict__)
-        narrow.width = 1
-        narrow.names = {arg: self.scalar(arg) for arg in self.graph.args[node]}
-        narrow.operation(node, op)
-        self.count = narrow.count
-        last = narrow.names.get(node, f"%v{node}")
-        if last == f"%v{node}":
-            # The instruction was written under the vector's name; its own is the scalar's.
-            self.lines[-1] = self.lines[-1].replace(f"%v{node} =", f"%s{node} =", 1)
-        else:
-            kind = TYPES[self.graph.kind[node]]
-            self.add(f"%s{node} = bitcast {kind} {last} to {kind}")
+        """An operation on what is the same in all worlds: once, by a scalar instruction."""
+        width = self.width
+        self.width = 1
+        self.prefix = "s"
+        self.operation(node, op)
+        self.width = width
+        self.prefix = "v"
         self.spread(node)
 
     def input(self, node: int) -> None:
@@ -689,13 +680,9 @@ class Emitter:
             if kind == "b":
                 self.add(f"%v{node} = icmp ne {self.vector('i8')} {loaded}, zeroinitializer")
             else:
-                self.names[node] = loaded
+                self.names[f"%v{node}"] = loaded
             return
-        place = str(element)
-        if self.mapped[operand]:
-            start = self.value(f"mul i64 %world, {self.sizes[operand]}")
-            place = self.value(f"add i64 {start}, {element}")
-        pointer = self.value(f"getelementptr {scalar}, ptr {base}, i64 {place}")
+        pointer = self.value(f"getelementptr {scalar}, ptr {base}, i64 {element}")
         loaded = self.value(f"load {scalar}, ptr {pointer}, align {align}")
         if kind == "b":
             loaded = self.value(f"icmp ne i8 {loaded}, 0")
@@ -710,6 +697,3 @@ class Emitter:
             self.declarations |= declarations
         return texts
 
-
-def table_bytes(graph: Graph) -> int:
-    return sum(buffer.data.nbytes for buffer in graph.buffers if isinstance(buffer.data, np.ndarray))

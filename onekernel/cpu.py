@@ -1,32 +1,15 @@
-"""A kernel for the CPU: the function over all worlds, the handler that XLA calls, and machine code by LLVM.
+"""A kernel for the CPU: the function over all worlds, and machine code by LLVM.
 
-XLA calls foreign code through its FFI: it hands a function a pointer to a "call frame", a C struct with
-the pointers to all operands and results (header: jax.ffi.include_dir(), xla/ffi/api/c_api.h). A handler
-is usually written in C++; ours is a few lines of LLVM IR in the same module as the kernel, so that no
-compiler is needed on the user's machine.
+The handler that XLA calls (see ffi.py) is in the same module as the kernel and calls it.
 """
 
-import ctypes
 import functools
-import threading
 
-import jax
 import llvmlite.binding as llvm
 
+from onekernel import ffi, vector_math
 from onekernel.codegen import Emitter
 from onekernel.graph import Graph
-
-# Where fields stand in XLA's structs, in bytes.
-FRAME_EXTENSION = 8
-FRAME_STAGE = 32
-FRAME_ARGUMENTS = 72
-FRAME_RESULTS = 112
-EXTENSION_METADATA = 24
-METADATA_VERSION = 24
-BUFFER_DATA = 24
-BUFFER_DIMENSIONS = 40
-STAGE_EXECUTE = 3
-API_MINOR_VERSION = 3
 
 
 @functools.cache
@@ -84,7 +67,7 @@ def kernel_ir(graph: Graph, mapped: list[bool], sizes: list[int], results: int, 
     emitter.declarations.add(f"declare {vector} @{minimum}({vector}, {vector})")
     # Worlds that do not fill a vector: the lanes left over compute the last world once more.
     kernel = [
-        f"define internal void @kernel({', '.join(arguments)}) {{",
+        f"define internal void @kernel({', '.join(arguments)}) {vector_math.SUBNORMALS} {{",
         "entry:",
         "%last = sub i64 %worlds, 1",
         f"%last.one = insertelement {vector} zeroinitializer, i64 %last, i32 0",
@@ -117,108 +100,34 @@ def kernel_ir(graph: Graph, mapped: list[bool], sizes: list[int], results: int, 
 
 def handler_ir(operands: int, results: int, batched: bool) -> list[str]:
     """The function that XLA calls, `@handler`; its argument is the call frame."""
-
-    def field(name: str, base: str, offset: int, kind: str = "ptr") -> list[str]:
-        return [
-            f"%{name}.place = getelementptr i8, ptr {base}, i64 {offset}",
-            f"%{name} = load {kind}, ptr %{name}.place",
-        ]
-
-    def data(name: str, table: str, index: int) -> list[str]:
-        return [
-            *field(f"{name}.buffer", table, 8 * index),
-            *field(name, f"%{name}.buffer", BUFFER_DATA),
-        ]
-
-    lines = [
-        "define ptr @handler(ptr %frame) {",
-        *field("extension", "%frame", FRAME_EXTENSION),
-        "%asked = icmp ne ptr %extension, null",
-        "br i1 %asked, label %describe, label %stages",
-        "describe:",  # XLA asks for the version of its interface that the handler was written for
-        *field("metadata", "%extension", EXTENSION_METADATA),
-        f"%major = getelementptr i8, ptr %metadata, i64 {METADATA_VERSION}",
-        "store i32 0, ptr %major",
-        f"%minor = getelementptr i8, ptr %metadata, i64 {METADATA_VERSION + 4}",
-        f"store i32 {API_MINOR_VERSION}, ptr %minor",
-        "ret ptr null",
-        "stages:",
-        *field("stage", "%frame", FRAME_STAGE, "i32"),
-        f"%execute = icmp eq i32 %stage, {STAGE_EXECUTE}",
-        "br i1 %execute, label %run, label %done",
-        "run:",
-        *field("arguments", "%frame", FRAME_ARGUMENTS),
-        *field("results", "%frame", FRAME_RESULTS),
-    ]
-    for i in range(operands):
-        lines += data(f"operand{i}", "%arguments", i)
-    for i in range(results):
-        lines += data(f"result{i}", "%results", i)
-    lines += data("scratch", "%results", results)
-    if batched:
-        lines += field("dimensions", "%result0.buffer", BUFFER_DIMENSIONS)
-        lines += field("worlds", "%dimensions", 0, "i64")
-    else:
-        lines.append("%worlds = add i64 0, 1")
     arguments = [
         *(f"ptr %operand{i}" for i in range(operands)),
         *(f"ptr %result{i}" for i in range(results)),
         "ptr %scratch",
         "i64 %worlds",
     ]
-    lines += [
-        f"call void @kernel({', '.join(arguments)})",
-        "br label %done",
-        "done:",
-        "ret ptr null",
-        "}",
-    ]
-    return lines
+    work = [f"call void @kernel({', '.join(arguments)})", "br label %done"]
+    return ffi.handler_ir(operands, results, batched, work)
 
 
-def compile_ir(text: str, level: int = 2) -> bytes:
-    """Machine code for this processor, as an object file."""
+def compile_ir(text: str) -> bytes:
+    """Machine code for this processor, as an object file.
+
+    LLVM's optimiser is left out: what it would find, the graph has found already, and it takes longer than the code
+    generator. With the small code model a constant is read by one instruction, relative to the code's own place."""
     cpu, features = host()
     module = llvm.parse_assembly(text)
     module.verify()
     target = llvm.Target.from_default_triple()
-    machine = target.create_target_machine(cpu=cpu, features=features, opt=level, reloc="pic", codemodel="jitdefault")
+    machine = target.create_target_machine(
+        cpu=cpu, features=features, opt=2, reloc="pic", codemodel="small"
+    )
     module.triple = machine.triple
     module.data_layout = str(machine.target_data)
-    options = llvm.create_pipeline_tuning_options(speed_level=level)
-    options.slp_vectorization = False
-    options.loop_vectorization = False
-    builder = llvm.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(module, builder)
     return machine.emit_object(module)
 
 
-class Loader:
-    """Puts object code into memory and tells XLA of its handler. All that is loaded stays until the process ends, since
-    XLA may call it for as long."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.loaded: dict[str, tuple] = {}
-
-    def register(self, name: str, object_code: bytes) -> None:
-        """Makes the handler in object_code the FFI target `name`."""
-        with self.lock:
-            if name in self.loaded:
-                return
-            host()
-            machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-            empty = llvm.parse_assembly("")
-            engine = llvm.create_mcjit_compiler(empty, machine)
-            engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
-            engine.finalize_object()
-            address = engine.get_function_address("handler")
-            function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
-            self.loaded[name] = (engine, function)
-
-
-loader = Loader()
+loader = ffi.Loader("cpu")
 
 
 def register(name: str, code: bytes, operands: int, results: int, batched: bool) -> None:

@@ -477,7 +477,7 @@ def contract(builder: Builder, out_shape, reduced_shape, operands, term, combine
         if outs > builder.scalar_limit:
             return builder.memory(value)
         return value
-    target = builder.new_memory(out_shape, kind, out_looped[0])
+    target = builder.new_memory(out_shape, kind, out_looped[0] if out_looped else 0)
     reading = [] if reduced_looped else [whole_rows(operand, len(out_shape)) for operand in operands]
 
     def body(index):
@@ -659,8 +659,9 @@ def dot_general(builder, equation, a, b):
     a_shape = tuple(a.shape[axis] for axis in a_free)
     b_shape = tuple(b.shape[axis] for axis in b_free)
     sum_shape = tuple(a.shape[axis] for axis in a_axes)
-    a = arrays.transpose(a, [*a_batch, *a_free, *a_axes])
-    b = arrays.transpose(b, [*b_batch, *b_free, *b_axes])
+    # JAX multiplies integers with floats in one step.
+    a = arrays.transpose(converted(builder, a, kind), [*a_batch, *a_free, *a_axes])
+    b = arrays.transpose(converted(builder, b, kind), [*b_batch, *b_free, *b_axes])
     out_shape = (*batch_shape, *a_shape, *b_shape)
     terms = math.prod(sum_shape)
     if terms == 0 or math.prod(out_shape) == 0:
@@ -692,6 +693,15 @@ def dot_general(builder, equation, a, b):
         return graph.mul(kind, builder.read(left, (*outer, *inner)), builder.read(right, (*outer, *inner)))
 
     return [contract(builder, out_shape, sum_shape, [a, b], term, add, kind)]
+
+
+def converted(builder, value, kind: str):
+    """value as an array of another type."""
+    if kind_of(value) == kind:
+        return value
+    return builder.elementwise(
+        lambda node: builder.graph.convert(node, kind), kind, [value], value.shape
+    )
 
 
 def dot(graph, kind, row, column) -> int:
@@ -1178,7 +1188,7 @@ def gather(builder, equation, operand, indices):
     looped = builder.looped_axes(out_shape)
     operand = builder.memory(operand)
     indices = builder.memory(indices)
-    target = builder.new_memory(out_shape, kind, looped[0])
+    target = builder.new_memory(out_shape, kind, looped[0] if looped else 0)
     builder.last_loop = None
     builder.for_each(
         out_shape, looped, [], [target], lambda index: builder.write(target, index, element(index))
@@ -1403,7 +1413,20 @@ def cond(builder, equation, index, *operands):
     return builder.branch(equation.params["branches"], index, list(operands))
 
 
-# Random numbers: JAX's own functions of the keys' words, traced ------------------------------------------------------
+# Random numbers: the threefry generator, with the same bits as JAX's -------------------------------------------------
+
+
+def as_keys(builder, words, impl) -> Keys:
+    """A key array of its words, which stand along the last axis."""
+    rank = len(words.shape) - 1
+    moved = arrays.transpose(words, [rank, *range(rank)])
+    return Keys([builder.row(moved, i) for i in range(words.shape[-1])], impl)
+
+
+def base_array(builder, keys: Keys):
+    """The words of a key array as one array, along its last axis."""
+    last = len(keys.shape)
+    return builder.join([builder.reshape(word, (*word.shape, 1)) for word in keys.words], last)
 
 
 @rule("random_wrap")
@@ -1416,98 +1439,76 @@ def random_unwrap(builder, equation, keys):
     return [base_array(builder, keys)]
 
 
-def base_array(builder, keys: Keys):
-    """The words of a key array as one array, along its last axis."""
-    return builder.join([builder.reshape(word, (*word.shape, 1)) for word in keys.words], len(keys.shape))
-
-
-def traced(builder, function, *values):
-    """The results of a JAX function of these values."""
-    shapes = [jax.ShapeDtypeStruct(value.shape, DTYPES[kind_of(value)]) for value in values]
-    closed = jax.make_jaxpr(function)(*shapes)
-    return builder.evaluate(closed.jaxpr, closed.consts, list(values))
-
-
-def as_keys(builder, words, impl) -> Keys:
-    """A key array of its words, which stand along the last axis."""
-    rank = len(words.shape) - 1
-    moved = arrays.transpose(words, [rank, *range(rank)])
-    return Keys([builder.row(moved, i) for i in range(words.shape[-1])], impl)
-
-
-@rule("random_seed")
-def random_seed(builder, equation, seeds):
-    from jax._src import prng
-
-    impl = equation.params["impl"]
-    (words,) = traced(builder, lambda value: prng.random_seed_impl_base(value, impl=impl), seeds)
-    return [as_keys(builder, words, impl)]
-
-
-@rule("random_split")
-def random_split(builder, equation, keys):
-    from jax._src import prng
-
-    impl = own_impl(equation.invars[0])
-    shape = equation.params["shape"]
-    base = base_array(builder, keys)
-    rank = len(keys.shape)
-    (words,) = traced(
-        builder, lambda value: prng.random_split_impl_base(impl, value, rank, shape=shape), base
-    )
-    return [as_keys(builder, words, keys.impl)]
-
-
-@rule("random_fold_in")
-def random_fold_in(builder, equation, keys, messages):
-    from jax._src import prng
-
-    impl = own_impl(equation.invars[0])
-    base = base_array(builder, keys)
-    shape = keys.shape
-    (words,) = traced(
-        builder,
-        lambda value, message: prng.random_fold_in_impl_base(impl, value, message, shape),
-        base,
-        messages,
-    )
-    return [as_keys(builder, words, keys.impl)]
-
-
-@rule("random_bits")
-def random_bits(builder, equation, keys):
-    from jax._src import prng
-
-    impl = own_impl(equation.invars[0])
-    base = base_array(builder, keys)
-    rank = len(keys.shape)
-    params = equation.params
-    return traced(
-        builder,
-        lambda value: prng.random_bits_impl_base(
-            impl, value, rank, bit_width=params["bit_width"], shape=params["shape"]
-        ),
-        base,
-    )
-
-
 @rule("random_clone")
 def random_clone(builder, equation, keys):
     return [keys]
 
 
-def own_impl(variable):
-    return variable.aval.dtype._impl
+@rule("random_seed")
+def random_seed(builder, equation, seeds):
+    """The key of a seed of 32 bits: 0 and the seed."""
+    impl = equation.params["impl"]
+    require_threefry(impl)
+    low = converted(builder, seeds, "u")
+    high = arrays.broadcast_in_dim(np.zeros((), np.uint32), seeds.shape, ())
+    return [Keys([high, low], impl)]
+
+
+@rule("random_split")
+def random_split(builder, equation, keys):
+    return [Keys(count_with(builder, keys, equation.params["shape"]), keys.impl)]
+
+
+@rule("random_fold_in")
+def random_fold_in(builder, equation, keys, messages):
+    require_threefry(keys.impl)
+    shape = equation.outvars[0].aval.shape
+    zero = np.zeros((), np.uint32)
+    values = [*keys.words, zero, converted(builder, messages, "u")]
+    return [Keys(threefry(builder, values, shape), keys.impl)]
+
+
+@rule("random_bits")
+def random_bits(builder, equation, keys):
+    if equation.params["bit_width"] != 32:
+        raise Unsupported(f"random bits of width {equation.params['bit_width']}")
+    high, low = count_with(builder, keys, equation.params["shape"])
+    graph = builder.graph
+    return [builder.elementwise(functools.partial(graph.logic_xor, "u"), "u", [high, low], high.shape)]
+
+
+def require_threefry(impl) -> None:
+    if "threefry2x32" not in str(getattr(impl, "name", impl)):
+        raise Unsupported(f"random numbers by {impl}")
+    if not jax.config.jax_threefry_partitionable:
+        raise Unsupported("random numbers without jax_threefry_partitionable")
+
+
+def count_with(builder, keys: Keys, shape) -> list:
+    """The hashes of 0, 1, 2 ... in an array of this shape, for each key: two words each."""
+    require_threefry(keys.impl)
+    full = (*keys.shape, *shape)
+    own = range(len(keys.shape))
+    words = [arrays.broadcast_in_dim(word, full, own) for word in keys.words]
+    numbers = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+    numbers = arrays.broadcast_in_dim(numbers, full, range(len(keys.shape), len(full)))
+    return threefry(builder, [*words, np.zeros((), np.uint32), numbers], full)
 
 
 @rule("threefry2x32")
-def threefry2x32(builder, equation, key_1, key_2, x_1, x_2):
-    """Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011): 20 rounds."""
+def threefry2x32(builder, equation, *values):
+    return threefry(builder, values, equation.outvars[0].aval.shape)
+
+
+def threefry(builder, values, shape) -> list:
+    """The hash of two words x, y under a key of two words; values: key and words, of this shape or without axes.
+
+    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011): Threefry-2x32 with 20 rounds."""
     graph = builder.graph
-    shape = equation.outvars[0].aval.shape
 
     def outputs(a, b, x, y):
-        keys = [a, b, graph.logic_xor("u", graph.logic_xor("u", a, b), graph.const("u", 0x1BD11BDA))]
+        parity = graph.logic_xor("u", graph.logic_xor("u", a, b), graph.const("u", 0x1BD11BDA))
+        keys = [a, b, parity]
         x = graph.add("u", x, keys[0])
         y = graph.add("u", y, keys[1])
         for group in range(5):
@@ -1517,17 +1518,18 @@ def threefry2x32(builder, equation, key_1, key_2, x_1, x_2):
                 right = graph.shift("lshr", "u", y, graph.const("u", 32 - turn))
                 y = graph.logic_xor("u", graph.logic_or("u", left, right), x)
             x = graph.add("u", x, keys[(group + 1) % 3])
-            y = graph.add("u", y, graph.add("u", keys[(group + 2) % 3], graph.const("u", group + 1)))
+            number = graph.const("u", group + 1)
+            y = graph.add("u", y, graph.add("u", keys[(group + 2) % 3], number))
         return x, y
 
-    values = [key_1, key_2, x_1, x_2]
+    values = [
+        stretched(value, shape) if value.shape else arrays.broadcast_in_dim(value, shape, ())
+        for value in values
+    ]
     if math.prod(shape) > builder.scalar_limit:
         functions = [lambda *nodes, i=i: outputs(*nodes)[i] for i in range(2)]
-        spread = [stretched(value, shape) for value in values]
-        return builder.looped_elementwise(functions, ["u", "u"], spread, shape)
-    columns = [
-        np.broadcast_to(builder.scalars(value).ids, shape).reshape(-1).tolist() for value in values
-    ]
+        return builder.looped_elementwise(functions, ["u", "u"], values, shape)
+    columns = [builder.scalars(value).ids.reshape(-1).tolist() for value in values]
     pairs = [outputs(*nodes) for nodes in zip(*columns, strict=True)]
     results = []
     for which in range(2):
@@ -1541,3 +1543,10 @@ def iota_2x32_shape(builder, equation):
     shape = equation.params["shape"]
     low = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
     return [np.zeros(shape, np.uint32), low]
+
+
+def traced(builder, function, *values):
+    """The results of a JAX function of these values."""
+    shapes = [jax.ShapeDtypeStruct(value.shape, DTYPES[kind_of(value)]) for value in values]
+    closed = jax.make_jaxpr(function)(*shapes)
+    return builder.evaluate(closed.jaxpr, closed.consts, list(values))

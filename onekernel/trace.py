@@ -22,7 +22,7 @@ from onekernel import arrays
 from onekernel.arrays import Keys, Memory, Scalars, Value, kind_of
 from onekernel.graph import DTYPES, KINDS, Graph, Loop
 
-UNROLLED = 64  # so many elements are written out where a loop is not the outermost
+UNROLLED = 128  # so many elements are written out where a loop is not the outermost
 SELECTED = 16  # among so few elements one is picked by comparing; among more, by its place in memory
 
 
@@ -231,11 +231,17 @@ class Builder:
     # Loops over elements ----------------------------------------------------------------------------------------------
 
     def looped_axes(self, shape, unrolled: int = UNROLLED) -> list[int]:
-        """The axes to loop over, largest first, such that at most `unrolled` elements are left to write out."""
+        """The axes to loop over, largest first, such that at most `unrolled` elements are left to write out. A large array
+        is looped over in any case."""
         rest = dict(enumerate(shape))
         looped = []
-        while math.prod(rest.values()) > unrolled:
+        while rest:
+            left = math.prod(rest.values())
+            if left <= unrolled and (looped or left <= self.scalar_limit):
+                break
             axis = max(rest, key=rest.get)
+            if rest[axis] == 1:
+                break
             looped.append(axis)
             del rest[axis]
         return looped

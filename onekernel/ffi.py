@@ -1,0 +1,141 @@
+"""How XLA calls foreign code, and handlers that it can call, in LLVM IR.
+
+XLA's FFI hands a function, the handler, a pointer to a "call frame", a C struct with the pointers
+to all operands and results. A handler is usually written in C++ against XLA's header; ours is a few
+lines of LLVM IR, so no compiler is needed on the user's machine. `handler_ir` writes what every
+handler does, and is given what a CPU's and a GPU's do differently; `Loader` puts the machine code
+into memory and tells XLA of it.
+
+The header: jax.ffi.include_dir(), xla/ffi/api/c_api.h. Its structs only grow at their ends within a
+version, so offsets stay; tests/test_onekernel_cuda.py compares all of them with the header.
+"""
+
+import ctypes
+import threading
+
+import jax
+import llvmlite.binding as llvm
+
+# Where fields stand in XLA's structs, in bytes.
+FRAME_EXTENSION = 8
+FRAME_API = 16
+FRAME_CONTEXT = 24
+FRAME_STAGE = 32
+FRAME_ARGUMENTS = 72
+FRAME_RESULTS = 112
+EXTENSION_METADATA = 24
+METADATA_MAJOR_VERSION = 24
+METADATA_MINOR_VERSION = 28
+METADATA_TRAITS = 32
+BUFFER_DATA = 24
+BUFFER_DIMENSIONS = 40
+API_ERROR_CREATE = 48
+API_STREAM_GET = 80
+ERROR_MESSAGE = 16
+ERROR_CODE = 24
+ERROR_SIZE = 28
+STREAM_CONTEXT = 16
+STREAM_STREAM = 24
+STREAM_SIZE = 32
+
+# Values of XLA's constants.
+STAGE_EXECUTE = 3
+API_MAJOR_VERSION = 0
+API_MINOR_VERSION = 3
+CODE_INTERNAL = 13
+MAY_BE_RECORDED = 1  # trait: each call launches the same work, so a CUDA graph may hold it
+
+
+def load(name: str, base: str, offset: int, kind: str = "ptr") -> list[str]:
+    """Reads the field at an offset from base: %name, and its address %name.place."""
+    return [
+        f"%{name}.place = getelementptr i8, ptr {base}, i64 {offset}",
+        f"%{name} = load {kind}, ptr %{name}.place",
+    ]
+
+
+def store(name: str, base: str, offset: int, value: str) -> list[str]:
+    """Writes the field at an offset from base; value: with its type. %name.place is its address."""
+    return [
+        f"%{name}.place = getelementptr i8, ptr {base}, i64 {offset}",
+        f"store {value}, ptr %{name}.place",
+    ]
+
+
+def handler_ir(
+    operands: int, results: int, batched: bool, work: list[str], traits: int = 0
+) -> list[str]:
+    """The function that XLA calls, `@handler`; its argument is the call frame, %frame.
+
+    operands, results: their numbers, without the scratch memory, which is one result more; batched:
+    whether the results have an axis of worlds, their first; work: the instructions that do the
+    handler's work; traits: bits that tell XLA what the handler may be used for.
+
+    `work` may use %operandI, %resultI and %scratch, pointers to the arrays, %operandI.place and so
+    on, the addresses of these pointers in XLA's own structs, and %worlds, the number of worlds
+    (i64). It ends with a jump to the label `done`, or returns an error.
+    """
+
+    def data(name: str, table: str, index: int) -> list[str]:
+        return [
+            *load(f"{name}.buffer", table, 8 * index),
+            *load(name, f"%{name}.buffer", BUFFER_DATA),
+        ]
+
+    lines = [
+        "define ptr @handler(ptr %frame) {",
+        *load("extension", "%frame", FRAME_EXTENSION),
+        "%asked = icmp ne ptr %extension, null",
+        "br i1 %asked, label %describe, label %stages",
+        "describe:",  # XLA asks for the version of its interface that the handler was written for
+        *load("metadata", "%extension", EXTENSION_METADATA),
+        *store("major", "%metadata", METADATA_MAJOR_VERSION, f"i32 {API_MAJOR_VERSION}"),
+        *store("minor", "%metadata", METADATA_MINOR_VERSION, f"i32 {API_MINOR_VERSION}"),
+        *store("traits", "%metadata", METADATA_TRAITS, f"i32 {traits}"),
+        "ret ptr null",
+        "stages:",
+        *load("stage", "%frame", FRAME_STAGE, "i32"),
+        f"%execute = icmp eq i32 %stage, {STAGE_EXECUTE}",
+        "br i1 %execute, label %run, label %done",
+        "run:",
+        *load("arguments", "%frame", FRAME_ARGUMENTS),
+        *load("results", "%frame", FRAME_RESULTS),
+    ]
+    for i in range(operands):
+        lines += data(f"operand{i}", "%arguments", i)
+    for i in range(results):
+        lines += data(f"result{i}", "%results", i)
+    lines += data("scratch", "%results", results)
+    if batched:
+        lines += load("dimensions", "%result0.buffer", BUFFER_DIMENSIONS)
+        lines += load("worlds", "%dimensions", 0, "i64")
+    else:
+        lines.append("%worlds = add i64 0, 1")
+    return [*lines, *work, "done:", "ret ptr null", "}"]
+
+
+class Loader:
+    """Puts handlers into memory and tells XLA of them, for one of its platforms ("cpu" or "CUDA").
+    All that is loaded stays until the process ends, since XLA may call it for as long."""
+
+    def __init__(self, platform: str):
+        self.platform = platform
+        self.lock = threading.Lock()
+        self.loaded: dict[str, tuple] = {}
+
+    def register(self, name: str, object_code: bytes) -> None:
+        """Makes the handler in object_code the FFI target `name`."""
+        with self.lock:
+            if name in self.loaded:
+                return
+            llvm.initialize_native_target()
+            llvm.initialize_native_asmprinter()
+            machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+            empty = llvm.parse_assembly("")
+            engine = llvm.create_mcjit_compiler(empty, machine)
+            engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
+            engine.finalize_object()
+            address = engine.get_function_address("handler")
+            function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform=self.platform)
+            self.loaded[name] = (engine, function)

@@ -1,0 +1,157 @@
+"""onekernel on whole models: physics compiled into one kernel, against MJX by XLA and against C MuJoCo."""
+
+import functools
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mjx_models
+import mujoco
+import numpy as np
+import pytest
+from mujoco import mjx
+
+import onekernel
+from onekernel import mjx as lean
+
+# How far a compiled step may be from MJX's by XLA: rounding, which contacts amplify from step to step.
+# Accelerations are compared as shares of the largest one.
+FIRST = {"qpos": 1e-5, "qvel": 2e-3, "act": 1e-6, "qacc": 5e-3, "sensordata": 2e-3}
+LAST = {"qpos": 5e-3, "qvel": 1e-1}
+
+
+@pytest.fixture(autouse=True)
+def no_fallback():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", onekernel.Fallback)
+        yield
+
+
+@functools.cache
+def recorded(name: str) -> dict[str, dict[str, np.ndarray]]:
+    parts: dict = {"state": {}, "first": {}, "last": {}}
+    with np.load(mjx_models.FILE) as file:
+        for key in file.files:
+            model, when, field = key.split("/")
+            if model == name:
+                parts[when][field] = file[key]
+    return parts
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference, as a share of the largest number where that is above 1."""
+    if not theirs.size:
+        return 0.0
+    return float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("name", mjx_models.NAMES)
+def test_a_compiled_step_is_mjx_s(name):
+    """One step and twenty of MJX's own `step`, solver included, from random states."""
+    model = mjx_models.load(name)
+    record = recorded(name)
+    advance = onekernel.compile(mjx_models.one_world(model, mjx.step))
+    first, last = mjx_models.run(advance, record["state"], model)
+    for field, bound in FIRST.items():
+        assert distance(first[field], record["first"][field]) < bound, field
+    for field, bound in LAST.items():
+        assert distance(last[field], record["last"][field]) < bound, field
+
+
+@pytest.mark.parametrize("name", ["HalfCheetah", "Hopper", "Walker2d", "Ant", "g1"])
+def test_the_lean_step_is_c_mujoco_s(name):
+    """Positions and velocities after one step of the compiled lean solver, against C MuJoCo in double precision."""
+    model = mjx_models.load(name)
+    states = recorded(name)["state"]
+    advance = onekernel.compile(mjx_models.one_world(model, lean.step))
+    start = {field: jnp.asarray(values) for field, values in states.items()}
+    start["qacc_warmstart"] = jnp.zeros((mjx_models.WORLDS, model.nv))
+    after, _ = jax.jit(jax.vmap(advance))(start)
+    model.opt.tolerance = 1e-12
+    model.opt.iterations = 200
+    for world in range(mjx_models.WORLDS):
+        data = mujoco.MjData(model)
+        for field, values in states.items():
+            getattr(data, field)[:] = values[world]
+        mujoco.mj_step(model, data)
+        np.testing.assert_allclose(after["qpos"][world], data.qpos, atol=1e-5)
+        np.testing.assert_allclose(after["qvel"][world], data.qvel, atol=2e-3, rtol=1e-3)
+
+
+HEIGHTFIELD = """<mujoco><asset><hfield name="hills" nrow="12" ncol="12" size="1 1 .2 .1"/></asset>
+  <worldbody><geom type="hfield" hfield="hills"/>
+    <body pos=".05 .1 .28"><freejoint/><geom name="ball" type="sphere" size=".1"/>
+      <site name="eye" pos="0 0 .1"/></body>
+    <body pos=".3 0 .8"><joint axis="0 1 0"/><geom type="capsule" size=".03 .2"/></body>
+  </worldbody></mujoco>"""
+
+
+def test_heights_rays_and_contact_forces():
+    """What scripts use besides `step`: height fields, mjx.ray, rne_postconstraint."""
+    model = mujoco.MjModel.from_xml_string(HEIGHTFIELD)
+    model.hfield_data[:] = np.random.default_rng(0).uniform(0, 1, model.nhfielddata)
+    mjx_model = mjx.put_model(model)
+    template = mjx.make_data(mjx_model)
+
+    def look(qpos):
+        data = mjx.forward(mjx_model, template.replace(qpos=qpos))
+        data = mjx._src.smooth.rne_postconstraint(mjx_model, data)
+        down = jnp.array([0.0, 0.0, -1.0])
+        far, geom = mjx.ray(mjx_model, data, data.site_xpos[0] + jnp.array([0.3, 0.3, 0.5]), down)
+        return data.qacc, data._impl.cfrc_ext, far, geom, data._impl.contact.dist
+
+    random = np.random.default_rng(1)
+    qpos = model.qpos0 + 0.03 * random.standard_normal((5, model.nq)).astype(np.float32)
+    qpos = jnp.asarray(qpos, jnp.float32)
+    ours = jax.vmap(onekernel.compile(look))(qpos)
+    theirs = jax.jit(jax.vmap(look))(qpos)
+    assert (np.asarray(ours[4]) < 0).any()  # the ball does touch the hills
+    for name, a, b in zip(("qacc", "cfrc_ext", "far", "geom", "dist"), ours, theirs, strict=True):
+        assert distance(np.asarray(a), np.asarray(b)) < 2e-3, name
+
+
+PROCESS = """
+import sys, time
+import jax, jax.numpy as jnp, numpy as np
+import onekernel
+from onekernel import api
+traces = []
+trace = api.Kernel.trace
+api.Kernel.trace = lambda kernel: (traces.append(kernel), trace(kernel))[1]
+def swing(angle, speed):
+    speed = speed - 0.1 * jnp.sin(angle)
+    return angle + 0.1 * speed, speed
+results = jax.jit(jax.vmap(onekernel.compile(swing)))(jnp.arange(7.0), jnp.ones(7))
+print(len(traces), np.asarray(results).tobytes().hex())
+"""
+
+
+def in_a_process(folder: Path, name: str = "swing.py") -> tuple[int, str]:
+    script = folder / name
+    script.write_text(PROCESS)
+    environment = os.environ | {"ONEKERNEL_CACHE_DIR": str(folder / "cache")}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    command = [sys.executable, str(script)]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    count, numbers = out.split()
+    return int(count), numbers
+
+
+def test_a_second_process_neither_traces_nor_compiles(tmp_path):
+    first_traces, first = in_a_process(tmp_path)
+    second_traces, second = in_a_process(tmp_path)
+    assert first_traces > 0
+    assert second_traces == 0
+    assert second == first
+
+    for entry in (tmp_path / "cache").iterdir():  # what is broken is made anew
+        if entry.is_file():
+            entry.write_bytes(entry.read_bytes()[:-7])
+    third_traces, third = in_a_process(tmp_path)
+    assert third_traces > 0
+    assert third == first
+    assert in_a_process(tmp_path)[0] == 0
