@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of child processes
 sys.path.insert(0, str(ROOT))  # the training scripts
-PACKAGES = ("jax", "mujoco", "mujoco-mjx", "flax", "optax", "gymnasium", "brax", "stable-baselines3", "sbx-rl", "torch")
+PACKAGES = ("jax", "llvmlite", "mujoco", "mujoco-mjx", "flax", "optax", "gymnasium", "brax", "stable-baselines3",
+            "sbx-rl", "torch")  # fmt: skip
 
 
 def count_cores() -> int:

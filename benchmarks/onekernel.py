@@ -5,7 +5,8 @@
 An environment step is the task's number of physics steps with the same ctrl, from (qpos, qvel,
 qacc_warmstart) to the next. A call is --steps of them for all worlds, over all devices. Models are
 the original ones: Gymnasium's integrator, time step, contacts and solver iterations. The G1 with 12
-joints is what ppo_mjx_unitree.py trains on, with servos; both G1s take 4 steps of 5 ms.
+joints is what ppo_mjx_unitree.py trains on, with servos; both G1s take 4 steps of 5 ms and may take
+MuJoCo's own 100 iterations.
 
 Arms, timed in turn, from the same states with the same actions:
   onekernel                 onekernel.compile of onekernel.mjx.step in a scan
@@ -143,6 +144,9 @@ def make_task(name: str) -> Task:
         model = mujoco.MjModel.from_xml_path(str(common.ROOT / "robots" / f"{name}.xml"))
         center = model.key("stand").ctrl
         start = model.key("stand").qpos
+    # MuJoCo's own limits: with those for training neither solver gets to the end.
+    model.opt.iterations = 100
+    model.opt.ls_iterations = 50
     return Task(
         name=name,
         original=model,

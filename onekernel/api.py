@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
+from jax.sharding import NamedSharding, PartitionSpec
 
 from onekernel import arrays, cache, cpu, cuda, fingerprint, primitives
 from onekernel.arrays import Keys, Memory, Scalars, kind_of
@@ -424,17 +425,20 @@ onekernel_p.multiple_results = True
 
 
 def result_types(*avals, kernel: Kernel, mapped, batched):
-    sizes = [aval.shape[0] for aval, own in zip(avals, mapped, strict=True) if own]
-    lead = (sizes[0],) if batched else ()
-    template = jax.core.ShapedArray((), np.dtype(np.float32))
-    varying = [aval for aval in avals if getattr(aval, "vma", None)]
-    extra = {}
-    if varying:  # under shard_map: a result differs between devices if any operand does
-        extra["vma"] = frozenset().union(*(aval.vma for aval in varying))
-    return [
-        template.update(shape=(*lead, *shape), dtype=np.dtype(dtype), **extra)
-        for shape, dtype in zip(kernel.out_shapes, kernel.out_dtypes, strict=True)
-    ]
+    lead = ()
+    if batched:
+        lead = next((aval.shape[0],) for aval, own in zip(avals, mapped, strict=True) if own)
+    varying = frozenset().union(*(getattr(aval, "vma", ()) for aval in avals))
+    results = []
+    for shape, dtype in zip(kernel.out_shapes, kernel.out_dtypes, strict=True):
+        shape = (*lead, *shape)
+        extra = {}
+        if varying:  # under shard_map: a result differs between devices if any operand does
+            mesh = next(aval.sharding.mesh for aval in avals if aval.vma)
+            extra["vma"] = varying
+            extra["sharding"] = NamedSharding(mesh, PartitionSpec(*(None for _ in shape)))
+        results.append(jax.core.ShapedArray(shape, np.dtype(dtype), **extra))
+    return results
 
 
 onekernel_p.def_abstract_eval(result_types)

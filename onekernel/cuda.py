@@ -230,8 +230,8 @@ def kernel_ir(
     kernel += [
         "%first = mul i64 %block, %size",
         "%world = add i64 %first, %thread",
-        "%is.world = icmp slt i64 %world, %worlds",
-        "br i1 %is.world, label %body, label %end",
+        "%some = icmp slt i64 %world, %worlds",
+        "br i1 %some, label %body, label %end",
         "body:",
         *own_pointers(graph, mapped, sizes, emitter.scratch_size),
         *emitter.lines,

@@ -3,20 +3,25 @@
     data = onekernel.mjx.step(model, data)       # in place of mujoco.mjx.step
     data = onekernel.mjx.forward(model, data)    # in place of mujoco.mjx.forward
 
-MJX is written for XLA, which gives the same work to all worlds at once. A compiler that takes one world
-apart into scalars, as onekernel does, rewards other things, and this file puts them in MJX's place:
+MJX is written for XLA, which gives the same work to all worlds at once. A compiler that takes one
+world apart into scalars, as onekernel does, rewards other things, and this file puts them in MJX's
+place:
 
 - work that few worlds need stands behind a condition (`jax.lax.cond`, `jax.lax.while_loop`), which
-  onekernel makes a branch that is taken only if one of the 8 or 16 worlds of a vector wants it. Most
-  contacts of a robot do not touch most of the time; their rows are neither built nor solved;
-- linear systems are solved by Cholesky's method from the last joint to the first. A robot is a tree, and
-  in this order its limbs, which do not act on each other directly, stay apart in the factor, too (as in
-  C MuJoCo's L'DL factor): its zeros are known beforehand and vanish from the compiled program;
-- the solver stops when it is done by a criterion that float32 can meet, mostly after one or two steps.
+  onekernel makes a branch that is taken only if one of the 8 or 16 worlds of a vector wants it.
+  Most of a robot's parts are far apart, and most of its contacts do not touch: these are skipped
+  where collisions are computed, where constraints are built, and where they are solved;
+- linear systems are solved by Cholesky's method from the last joint to the first. A robot is a
+  tree, and in this order its limbs, which do not act on each other directly, stay apart in the
+  factor, too (as in C MuJoCo's L'DL factor): its zeros are known beforehand and vanish from the
+  program;
+- the solver stops when it is done by a criterion that float32 can meet, mostly after one or two
+  steps.
 
-The results are MJX's to rounding, but for `plane_capsule`, which follows C MuJoCo where MJX does not.
-All of it is plain JAX and is right under jax.jit and jax.vmap alone, only not fast. MJX itself is not
-changed: `lean` replaces some of its functions while a function of MJX is traced.
+The results are MJX's to rounding, with one exception: `plane_capsule` follows C MuJoCo where MJX
+does not. All of it is plain JAX and also right under jax.jit and jax.vmap alone, but not faster
+than MJX. MJX itself is not changed: `lean` replaces some of its functions while a function of MJX
+is traced.
 
 Names: n degrees of freedom (nv), k rows of constraints (nefc). M: mass matrix (qM), J: the rows'
 Jacobian (efc_J), all in SI units.
@@ -36,15 +41,17 @@ import numpy as np
 from mujoco import mjx
 from mujoco.mjx._src import collision_driver, constraint, forward as mjx_forward, solver, support
 
-MOST_BLOCKS = 200  # of contacts, each behind a condition; more of them would be long to trace
-
 # What `lean` replaces, and calls where it does not know better.
 MJX_SOLVE = solver.solve
 MJX_MAKE_CONSTRAINT = constraint.make_constraint
-PLANE_CAPSULE = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_CAPSULE)
-MJX_PLANE_CAPSULE = collision_driver._COLLISION_FUNC[PLANE_CAPSULE]
+MJX_COLLISIONS = dict(collision_driver._COLLISION_FUNC)
 
-TRACING = threading.RLock()  # MJX's functions are replaced for the whole process: one thread at a time
+# MJX's functions are replaced for the whole process: one thread at a time.
+TRACING = threading.RLock()
+
+# Most conditions for work of one kind; where there is more to do, each is for several pieces of it.
+# A condition takes about a millisecond to trace.
+MOST_CONDITIONS = 150
 
 
 def step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
@@ -56,13 +63,14 @@ def step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
 
 
 def forward(model: mjx.Model, data: mjx.Data) -> mjx.Data:
-    """Computes one world's accelerations and forces: mujoco.mjx.forward with what `lean` replaces."""
+    """Computes one world's accelerations and forces: mujoco.mjx.forward with what `lean`
+    replaces."""
     with lean():
         return mjx_forward.forward(model, data)
 
 
-# Runge and Kutta's method: each stage goes on from the start by a share of the time step, at the velocity
-# and acceleration of the stage before, and has a weight in the step.
+# Runge and Kutta's method: each stage goes on from the start by a share of the time step, at the
+# velocity and acceleration of the stage before, and has a weight in the step.
 SHARES = (0.0, 0.5, 0.5, 1.0)
 WEIGHTS = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
@@ -70,8 +78,9 @@ WEIGHTS = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 def runge_kutta(model: mjx.Model, data: mjx.Data) -> mjx.Data:
     """MJX's `step` by its Runge-Kutta integrator, with the four stages as one loop.
 
-    MJX writes the first stage out and unrolls the others, so that the program holds the physics four
-    times over; here it holds them once, which is as fast and takes a fraction of the time to compile.
+    MJX writes the first stage out and unrolls the others, so that the program holds the physics
+    four times over; here it holds them once, which is as fast and takes a fraction of the time to
+    compile.
     """
 
     def stage(carry, row):
@@ -79,7 +88,8 @@ def runge_kutta(model: mjx.Model, data: mjx.Data) -> mjx.Data:
         share, weight = row
 
         def moved(change):
-            # The first stage moves nothing. What it would move by is the last step's, and may be broken.
+            # The first stage moves nothing. What it would move by is the last step's, and may be
+            # broken.
             return jnp.where(share > 0, share * change, 0)
 
         change = (moved(before.qvel), moved(before.qacc), moved(before.act_dot))
@@ -93,7 +103,10 @@ def runge_kutta(model: mjx.Model, data: mjx.Data) -> mjx.Data:
             ),
         )
         rates = (now.qvel, now.qacc, now.act_dot)
-        return (now, jax.tree.map(lambda total, rate: total + weight * rate, sums, rates)), None
+        sums = jax.tree.map(lambda total, rate: total + weight * rate, sums, rates)
+        # The next stage is so near that its solver does best to start from this one's
+        # accelerations.
+        return (now.replace(qacc_warmstart=now.qacc), sums), None
 
     timestep = model.opt.timestep
     sums = jax.tree.map(jnp.zeros_like, (data.qvel, data.qacc, data.act_dot))
@@ -105,47 +118,54 @@ def runge_kutta(model: mjx.Model, data: mjx.Data) -> mjx.Data:
 
 @contextlib.contextmanager
 def lean():
-    """Within it, functions of MJX are traced with this file's solver, algebra and corrections, and in full
-    precision (GPUs would else multiply in TF32, which is too rough for physics).
+    """Within it, functions of MJX are traced with this file's solver, algebra and corrections.
 
-    It may be entered within itself. It holds for all threads of the process, and lets one at a time in.
-    `data._impl.qLD` is in another order within it: what was factored within must be solved within.
+    They are traced in full precision, too: in TF32, which GPUs would use, physics are too rough.
+
+    It may be entered within itself. It holds for all threads of the process, and lets one at a time
+    in. `data._impl.qLD` is in another order within it, so `mujoco.mjx._src.smooth.solve_m` must not
+    be used outside with what `factor_m` left within.
     """
     with (
         TRACING,
         jax.default_matmul_precision("highest"),
         mock.patch.object(jax.scipy.linalg, "cho_factor", cho_factor),
         mock.patch.object(jax.scipy.linalg, "cho_solve", cho_solve),
+        mock.patch.dict(collision_driver._COLLISION_FUNC, COLLISIONS),
+        mock.patch.object(support, "jac", jac),
         mock.patch.object(constraint, "make_constraint", make_constraint),
         mock.patch.object(solver, "solve", solve),
-        mock.patch.dict(collision_driver._COLLISION_FUNC, {PLANE_CAPSULE: plane_capsule}),
     ):
         yield
 
 
-# Linear algebra -----------------------------------------------------------------------------------------
+# Linear algebra -----------------------------------------------------------------------------------
 
 
 def factor(matrix: jax.Array) -> jax.Array:
-    """Cholesky's factor of a symmetric positive definite matrix [n, n], from its last row to its first.
+    """Cholesky's factor of a symmetric positive definite matrix [n, n], from its last row on.
 
-    Only one triangle of the matrix is read. Returns L [n, n], lower triangular, of L L' = the matrix with
-    its rows and columns in reverse order.
+    Only one triangle of the matrix is read. Returns L [n, n], lower triangular, where L L' is the
+    matrix with its rows and columns in reverse order.
     """
     return jax.lax.linalg.cholesky(matrix[::-1, ::-1], symmetrize_input=False)
 
 
 def solve_factored(lower: jax.Array, right: jax.Array) -> jax.Array:
     """x [n] of A x = right [n]; lower [n, n] is `factor(A)`."""
-    substitute = functools.partial(
-        jax.lax.linalg.triangular_solve, lower, left_side=True, lower=True
-    )
-    half_way = substitute(right[::-1, None])
-    return substitute(half_way, transpose_a=True)[::-1, 0]
+
+    def substitute(right, transpose):
+        return jax.lax.linalg.triangular_solve(
+            lower, right, left_side=True, lower=True, transpose_a=transpose
+        )
+
+    half_way = substitute(right[::-1, None], transpose=False)
+    return substitute(half_way, transpose=True)[::-1, 0]
 
 
 def cho_factor(matrix: jax.Array, lower: bool = False) -> tuple[jax.Array, bool]:
-    """For MJX as jax.scipy.linalg.cho_factor; MJX hands the result to `cho_solve` and to nothing else."""
+    """For MJX as jax.scipy.linalg.cho_factor; it uses the result for `cho_solve` and nothing
+    else."""
     return factor(matrix), lower
 
 
@@ -154,114 +174,114 @@ def cho_solve(factored: tuple[jax.Array, bool], right: jax.Array) -> jax.Array:
     return solve_factored(factored[0], right)
 
 
-# Contacts -----------------------------------------------------------------------------------------------
+# Work that not all worlds need --------------------------------------------------------------------
 
 
-class Block(NamedTuple):
-    """Some contacts, one after the other and of one dimension: their work is behind one condition."""
+def one_world(function, plain):
+    """`function` as it is for one world, which is what onekernel traces; under jax.vmap, `plain`.
 
-    contacts: slice  # of data._impl.contact
-    rows: slice  # of those of all contacts
-
-
-def contact_blocks(model: mjx.Model, data: mjx.Data) -> list[Block]:
-    """Divides the contacts into at most about MOST_BLOCKS blocks."""
-    dims = data._impl.contact.dim
-    size = math.ceil(len(dims) / MOST_BLOCKS)
-    blocks = []
-    row = 0
-    for dim in np.unique(dims):  # ascending, as MJX sorts them
-        (contacts,) = np.nonzero(dims == dim)
-        for first in range(contacts[0], contacts[-1] + 1, size):
-            last = min(first + size, contacts[-1] + 1)
-            count = rows_of(dims[first:last], model.opt.cone)
-            blocks.append(Block(slice(first, last), slice(row, row + count)))
-            row += count
-    return blocks
-
-
-def rows_of(dims: np.ndarray, cone: int) -> int:
-    """How many rows these contacts have together."""
-    if cone == mujoco.mjtCone.mjCONE_ELLIPTIC:
-        return int(dims.sum())
-    return int(np.where(dims == 1, 1, 2 * (dims - 1)).sum())
-
-
-def touches(contact) -> jax.Array:
-    """Whether any of these contacts is close enough to make a force: bool []."""
-    return (contact.dist - contact.includemargin < 0).any()
-
-
-def contacts_of(data: mjx.Data, chosen: slice):
-    """Some of the contacts, without their places among the rows: blocks of the same dimension and size are alike to
-    jax.jit then."""
-    contact = jax.tree.map(lambda field: field[chosen], data._impl.contact)
-    dim = contact.dim[chosen]
-    return contact.replace(dim=dim, efc_address=np.zeros_like(dim))
-
-
-ROW_FIELDS = ("efc_J", "efc_D", "efc_aref", "efc_pos", "efc_margin", "efc_frictionloss")
-
-
-def make_constraint(model: mjx.Model, data: mjx.Data) -> mjx.Data:
-    """For MJX as constraint.make_constraint: the rows of all constraints.
-
-    MJX builds the rows of all contacts and multiplies those of contacts that do not touch by zero. Here
-    these are zeros from the start, and so are all other fields of a block in which nothing touches.
+    Both compute the same. `function` puts its work behind conditions, piece by piece. Under
+    jax.vmap that would save nothing, as both sides of a condition are computed then, and XLA would
+    take minutes to compile the many pieces.
     """
 
-    def build(model, contact):
-        built = MJX_MAKE_CONSTRAINT(model, data.tree_replace({"_impl.contact": contact}))
-        return {name: getattr(built._impl, name) for name in ROW_FIELDS}
+    def chosen(*args):
+        leaves, tree = jax.tree.flatten(args)
 
-    switched_off = mujoco.mjtDisableBit
-    if model.opt.disableflags & switched_off.mjDSBL_CONSTRAINT or not len(data._impl.contact.dim):
-        return MJX_MAKE_CONSTRAINT(model, data)
+        @jax.custom_batching.custom_vmap
+        def call(*leaves):
+            return function(*jax.tree.unflatten(tree, leaves))
 
-    parts = [build(model, contacts_of(data, slice(0)))]  # all rows but contacts'
-    others = switched_off.mjDSBL_EQUALITY | switched_off.mjDSBL_FRICTIONLOSS
-    others |= switched_off.mjDSBL_LIMIT
-    contacts_only = model.tree_replace({"opt.disableflags": model.opt.disableflags | others})
+        @call.def_vmap
+        def call_all(size: int, batched: list[bool], *leaves):
+            def call_plain(*leaves):
+                return plain(*jax.tree.unflatten(tree, leaves))
 
-    @jax.jit
-    def build_block(contact):
-        count = rows_of(contact.dim, model.opt.cone)
-        nothing = {name: jnp.zeros(count, data.qpos.dtype) for name in ROW_FIELDS}
-        nothing["efc_J"] = jnp.zeros((count, model.nv), data.qpos.dtype)
-        build_contacts = functools.partial(build, contacts_only)
-        return jax.lax.cond(touches(contact), build_contacts, lambda _: nothing, contact)
+            axes = [0 if own else None for own in batched]
+            results = jax.vmap(call_plain, in_axes=axes, axis_size=size)(*leaves)
+            return results, jax.tree.map(lambda _: True, results)
 
-    for block in contact_blocks(model, data):
-        parts.append(build_block(contacts_of(data, block.contacts)))
-    return data.tree_replace(
-        {f"_impl.{name}": jnp.concatenate([part[name] for part in parts]) for name in ROW_FIELDS}
-    )
+        return call(*leaves)
+
+    return chosen
+
+
+def together(count: int) -> int:
+    """How many of so many pieces of work to put behind one condition."""
+    return math.ceil(count / MOST_CONDITIONS)
+
+
+# Collisions ---------------------------------------------------------------------------------------
+
+
+def if_near(collide):
+    """For MJX as its collision function `collide` of two kinds of geoms, but only for those that
+    are so near that the spheres around them meet. C MuJoCo goes by the spheres, too.
+
+    Of others, the contacts have the distance between the spheres, which is more than any margin,
+    and zeros for place and frame.
+    """
+
+    def collide_near(model: mjx.Model, data: mjx.Data, key, geoms: jax.Array):
+        def all_pairs(model, data, geoms):
+            return collide(model, data, key, geoms)
+
+        def near_pairs(model, data, geoms):
+            margin = widest_margin(model)
+
+            @jax.jit  # traced once for all blocks of the same size
+            def block(geoms):
+                first, second = geoms.T
+                apart = length(data.geom_xpos[second] - data.geom_xpos[first])[:, 0]
+                gap = apart - model.geom_rbound[first] - model.geom_rbound[second]
+                distance = jnp.repeat(gap, collide.ncon)
+                position = jnp.zeros((len(distance), 3), gap.dtype)
+                frame = jnp.zeros((len(distance), 3, 3), gap.dtype)
+                return jax.lax.cond(
+                    (gap < margin).any(),
+                    lambda: all_pairs(model, data, geoms),
+                    lambda: (distance, position, frame),
+                )
+
+            size = together(len(geoms))
+            blocks = [block(geoms[i : i + size]) for i in range(0, len(geoms), size)]
+            return tuple(jnp.concatenate(part) for part in zip(*blocks, strict=True))
+
+        return one_world(near_pairs, all_pairs)(model, data, geoms)
+
+    collide_near.ncon = collide.ncon
+    return collide_near
+
+
+def widest_margin(model: mjx.Model) -> jax.Array:
+    """No two geoms can touch at a greater distance, in m: []."""
+    widest = 2 * jnp.max(model.geom_margin)
+    return jnp.maximum(widest, jnp.max(model.pair_margin)) if model.npair else widest
 
 
 def plane_capsule(model: mjx.Model, data: mjx.Data, key, geoms: jax.Array):
-    """For MJX as its collision function of a plane and a capsule, with C MuJoCo's frame of the contacts.
+    """For MJX as its collision function of a plane and a capsule, with C MuJoCo's frame of
+    contacts.
 
-    C MuJoCo lays the pyramid of friction along the capsule, wherever it points; MJX turns it into the
-    world's y axis if the capsule is steeper than 60 degrees. As a pyramid is not round, the friction
-    differs: a leg that stands slips otherwise than in C.
+    C MuJoCo lays the pyramid of friction along the capsule, wherever it points; MJX turns it to the
+    world's y axis if the capsule is steeper than 60 degrees. As a pyramid is not round, its
+    friction differs then: a leg that stands upright slips otherwise than in C MuJoCo.
 
     geoms: [G, 2], of planes and capsules. Returns dist [2 G], pos [2 G, 3] and frame [2 G, 3, 3], a
     contact for each end of a capsule.
     """
-    dist, pos, frame = MJX_PLANE_CAPSULE(model, data, key, geoms)
+    dist, pos, frame = MJX_COLLISIONS[PLANE_CAPSULE](model, data, key, geoms)
     normal = frame[:, 0]
     axis = jnp.repeat(data.geom_xmat[geoms[:, 1], :, 2], 2, axis=0)
-    # A capsule that stands upright to 1e-6 has no direction in the plane. C MuJoCo takes the world's x axis
-    # then, which also keeps a planar robot's friction in its plane; it cannot if that is the normal.
+    # A capsule that stands upright to 1e-6 has no direction in the plane. C MuJoCo takes the
+    # world's x axis then, which also keeps a planar robot's friction in its plane. If that is the
+    # normal, C's frame is degenerate; this one is not.
     x_axis, y_axis = jnp.eye(3, dtype=axis.dtype)[:2]
     fallback = jnp.where(jnp.abs(normal[:, :1]) < 0.9, x_axis, y_axis)
     along = in_plane(axis, normal)
     along = jnp.where(length(along) > 1e-6, along, in_plane(fallback, normal))
     along = along / length(along)
     return dist, pos, jnp.stack([normal, along, jnp.cross(normal, along)], axis=1)
-
-
-plane_capsule.ncon = MJX_PLANE_CAPSULE.ncon
 
 
 def in_plane(vectors: jax.Array, normal: jax.Array) -> jax.Array:
@@ -274,26 +294,153 @@ def length(vectors: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.square(vectors).sum(axis=1, keepdims=True))
 
 
-# Solver -------------------------------------------------------------------------------------------------
+PLANE_CAPSULE = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_CAPSULE)
+plane_capsule.ncon = MJX_COLLISIONS[PLANE_CAPSULE].ncon
+
+ENDLESS = {mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_HFIELD}
+COLLISIONS = {
+    kinds: if_near(collide) for kinds, collide in MJX_COLLISIONS.items() if not ENDLESS & set(kinds)
+}
+COLLISIONS[PLANE_CAPSULE] = plane_capsule
+
+
+# Rows of constraints ------------------------------------------------------------------------------
+
+
+def jac(model: mjx.Model, data: mjx.Data, point: jax.Array, body: jax.Array):
+    """For MJX as support.jac: the Jacobians [n, 3] of a point of a body and of the body's rotation.
+
+    MJX multiplies them by zero where a degree of freedom does not move the body. Here what they are
+    computed from is zero, and so nothing is left of the computation in onekernel.
+    """
+    motion = data.cdof * jnp.asarray(moved_by(model))[body][:, None]
+    arm = point - data.subtree_com[jnp.asarray(model.body_rootid)[body]]
+    rotation = motion[:, :3]
+    return motion[:, 3:] + jnp.cross(rotation, arm), rotation
+
+
+def moved_by(model: mjx.Model) -> np.ndarray:
+    """Which bodies are moved by which degrees of freedom: bool [bodies, n]."""
+    moved = np.zeros((model.nbody, model.nv), bool)
+    for body in range(1, model.nbody):  # parents come first
+        moved[body] = moved[model.body_parentid[body]] | (model.dof_bodyid == body)
+    return moved
+
+
+def touches(contact) -> jax.Array:
+    """Whether any of these contacts is close enough to make a force: bool []."""
+    return (contact.dist - contact.includemargin < 0).any()
+
+
+def rows_of(dims: np.ndarray, cone: int) -> int:
+    """How many rows contacts of these dimensions have together."""
+    if cone == mujoco.mjtCone.mjCONE_ELLIPTIC:
+        return int(dims.sum())
+    return int(np.where(dims == 1, 1, 2 * (dims - 1)).sum())
+
+
+class Block(NamedTuple):
+    """Contacts next to each other, of one dimension, whose work is behind one condition."""
+
+    contacts: slice  # of data._impl.contact
+    rows: slice  # of those of all contacts
+
+
+def contact_blocks(model: mjx.Model, data: mjx.Data) -> list[Block]:
+    dims = data._impl.contact.dim
+    size = together(len(dims))
+    blocks = []
+    row = 0
+    for dim in np.unique(dims):  # ascending, as MJX sorts them
+        (contacts,) = np.nonzero(dims == dim)
+        for first in range(contacts[0], contacts[-1] + 1, size):
+            last = min(first + size, contacts[-1] + 1)
+            count = rows_of(dims[first:last], model.opt.cone)
+            blocks.append(Block(slice(first, last), slice(row, row + count)))
+            row += count
+    return blocks
+
+
+def contacts_of(data: mjx.Data, chosen: slice):
+    """Some of the contacts, but not where their rows are: so blocks of the same dimension and size
+    are the same to jax.jit, which need not trace their work again."""
+    contact = jax.tree.map(lambda field: field[chosen], data._impl.contact)
+    dim = contact.dim[chosen]
+    return contact.replace(dim=dim, efc_address=np.zeros_like(dim))
+
+
+ROW_FIELDS = ("efc_J", "efc_D", "efc_aref", "efc_pos", "efc_margin", "efc_frictionloss")
+
+
+def make_constraint(model: mjx.Model, data: mjx.Data) -> mjx.Data:
+    """For MJX as constraint.make_constraint: the rows of all constraints.
+
+    MJX builds the rows of all contacts and multiplies those of contacts that do not touch by zero.
+    Here these are zeros from the start, and so are the other fields of a block that does not touch.
+    """
+    switched_off = mujoco.mjtDisableBit
+    if model.opt.disableflags & switched_off.mjDSBL_CONSTRAINT or not len(data._impl.contact.dim):
+        return MJX_MAKE_CONSTRAINT(model, data)
+    fields = one_world(touching_rows, all_rows)(model, data)
+    return data.tree_replace({f"_impl.{name}": field for name, field in fields.items()})
+
+
+def all_rows(model: mjx.Model, data: mjx.Data) -> dict[str, jax.Array]:
+    built = MJX_MAKE_CONSTRAINT(model, data)._impl
+    return {name: getattr(built, name) for name in ROW_FIELDS}
+
+
+def touching_rows(model: mjx.Model, data: mjx.Data) -> dict[str, jax.Array]:
+    """The same, but zeros for blocks of contacts that do not touch."""
+    switched_off = mujoco.mjtDisableBit
+    others = switched_off.mjDSBL_EQUALITY | switched_off.mjDSBL_FRICTIONLOSS
+    others |= switched_off.mjDSBL_LIMIT
+    contacts_only = model.tree_replace({"opt.disableflags": model.opt.disableflags | others})
+
+    def with_contacts(contact) -> mjx.Data:
+        return data.tree_replace({"_impl.contact": contact})
+
+    @jax.jit  # traced once for all blocks of the same dimension and size
+    def build_block(contact):
+        count = rows_of(contact.dim, model.opt.cone)
+        nothing = {name: jnp.zeros(count, data.qpos.dtype) for name in ROW_FIELDS}
+        nothing["efc_J"] = jnp.zeros((count, model.nv), data.qpos.dtype)
+        return jax.lax.cond(
+            touches(contact),
+            lambda: all_rows(contacts_only, with_contacts(contact)),
+            lambda: nothing,
+        )
+
+    no_contacts = contacts_of(data, slice(0))
+    parts = [all_rows(model, with_contacts(no_contacts))]
+    for block in contact_blocks(model, data):
+        parts.append(build_block(contacts_of(data, block.contacts)))
+    return {name: jnp.concatenate([part[name] for part in parts]) for name in ROW_FIELDS}
+
+
+# Solver -------------------------------------------------------------------------------------------
 
 
 class Rows(NamedTuple):
     """k rows of constraints that are treated alike and at once.
 
     A row is a spring between the acceleration that it aims at and the one along it: its force is
-    D (aim - J a), within bounds that say what kind of constraint it is. The solver measures forces as
-    shares of the square root of D, accelerations as multiples of it, so that all springs are alike.
+    D (aim - J a), within bounds that say what kind of constraint it is. The solver counts forces in
+    units of the square root of D, accelerations in units of its inverse: so all springs are alike.
+
+    lower: 0 for contacts and limits, minus the friction for dry friction, None for equalities.
+    upper: the friction for dry friction, None for others.
     """
 
-    jacobian: jax.Array  # [k, n]
+    jacobian: jax.Array  # [k, n] efc_J
     root: jax.Array  # [k] square root of efc_D
     aim: jax.Array  # [k] efc_aref
-    lower: jax.Array | None  # [k] 0 for contacts and limits, -frictionloss / root for dry friction, None for equalities
-    upper: jax.Array | None  # [k] frictionloss / root for dry friction, None for others
+    lower: jax.Array | None  # [k] the least force, in those units
+    upper: jax.Array | None  # [k] the greatest
     needed: jax.Array | None  # bool []: False if all rows are zero; None: always treat them
 
     def spring(self, acceleration: jax.Array) -> jax.Array:
-        """The force [k] without bounds, at an acceleration [n]."""
+        """The force [k] without bounds at an acceleration [n]."""
         return self.root * (self.aim - self.jacobian @ acceleration)
 
     def bounded(self, spring: jax.Array) -> jax.Array:
@@ -305,41 +452,53 @@ class Rows(NamedTuple):
         return spring
 
 
-def constraint_rows(model: mjx.Model, data: mjx.Data) -> list[Rows]:
-    """The rows of a world, in MJX's order: equalities, dry friction, limits, contacts by blocks."""
+def constraint_rows(model: mjx.Model, data: mjx.Data, by_blocks: bool) -> list[Rows]:
+    """The rows of a world, in MJX's order: equalities, dry friction, limits, contacts.
+
+    by_blocks: contacts by blocks that are needed only if they touch; else all of them at once
+    """
     impl = data._impl
-
-    def rows(first: int, last: int, lower=None, upper=None, needed=None) -> Rows:
-        chosen = slice(first, last)
-        fields = (impl.efc_J[chosen], root[chosen], impl.efc_aref[chosen])
-        return Rows(*fields, lower, upper, needed)
-
-    root = jnp.sqrt(impl.efc_D)
-
     friction = int(impl.ne)
     limits = friction + int(impl.nf)
     contacts = limits + int(impl.nl)
+    root = jnp.sqrt(impl.efc_D)
     loss = impl.efc_frictionloss[friction:limits] / root[friction:limits]
+    no_pull = jnp.zeros_like(root)
+
+    def rows(chosen: slice, lower=None, upper=None, needed=None) -> Rows:
+        return Rows(
+            jacobian=impl.efc_J[chosen],
+            root=root[chosen],
+            aim=impl.efc_aref[chosen],
+            lower=lower,
+            upper=upper,
+            needed=needed,
+        )
+
+    def one_sided(first: int, last: int, needed=None) -> Rows:
+        return rows(slice(first, last), lower=no_pull[first:last], needed=needed)
+
     parts = [
-        rows(0, friction),
-        rows(friction, limits, lower=-loss, upper=loss),
-        rows(limits, contacts, lower=jnp.zeros(contacts - limits, loss.dtype)),
+        rows(slice(0, friction)),
+        rows(slice(friction, limits), lower=-loss, upper=loss),
+        one_sided(limits, contacts),
     ]
-    for block in contact_blocks(model, data):
-        first = contacts + block.rows.start
-        last = contacts + block.rows.stop
-        needed = touches(contacts_of(data, block.contacts))
-        parts.append(rows(first, last, jnp.zeros(last - first, loss.dtype), needed=needed))
+    if by_blocks:
+        for contact, row in contact_blocks(model, data):
+            needed = touches(contacts_of(data, contact))
+            parts.append(one_sided(contacts + row.start, contacts + row.stop, needed))
+    else:
+        parts.append(one_sided(contacts, len(root)))
     return [part for part in parts if len(part.aim)]
 
 
 def visit(parts: list[Rows], function, total, arrays: list, *shared):
-    """Takes `function` to all rows, but those that are not needed. It is traced but once for rows of one shape.
+    """Takes `function` to all rows, except those that are not needed.
 
-    function: (rows, total, array, *shared) -> (total, array of these rows [k]); it adds to the total
+    function: (rows, total, array, *shared) -> (total, array of these rows [k]); adds to the total
     total: what it adds to, a pytree
     arrays: what is known of the rows, a pytree for each of parts
-    Returns the total and a list of the arrays for each of parts; zeros for those left out.
+    Returns the total and a list of the arrays for each of parts; zeros where rows were not needed.
     """
     results = []
     for rows, array in zip(parts, arrays, strict=True):
@@ -348,7 +507,7 @@ def visit(parts: list[Rows], function, total, arrays: list, *shared):
     return total, results
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all rows of the same number
 def if_needed(function, rows: Rows, total, array, *shared):
     if rows.needed is None:
         return function(rows, total, array, *shared)
@@ -359,11 +518,12 @@ def if_needed(function, rows: Rows, total, array, *shared):
     return jax.lax.cond(rows.needed, function, skip, rows, total, array, *shared)
 
 
-# The functions to visit rows with.
+# The functions that visit rows:
 
 
 def linearise(rows: Rows, total, _, acceleration: jax.Array):
-    """Adds to the gradient [n] and the Hessian [n, n] of the cost at an acceleration [n]. Returns the springs [k]."""
+    """Adds to the gradient [n] and the Hessian [n, n] of the cost at an acceleration [n]. Returns
+    the springs [k]."""
     gradient, hessian = total
     spring = rows.spring(acceleration)
     force = rows.bounded(spring)
@@ -372,26 +532,33 @@ def linearise(rows: Rows, total, _, acceleration: jax.Array):
     return (gradient, hessian + held.T @ held), spring
 
 
-def whole_step(rows: Rows, total, spring: jax.Array, step: jax.Array):
-    """Adds what is at the end of a Newton step [n]. Returns how much that slackens the springs [k]."""
+class Ahead(NamedTuple):
+    """The cost along a Newton step, at a share of it."""
+
+    slope: jax.Array  # per share of the step
+    curvature: jax.Array
+    surprise: jax.Array  # how far forces are from what the step takes for granted, in sum
+    force: jax.Array  # the forces, in sum
+
+
+def whole_step(rows: Rows, total: Ahead, spring: jax.Array, step: jax.Array):
+    """Adds what is at the end of a Newton step [n]. Returns how much it slackens the springs
+    [k]."""
     change = rows.root * (rows.jacobian @ step)
-    total, _ = look_ahead(rows, total, spring, change, 1.0)
+    total, _ = part_of_step(rows, total, (spring, change), 1.0)
     return total, change
 
 
-def part_of_step(rows: Rows, total, known, share: jax.Array):
-    """Adds what is at a share [] of a Newton step. known: springs [k] before it, what `whole_step` returned.
-    Returns the forces [k] there."""
-    return look_ahead(rows, total, *known, share)
-
-
-def look_ahead(rows: Rows, total, spring: jax.Array, change: jax.Array, share):
+def part_of_step(rows: Rows, total: Ahead, known, share):
+    """Adds what is at a share [] of a Newton step. known: the springs [k] at its start, and what
+    `whole_step` returned. Returns the forces [k] there."""
+    spring, change = known
     force = rows.bounded(spring)
     held = force == spring
     spring_there = spring - share * change
     force_there = rows.bounded(spring_there)
     held_there = force_there == spring_there
-    # The Newton step takes it for granted that springs go on as before.
+    # The Newton step takes it for granted that the same springs stay within their bounds.
     surprise = force_there - jnp.where(held, spring_there, force)
     more_held = held_there.astype(change.dtype) - held.astype(change.dtype)
     added = Ahead(
@@ -404,39 +571,35 @@ def look_ahead(rows: Rows, total, spring: jax.Array, change: jax.Array, share):
 
 
 def pull(rows: Rows, total, _, acceleration: jax.Array):
-    """Adds to the forces on the joints [n] at an acceleration [n]. Returns the rows' forces [k]."""
+    """Adds to the forces on the joints [n] at an acceleration [n]. Returns the rows' forces [k], in
+    N or Nm."""
     force = rows.root * rows.bounded(rows.spring(acceleration))
     return total + force @ rows.jacobian, force
 
 
-class Ahead(NamedTuple):
-    """The cost along a Newton step, at a share of it."""
+# A line search ends where no more than this is left of the slope that it began with. Closer
+# searches did not save Newton steps.
+SLOPE_LEFT = 0.1
 
-    slope: jax.Array  # per share of the step
-    curvature: jax.Array
-    surprise: jax.Array  # how much the rows' forces differ from what the step took for granted, in sum
-    force: jax.Array  # the rows' forces, in sum
-
-
-class Solution(NamedTuple):
-    acceleration: jax.Array  # [n] qacc
-    iterations: jax.Array  # int32 [], Newton steps
-    searches: jax.Array  # int32 [], steps of line searches
-    done: jax.Array  # bool [], False if the iterations were used up, or a number is not finite
+# What rounding leaves of a Newton step, as a multiple of the number type's precision.
+ROUNDING = 4.0
 
 
 class Search(NamedTuple):
-    """A line search: the share of the Newton step, what encloses the best one, the cost there."""
+    """A line search: the share of a Newton step, what encloses the best share, the cost there."""
 
     share: jax.Array
     low: jax.Array
     high: jax.Array
     ahead: Ahead
-    steps: jax.Array
+    steps: jax.Array  # int32
 
 
-SLOPE_LEFT = 0.1  # of the slope at the start; more exact line searches did not save Newton steps
-ROUNDING = 4.0  # float32's epsilons: relative error of a Newton step
+class Solution(NamedTuple):
+    acceleration: jax.Array  # [n] qacc
+    iterations: jax.Array  # int32 [], Newton steps
+    searches: jax.Array  # int32 [], steps of all line searches
+    done: jax.Array  # bool [], False if the iterations did not suffice
 
 
 def newton(
@@ -446,115 +609,141 @@ def newton(
     start: jax.Array,
     iterations: int,
     ls_iterations: int,
-    tolerance: float,
+    tolerance: jax.Array,
 ) -> Solution:
     """The accelerations that minimise MuJoCo's cost, by Newton's method.
 
-    The cost is a' M a / 2 - push' a + sum of the rows' energies. It is convex, and a quadratic in each
-    region in which the same springs are held (pull as far as their bounds let them). Newton's step leads
-    to the minimum of the region that it starts in. If the same springs are held there, this is the
-    minimum of the cost, exactly. If not, the step's length is found by a line search, and the next step
-    starts there.
+    The cost is a' M a / 2 - push' a + the energies of the springs. It is convex, and quadratic in
+    each region in which the same springs are within their bounds. Newton's step leads to the
+    minimum of the region's quadratic. If that is in the region, it is the minimum of the cost,
+    exactly. If not, a line search finds out how much of the step to take, and the next step begins
+    there.
 
-    mass: M [n, n]. push: all other forces on the joints [n] (qfrc_smooth). start: where to begin [n].
-    iterations, ls_iterations: at most so many Newton steps, and line search steps in each
-    tolerance: stop where less than this is left to gain, as a share of M's trace (as MJX measures it)
-    Source: https://mujoco.readthedocs.io/en/stable/computation/index.html, "Algorithms"
+    The loops end at once for a world that is not finite: its neighbours need not wait for it.
+
+    mass: M [n, n]. push: the other forces on the joints [n] (qfrc_smooth). start: first guess [n].
+    iterations, ls_iterations: most Newton steps, and most steps of the line search in each
+    tolerance: stop where less than this, times M's trace, is left to gain; MJX measures it so, too
+    Source: https://mujoco.readthedocs.io/en/stable/computation/index.html, section "Algorithms"
     """
-    epsilon = float(jnp.finfo(start.dtype).eps)
-    least = tolerance * jnp.trace(mass)
     zero = jnp.zeros((), start.dtype)
+    least = tolerance * jnp.trace(mass)
+    rounding = ROUNDING * jnp.finfo(start.dtype).eps
     nothing = [None] * len(parts)
 
     def iteration(carry):
-        acceleration, _, done_iterations, searches = carry
+        acceleration, _, steps, searches = carry
         rest = mass @ acceleration - push
-        (gradient, hessian), springs = visit(
-            parts, linearise, (rest, mass), nothing, acceleration
-        )
+        (gradient, hessian), springs = visit(parts, linearise, (rest, mass), nothing, acceleration)
         step = -solve_factored(factor(hessian), gradient)
-        # Along a Newton step the slope of its quadratic rises from -descent to 0, so that the curvature is
-        # descent, too. To add only what differs from it is cheap, and loses no digits near the minimum.
+        # Along the step, the slope of the region's quadratic rises from -descent to 0: its
+        # curvature is descent, too. Rows add only what differs from it, which loses no digits near
+        # the minimum.
         descent = -gradient @ step
-        end, changes = visit(parts, whole_step, Ahead(zero, descent, zero, zero), springs, step)
-        known = list(zip(springs, changes, strict=True))
+        end = Ahead(slope=zero, curvature=descent, surprise=zero, force=zero)
+        end, changes = visit(parts, whole_step, end, springs, step)
 
-        def goes_on(search):
-            steep = jnp.abs(search.ahead.slope) > SLOPE_LEFT * descent  # False if not finite
-            return steep & (search.steps < ls_iterations)
-
-        def search_step(search):
-            """Newton's method for the root of the slope; in the middle of what encloses it if that leads out."""
-            share, low, high, ahead, steps = search
-            low = jnp.where(ahead.slope < 0, share, low)
-            high = jnp.where(ahead.slope < 0, high, share)
-            middle = jnp.where(jnp.isinf(high), 2 * share, (low + high) / 2)
-            share = share - ahead.slope / ahead.curvature
-            share = jnp.where((share > low) & (share < high), share, middle)
-            base = Ahead((share - 1) * descent, descent, zero, zero)
-            ahead, _ = visit(parts, part_of_step, base, known, share)
-            return Search(share, low, high, ahead, steps + 1)
-
-        search = Search(jnp.ones_like(zero), zero, jnp.full_like(zero, jnp.inf), end, jnp.int32(0))
-        search = jax.lax.while_loop(goes_on, search_step, search)
-
-        # A step of full length that met no surprise leads to the minimum but for rounding: of it, only the
-        # square of ROUNDING is left to gain.
-        surprised = end.surprise > ROUNDING * epsilon * end.force
-        exact = ~surprised & (search.share == 1)
-        gain = search.share * descent / 2
-        left = jnp.where(exact, (ROUNDING * epsilon) ** 2 * gain, gain)
-        return (
-            acceleration + search.share * step,
-            left > least,  # False if not finite
-            done_iterations + 1,
-            searches + search.steps,
+        search = line_search(
+            parts, list(zip(springs, changes, strict=True)), end, descent, ls_iterations
         )
 
-    acceleration, going, iterations_taken, searches = jax.lax.while_loop(
-        lambda carry: carry[1] & (carry[2] < iterations),
-        iteration,
-        (start, jnp.array(True), jnp.int32(0), jnp.int32(0)),
+        # A whole step without surprises leads to the minimum. What rounding leaves of it can be
+        # gained by another step, if that is much at all, as after a poor first guess.
+        exact = (end.surprise <= rounding * end.force) & (search.share == 1)
+        gained = search.share * descent / 2
+        left = jnp.where(exact, rounding**2 * gained, gained)
+        going = left > least  # False if not finite
+        return acceleration + search.share * step, going, steps + 1, searches + search.steps
+
+    def goes_on(carry):
+        _, going, steps, _ = carry
+        return going & (steps < iterations)
+
+    first = (start, jnp.array(True), jnp.int32(0), jnp.int32(0))
+    acceleration, going, steps, searches = jax.lax.while_loop(goes_on, iteration, first)
+    return Solution(acceleration, steps, searches, done=~going)
+
+
+def line_search(
+    parts: list[Rows], known: list, end: Ahead, descent: jax.Array, ls_iterations: int
+) -> Search:
+    """How much of a Newton step to take: all of it, unless the slope there is too steep.
+
+    known: see `part_of_step`. end: what is at the end of the step. descent: minus the slope at its
+    start. The slope's root is found by Newton's method, too, within what is known to enclose it.
+    """
+    zero = jnp.zeros_like(descent)
+
+    def goes_on(search: Search):
+        steep = jnp.abs(search.ahead.slope) > SLOPE_LEFT * descent  # False if not finite
+        return steep & (search.steps < ls_iterations)
+
+    def improve(search: Search) -> Search:
+        share, low, high, ahead, steps = search
+        low = jnp.where(ahead.slope < 0, share, low)
+        high = jnp.where(ahead.slope < 0, high, share)
+        middle = jnp.where(jnp.isinf(high), 2 * share, (low + high) / 2)
+        share = share - ahead.slope / ahead.curvature
+        share = jnp.where((share > low) & (share < high), share, middle)
+        ahead = Ahead(slope=(share - 1) * descent, curvature=descent, surprise=zero, force=zero)
+        ahead, _ = visit(parts, part_of_step, ahead, known, share)
+        return Search(share, low, high, ahead, steps + 1)
+
+    whole = Search(
+        share=jnp.ones_like(zero),
+        low=zero,
+        high=jnp.full_like(zero, jnp.inf),
+        ahead=end,
+        steps=jnp.int32(0),
     )
-    return Solution(acceleration, iterations_taken, searches, ~going)
+    return jax.lax.while_loop(goes_on, improve, whole)
 
 
 def solve(model: mjx.Model, data: mjx.Data) -> mjx.Data:
     """For MJX as solver.solve: sets qacc, qfrc_constraint and efc_force.
 
-    MJX's own function solves elliptic cones and takes the method of conjugate gradients. Like it, this one
-    cannot be differentiated in reverse, but for the latter's iterations=1.
+    MJX's own function solves what this one does not know: elliptic cones, and the method of
+    conjugate gradients. Reverse-mode differentiation is refused by JAX, as for MJX's.
     """
-    options = model.opt
-    known = options.cone == mujoco.mjtCone.mjCONE_PYRAMIDAL
-    known &= options.solver == mujoco.mjtSolver.mjSOL_NEWTON
+    known = model.opt.cone == mujoco.mjtCone.mjCONE_PYRAMIDAL
+    known &= model.opt.solver == mujoco.mjtSolver.mjSOL_NEWTON
     if not known:
         return MJX_SOLVE(model, data)
+    by_blocks = functools.partial(solution_fields, by_blocks=True)
+    at_once = functools.partial(solution_fields, by_blocks=False)
+    return data.tree_replace(one_world(by_blocks, at_once)(model, data))
 
-    parts = constraint_rows(model, data)
-    start = data.qacc_smooth
-    if not options.disableflags & mujoco.mjtDisableBit.mjDSBL_WARMSTART:
-        # MJX compares the cost at both starts. That saves next to no steps here; what is needed is not to
-        # start from a broken world's accelerations. The bound is C MuJoCo's for these.
-        sane = (jnp.abs(data.qacc_warmstart) < mujoco.mjMAXVAL).all()
-        start = jnp.where(sane, data.qacc_warmstart, start)
+
+def solution_fields(model: mjx.Model, data: mjx.Data, by_blocks: bool) -> dict[str, jax.Array]:
+    """What `solve` sets. by_blocks: see `constraint_rows`."""
+    parts = constraint_rows(model, data, by_blocks)
     solution = newton(
         support.full_m(model, data),
         data.qfrc_smooth,
         parts,
-        start,
-        options.iterations,
-        options.ls_iterations,
-        options.tolerance,
+        first_guess(model, data),
+        model.opt.iterations,
+        model.opt.ls_iterations,
+        model.opt.tolerance,
     )
-    acceleration = solution.acceleration
-    forces_on_joints, forces = visit(
-        parts, pull, jnp.zeros_like(acceleration), [None] * len(parts), acceleration
-    )
-    return data.tree_replace(
-        {
-            "qacc": acceleration,
-            "qfrc_constraint": forces_on_joints,
-            "_impl.efc_force": jnp.concatenate(forces),
-        }
-    )
+    no_force = jnp.zeros_like(data.qfrc_smooth)
+    nothing = [None] * len(parts)
+    pulled, forces = visit(parts, pull, no_force, nothing, solution.acceleration)
+    return {
+        "qacc": solution.acceleration,
+        "qfrc_constraint": pulled,
+        "_impl.efc_force": jnp.concatenate(forces),
+    }
+
+
+def first_guess(model: mjx.Model, data: mjx.Data) -> jax.Array:
+    """Accelerations [n] for the solver to start from: those of the last step.
+
+    MJX takes those without constraints where they cost less. That would save next to no steps here
+    and cost more than it saves. They serve only if the last step's are broken, by C MuJoCo's
+    measure.
+    """
+    if model.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_WARMSTART:
+        return data.qacc_smooth
+    sane = (jnp.abs(data.qacc_warmstart) < mujoco.mjMAXVAL).all()
+    return jnp.where(sane, data.qacc_warmstart, data.qacc_smooth)

@@ -1,13 +1,12 @@
 """Models on which onekernel is held to MJX, and MJX's own results for them.
 
-    python tests/mjx_models.py
+    python tests/mjx_models.py [NAME ...]
 
-writes mjx_steps.npz anew: states of some worlds of each model, and what vmapped `mjx.step`, compiled by XLA, makes of
-them in one step and in 20. XLA takes minutes for that; the tests read the file. tests/robots/ has small models of
+writes into mjx_steps.npz, for the models of these names or for all: states of some worlds, and what vmapped
+`mjx.step`, compiled by XLA, makes of them in one step and in 20. XLA takes minutes for that; the tests read the file. tests/robots/ has small models of
 many kinds: tendons, equalities, dry friction, elliptic cones, fluid, filters, meshes, mocap bodies.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -102,11 +101,11 @@ def run(advance, states: dict, model: mujoco.MjModel) -> tuple[dict, dict]:
     return jax.tree.map(np.asarray, program(start))
 
 
-def record() -> None:
+def record(names: list[str]) -> None:
     from mujoco import mjx
 
-    columns = {}
-    for name in NAMES:
+    columns = dict(np.load(FILE)) if FILE.exists() else {}
+    for name in names:
         model = load(name)
         states = draw_states(model)
         first, last = run(one_world(model, mjx.step), states, model)
@@ -117,7 +116,5 @@ def record() -> None:
 
 
 if __name__ == "__main__":
-    # Hardly optimised, XLA computes the same in a fourth of the time.
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     sys.path.insert(0, str(HERE.parent))
-    record()
+    record(sys.argv[1:] or NAMES)

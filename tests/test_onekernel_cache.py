@@ -206,6 +206,7 @@ def test_two_processes_store_at_once(folder):
     found = set()
     while any(writer.poll() is None for writer in writers):
         payload = cache.load("key")
+        assert payload is not None or not found  # once there is one, there always is
         if payload is not None:
             assert len(set(payload)) == 1
             assert len(payload) % 1000 == 1
@@ -383,11 +384,11 @@ def smooth(x):
 def smooth_jvp(primals, tangents):
     return smooth(*primals), 16.0 * tangents[0]
 
-def finish(x, origin=Point(17.0)):
+def finish(x, origin=Point(17.0), *, lift=20.0):
     if Mode.FAST.factor() > 1 and PATTERN.match("leg"):
         x = x + origin.x * math.pi * len([name for name in NAMES])
     first = operator.itemgetter(0)([x])
-    return smooth(jitted(power(adder(first)), 18))
+    return smooth(jitted(power(adder(first)), 18)) + lift
 
 def unused(x):
     return UNUSED * x
@@ -483,6 +484,7 @@ CHANGES = [
     ("math.pi", "math.e"),
     ("itemgetter(0)", "itemgetter(-1)"),
     ("18))", "19))"),
+    ("lift=20.0", "lift=20.5"),
     ("self.clip(helper", "(helper"),
 ]
 
@@ -792,7 +794,7 @@ def test_processes_agree():
         for number in "12"
     ]
     first, second = (json.loads(process.communicate()[0]) for process in processes)
-    assert None not in first
+    assert None not in first, "or was a file of onekernel edited while this ran?"
     assert first == second
     assert first[0] != first[1] == first[2]
 

@@ -548,6 +548,38 @@ def test_threads_compute_what_the_graph_means(name, handler):
     assert_close(results, made.expected, name)
 
 
+def test_worlds_share_no_scratch_memory():
+    """Threads run side by side on a GPU, so many equal worlds have to touch as much as one each."""
+    made = program("control_and_memory")
+    run = grid(made.text)
+    most = 70
+    arguments = [
+        np.repeat(x[:1], most, axis=0) if own else x
+        for x, own in zip(made.arguments, made.mapped, strict=True)
+    ]
+    results = [
+        np.zeros((most, *shape[1:]), dtype)
+        for shape, dtype in zip(made.shapes, made.dtypes, strict=True)
+    ]
+
+    def touched(worlds: int) -> int:
+        """Bytes that hold the same afterwards, whatever they held before."""
+        after = []
+        for before in (0x00, 0xFF):
+            scratch = np.full(cuda.scratch_size(made.scratch, most), before, np.uint8)
+            places = [array.ctypes.data for array in (*arguments, *results, scratch)]
+            values = np.array([*places, worlds], np.int64)
+            table = values.ctypes.data + 8 * np.arange(len(values))
+            run(table.ctypes.data, 3, 32)
+            after.append(scratch)
+        return int((after[0] == after[1]).sum())
+
+    one = touched(1)
+    assert 0 < one <= made.scratch
+    for worlds in (2, 32, 33, most):
+        assert touched(worlds) == worlds * one
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_for_cpus_compute_what_the_graph_means(name):
     made = program(name)

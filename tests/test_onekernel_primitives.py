@@ -40,6 +40,7 @@ BATCHES = {1: 36, 5: 11, 16: 3, 37: 0}  # worlds in a batch -> the first of them
 WORLDS = 37  # of most cases
 MANY_WORLDS = 2051  # of the cases with a number or two a world; no multiple of any vector's length
 FEW_WORLDS = 17  # of the cases with large arrays
+ROWS = 2000  # of large arrays; with three columns, more than what is taken apart into scalars
 INT_MIN = -(2**31)
 INT_MAX = 2**31 - 1
 
@@ -1802,15 +1803,15 @@ def large_products(x):
     }
 
 
-@case(floats(1000, 3), integers(1000), worlds=FEW_WORLDS, ulp=4, share=1e-6)
+@case(floats(ROWS, 3), integers(ROWS, 3), worlds=FEW_WORLDS, ulp=4, share=1e-6)
 def large_elementwise(x, n):
     y = jnp.clip(jnp.nan_to_num(x), -3, 3)
     return {
         "chain": jnp.where(x > 0, jnp.sin(y) * 2 + y[:, :1], jnp.exp(y)),
-        "broadcast": y + jnp.arange(1000.0)[:, None],
+        "broadcast": y + jnp.arange(float(ROWS))[:, None],
         "broadcast_columns": y[:, 1:2] * jnp.array([1.0, 2.0, -3.0]),
         "integers": lax.div(n, jnp.int32(7)) + (n << 3),
-        "bools": (n > 5) & (x[:, 0] < 1),
+        "bools": (n > 5) & (x < 1),
         "convert": n.astype(jnp.float32),
         "clamp": lax.clamp(-2.0, x, 2.0),
         "abs": jnp.abs(x),
@@ -1818,9 +1819,9 @@ def large_elementwise(x, n):
 
 
 @case(
-    with_nan(-1, 1, 1000, 3),
-    integers(1000),
-    bools(1000),
+    with_nan(-1, 1, ROWS, 3),
+    integers(ROWS, 3),
+    bools(ROWS, 3),
     worlds=FEW_WORLDS,
     ulp=8,
     share=2e-5,
@@ -1836,18 +1837,17 @@ def large_reductions(x, n, flags):
         "max": x.max(0),
         "min": x.min(),
         "sum_integers": n.sum(),
-        "argmax": jnp.argmax(x, 0),
         "argmin": jnp.argmin(n),
         "any": flags.any(),
         "count": flags.sum(),
-        "mean": x.mean(1),
-        "cumsum_integers": jnp.cumsum(n),
+        "mean": x.reshape(60, 100).mean(1),
+        "cumsum_integers": jnp.cumsum(n, 0),
         "cummax": lax.cummax(n),
-        "prod": n.reshape(10, 100).prod(1),
+        "prod": n.reshape(20, 300).prod(1),
     }
 
 
-@case(between(0, 1, 1000, 3), worlds=FEW_WORLDS, ulp=8, share=2e-5)
+@case(between(0, 1, ROWS, 3), worlds=FEW_WORLDS, ulp=8, share=2e-5)
 def large_cumulative_sums(x):
     return {
         "cumsum": jnp.cumsum(x, 0),
@@ -1856,22 +1856,33 @@ def large_cumulative_sums(x):
     }
 
 
-@case(floats(1000, 3), integers(40, 50), worlds=FEW_WORLDS)
+@case(between(-1, 1, 1000, 3), worlds=FEW_WORLDS, ulp=8, share=2e-5)
+def middle_sized_arrays(x):
+    """Large, yet not too large to be taken apart: here a compiler may take very long."""
+    return {
+        "chain": jnp.sin(x) * 2 + x[:, :1],
+        "transpose": x.T,
+        "sum": x.sum(0),
+        "argmax": jnp.argmax(x, 0),
+    }
+
+
+@case(floats(ROWS, 3), integers(80, 60), worlds=FEW_WORLDS)
 def large_moves(x, n):
     return {
         "transpose": x.T,
-        "reshape": x.reshape(3, 1000),
+        "reshape": x.reshape(3, ROWS),
         "transpose_reshape": n.T.reshape(-1),
         "rev": x[::-1],
         "stride": x[1::7, ::2],
-        "concatenate": jnp.concatenate([x[500:], x[:300]]),
+        "concatenate": jnp.concatenate([x[900:], x[:600]]),
         "pad": jnp.pad(x, ((3, 4), (0, 1))),
         "roll": jnp.roll(x, 17, axis=0),
-        "broadcast": jnp.broadcast_to(n[:, None, :3], (40, 9, 3)),
+        "broadcast": jnp.broadcast_to(n[:, None, :30], (80, 2, 30)),
         "tile": jnp.tile(n, (2, 1)),
         "where": jnp.where(n % 2 == 0, n, -n),
-        "iota": jnp.arange(2000).reshape(40, 50) + n,
-        "swapaxes": x.reshape(10, 100, 3).transpose(2, 0, 1),
+        "iota": jnp.arange(4800).reshape(80, 60) + n,
+        "swapaxes": x.reshape(20, 100, 3).transpose(2, 0, 1),
     }
 
 
@@ -1892,11 +1903,11 @@ def large_sort(x, y, n):
 
 
 @case(
-    floats(1000, 3),
+    floats(ROWS, 3),
     integers(300),
-    indices(-1200, 1200, 50),
+    indices(-2400, 2400, 50),
     indices(-20, 320, 200),
-    indices(-100, 1100),
+    indices(-100, 2100),
     worlds=FEW_WORLDS,
 )
 def large_gather_and_scatter(x, n, i, j, start):
@@ -1911,8 +1922,8 @@ def large_gather_and_scatter(x, n, i, j, start):
         "set_rows": x.at[i].set(2.5),
         "part": lax.dynamic_slice(x, (start, 1), (100, 2)),
         "update": lax.dynamic_update_slice(x, x[:100] * 2, (start, 0)),
-        "constant_indices": x[jnp.arange(0, 1000, 3)],
-        "set_at_constants": x.at[jnp.arange(0, 1000, 3)].set(0.0),
+        "constant_indices": x[jnp.arange(0, ROWS, 3)],
+        "set_at_constants": x.at[jnp.arange(0, ROWS, 3)].set(0.0),
     }
 
 
@@ -1963,10 +1974,9 @@ def large_loops(x, xs, n):
 @case(keys(), worlds=FEW_WORLDS, ulp=4)
 def large_random_numbers(key):
     return {
-        "normal": jax.random.normal(key, (300, 3)),
-        "bits": jax.random.bits(key, (500,)),
-        "split": jax.random.split(key, 100),
-        "uniform": jax.random.uniform(key, (200,)),
+        "normal": jax.random.normal(key, (40, 3)),
+        "bits": jax.random.bits(key, (100,)),
+        "split": jax.random.split(key, 20),
     }
 
 

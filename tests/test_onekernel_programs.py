@@ -483,6 +483,20 @@ def test_shared_arguments_equal_repeated_ones(step, shared):
 
 
 @NO_FALLBACK
+def test_products_are_rounded_alike_in_every_kernel():
+    """Where a product is both summed up and a result, fusing the two roundings has to be decided
+    in the same way for arguments that are shared, mapped and alone."""
+    step = onekernel.compile(lambda a, b: {"dot": a @ b, "products": a * b})
+    generator = np.random.default_rng(0)
+    a = generator.uniform(-1, 1, (50, 4)).astype(np.float32)
+    b = generator.uniform(-1, 1, 4).astype(np.float32)
+    got = jax.vmap(step)(a, np.tile(b, (50, 1)))
+    same_bits(jax.vmap(step, in_axes=(0, None))(a, b), got)
+    for world in range(50):
+        same_bits(step(a[world], b), part(got, world))
+
+
+@NO_FALLBACK
 def test_all_arguments_shared(step):
     one = part(search_inputs(3), 1)
     got = jax.vmap(step, in_axes=None, axis_size=6)(*one)
