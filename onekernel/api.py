@@ -1,10 +1,10 @@
 """`compile`: how a JAX function of one world becomes, for JAX, one operation on all worlds.
 
-The function is traced when it is first called with arguments of new types, as jax.jit does. What JAX
-then sees is a primitive of our own, `onekernel_p`, that stands for the whole function. jax.vmap turns
-it into the same primitive with an axis of worlds, jit and scan leave it alone, and when a program is
-compiled for a platform it becomes a call of a kernel there: made now, or found in the cache.
-"""
+The function is traced when it is first called with arguments of new types, as jax.jit does. What
+JAX then sees is a primitive of our own, `onekernel_p`, that stands for the whole function.
+jax.vmap turns it into the same primitive with an axis of worlds, jit and scan leave it alone,
+and when a program is compiled for a platform it becomes a call of a kernel there: made now, or
+found in the cache."""
 
 import dataclasses
 import functools
@@ -27,11 +27,15 @@ from onekernel.arrays import Keys, Memory, Scalars, kind_of
 from onekernel.graph import KINDS, Graph, TooLarge
 from onekernel.trace import Builder, Unsupported, rule
 
-# A program is taken apart altogether if it stays below this number of scalars. A larger one keeps arrays
-# of many elements in memory: of more than the second number, and if that is not enough, than the next.
+# A program is taken apart altogether if it stays below this number of scalars. A larger one keeps
+# arrays
+# of many elements in memory: of more than the second number, and if that is not enough, than the
+# next.
 MOST_NODES = 150_000
 SCALAR_LIMITS = (4096, 256, 64)
-LARGEST_INPUT = 4096  # elements of an operand that are read up front; a larger one is read where it is used
+LARGEST_INPUT = (
+    4096  # elements of an operand that are read up front; a larger one is read where it is used
+)
 
 PLATFORMS = {"cpu": cpu, "cuda": cuda}
 
@@ -46,17 +50,16 @@ def compile(function):
         step = onekernel.compile(env.step)
         states = jax.vmap(step)(states, actions)
 
-    function: a pure function of pytrees of arrays (float32, int32, uint32, bool, PRNG keys) that returns
-      such pytrees; other arguments by closure or functools.partial. It is traced for each new
-      combination of shapes and types.
-    Returns a function of the same signature. Under jax.vmap it is one kernel for all worlds; without
-      it, for one. It works under jit, scan, shard_map and nested vmap, and with arguments that all
-      worlds share (in_axes None). The original is its attribute `function`.
+    function: a pure function of pytrees of arrays (float32, int32, uint32, bool, PRNG keys) that
+    returns such pytrees; other arguments by closure or functools.partial. It is traced for each new
+    combination of shapes and types. Returns a function of the same signature. Under jax.vmap it is
+    one kernel for all worlds; without it, for one. It works under jit, scan, shard_map and nested
+    vmap, and with arguments that all worlds share (in_axes None). The original is its attribute
+    `function`.
 
-    What cannot be compiled (a primitive, float64, a platform) goes by XLA as if `compile` were not there, and one
-    warning, a `Fallback`, says what it is and where. Gradients are refused with a TypeError: differentiate
-    `compiled.function`.
-    """
+    What cannot be compiled (a primitive, float64, a platform) goes by XLA as if `compile` were
+    not there, and one warning, a `Fallback`, says what it is and where. Gradients are refused
+    with a TypeError: differentiate `compiled.function`."""
     return Compiled(function)
 
 
@@ -77,8 +80,9 @@ class Compiled:
             signature = Signature.of(leaves, tree)
         except TypeError:  # something that is no array: JAX says so in its own words
             return self.function(*args, **kwargs)
-        kernel = self.kernels.get(signature)
-        if kernel is None:
+        if signature in self.kernels:
+            kernel = self.kernels[signature]
+        else:
             kernel = self.kernel(signature)
         if kernel is None:
             return self.function(*args, **kwargs)
@@ -86,9 +90,7 @@ class Compiled:
         for leaf, impl in zip(leaves, signature.impls, strict=True):
             flat.append(jnp.asarray(leaf) if impl is None else jax.random.key_data(leaf))
         flat.extend(kernel.captured)
-        results = onekernel_p.bind(
-            *flat, kernel=kernel, mapped=(False,) * len(flat), batched=False
-        )
+        results = onekernel_p.bind(*flat, kernel=kernel, mapped=(False,) * len(flat), batched=False)
         return kernel.assemble(results)
 
     def kernel(self, signature: "Signature") -> "Kernel | None":
@@ -156,7 +158,9 @@ class Signature:
 
     def text(self) -> str:
         """The same for the same types in any process; without the tree, which `fingerprint` takes care of."""
-        return repr((self.shapes, self.dtypes, self.weak, [str(impl) for impl in self.impls], self.settings))
+        return repr(
+            (self.shapes, self.dtypes, self.weak, [str(impl) for impl in self.impls], self.settings)
+        )
 
 
 @functools.cache
@@ -169,9 +173,10 @@ def versions() -> str:
 class Kernel:
     """A function, traced for arguments of certain types.
 
-    captured: traced values of an enclosing jit or vmap that the function uses; they are operands like its arguments.
-    out_shapes, out_dtypes: of its flat results, keys as their words. Tracing is put off until it is needed if the cache
-    knows the results' types and the kernel that was made of the function before."""
+    captured: traced values of an enclosing jit or vmap that the function uses; they are operands
+    like its arguments. out_shapes, out_dtypes: of its flat results, keys as their words. Tracing
+    is put off until it is needed if the cache knows the results' types and the kernel that was
+    made of the function before."""
 
     def __init__(self, function, signature: Signature):
         self.function = function
@@ -259,9 +264,7 @@ class Kernel:
                 i for i, const in enumerate(self.consts) if isinstance(const, jax.core.Tracer)
             ]
             self.captured = [jnp.asarray(self.consts[i]) for i in self.captured_places]
-            needed, _ = partial_eval.dce_jaxpr(
-                closed.jaxpr, [True] * len(outs), instantiate=True
-            )
+            needed, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(outs), instantiate=True)
             self.jaxpr = needed
             self.closed = closed
 
@@ -328,8 +331,8 @@ class Kernel:
     # Machine code
 
     def target(self, platform: str, mapped: tuple[bool, ...], batched: bool) -> tuple[str, int]:
-        """The name by which XLA knows the kernel on a platform, and the scratch memory that it needs (see the
-        platform's module)."""
+        """The name by which XLA knows the kernel on a platform, and the scratch memory that it
+        needs (see the platform's module)."""
         with self.lock:
             choice = (platform, mapped, batched)
             if choice not in self.targets:
@@ -418,7 +421,7 @@ def default_platform() -> str:
     return "cuda" if name == "gpu" else name if name in PLATFORMS else "cpu"
 
 
-# The primitive --------------------------------------------------------------------------------------------------------
+# The primitive ------------------------------------------------------------------------------------
 
 onekernel_p = Primitive("onekernel")
 onekernel_p.multiple_results = True
@@ -447,9 +450,7 @@ onekernel_p.def_abstract_eval(result_types)
 @functools.lru_cache(maxsize=4096)
 def jitted(kernel: Kernel, mapped, batched):
     return jax.jit(
-        lambda *operands: onekernel_p.bind(
-            *operands, kernel=kernel, mapped=mapped, batched=batched
-        )
+        lambda *operands: onekernel_p.bind(*operands, kernel=kernel, mapped=mapped, batched=batched)
     )
 
 
@@ -459,7 +460,8 @@ def run(*operands, kernel: Kernel, mapped, batched):
 
 
 def batch(operands, axes, *, kernel: Kernel, mapped, batched):
-    """jax.vmap: of a function of one world, one of many; of one of many worlds, one of all their worlds."""
+    """jax.vmap: of a function of one world, one of many; of one of many worlds, one of all their
+    worlds."""
     outer_mapped = [axis is not None for axis in axes]
     moved = [
         jnp.moveaxis(operand, axis, 0) if own else operand
@@ -467,9 +469,7 @@ def batch(operands, axes, *, kernel: Kernel, mapped, batched):
     ]
     count = len(kernel.out_shapes)
     if not batched:
-        results = onekernel_p.bind(
-            *moved, kernel=kernel, mapped=tuple(outer_mapped), batched=True
-        )
+        results = onekernel_p.bind(*moved, kernel=kernel, mapped=tuple(outer_mapped), batched=True)
         return results, [0] * count
     outer = next(operand.shape[0] for operand, own in zip(moved, outer_mapped, strict=True) if own)
     inner = next(
@@ -550,10 +550,11 @@ def inline(builder: Builder, equation, *values):
     """A compiled function within a compiled function: a part of its kernel."""
     kernel: Kernel = equation.params["kernel"]
     if equation.params["batched"]:
-        return primitives.traced(builder, lambda *operands: run_by_xla(kernel, equation, operands), *values)
+        return primitives.traced(
+            builder, lambda *operands: run_by_xla(kernel, equation, operands), *values
+        )
     return primitives.traced(builder, kernel.by_xla, *values)
 
 
 def run_by_xla(kernel, equation, operands):
     return xla_call(kernel, equation.params["mapped"], True, operands)
-

@@ -27,7 +27,8 @@ class Scalars:
 
 @dataclasses.dataclass
 class Memory:
-    """Element [i, j, ...] is the buffer's number `base + offset + i * strides[0] + j * strides[1] + ...`."""
+    """Element [i, j, ...] is the buffer's number `base + offset + i * strides[0] + j *
+    strides[1] + ...`."""
 
     buffer: int
     kind: str
@@ -60,7 +61,8 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def on_elements(value: Value, rearrange) -> Value:
-    """rearrange, a NumPy function that moves elements and does not look at them, for constants and scalars."""
+    """rearrange, a NumPy function that moves elements and does not look at them, for constants
+    and scalars."""
     if isinstance(value, Scalars):
         return Scalars(rearrange(value.ids), value.kind)
     return rearrange(value)
@@ -94,13 +96,9 @@ def slice_(value: Value, starts, limits, steps) -> Value:
             max(0, -(-(limit - start) // step))
             for start, limit, step in zip(starts, limits, steps, strict=True)
         )
-        strides = tuple(
-            stride * step for stride, step in zip(value.strides, steps, strict=True)
-        )
+        strides = tuple(stride * step for stride, step in zip(value.strides, steps, strict=True))
         moved = sum(start * stride for start, stride in zip(starts, value.strides, strict=True))
-        return dataclasses.replace(
-            value, shape=shape, strides=strides, offset=value.offset + moved
-        )
+        return dataclasses.replace(value, shape=shape, strides=strides, offset=value.offset + moved)
     index = tuple(slice(*triple) for triple in zip(starts, limits, steps, strict=True))
     return on_elements(value, lambda elements: elements[index])
 
@@ -119,9 +117,7 @@ def reverse(value: Value, axes) -> Value:
 def reshaped_view(value: Memory, shape: tuple[int, ...]) -> Memory | None:
     """value in another shape, in row-major order; None if no view of its buffer is that."""
     old = [
-        (size, stride)
-        for size, stride in zip(value.shape, value.strides, strict=True)
-        if size != 1
+        (size, stride) for size, stride in zip(value.shape, value.strides, strict=True) if size != 1
     ]
     strides = []
     taken = 0

@@ -1,20 +1,17 @@
 """From the graph of one world to LLVM IR of a kernel for all worlds.
 
-On a CPU a value of the graph becomes a vector, one lane a world, and the kernel handles `width` worlds
-at a time: every instruction does the same for all of them. A loop goes on while any of its lanes wants
-to, a branch's block runs if any lane wants it, and lanes that do not are kept from it by selects. On a
-GPU the width is 1: a thread handles one world, and values are plain scalars.
+On a CPU a value of the graph becomes a vector, one lane a world, and the kernel handles `width`
+worlds at a time: every instruction does the same for all of them. A loop goes on while any of its
+lanes wants to, a branch's block runs if any lane wants it, and lanes that do not are kept from it
+by selects. On a GPU the width is 1: a thread handles one world, and values are plain scalars.
 
-`Emitter` writes the body of the kernel; the function around it, with its arguments and the loop over
-worlds, is in cpu.py and cuda.py. Text is written rather than llvmlite's builder called, which is five
-times slower. The body relies on these names: %operandI, %resultI and %scratch, pointers to the arrays
-and to scratch memory; %lanes, the number of every lane's world. With width 1 there is no %lanes, and
-the pointers are to what is the world's own.
-"""
+`Emitter` writes the body of the kernel; the function around it, with its arguments and the loop
+over worlds, is in cpu.py and cuda.py. Text is written rather than llvmlite's builder called,
+which is five times slower. The body relies on these names: %operandI, %resultI and %scratch,
+pointers to the arrays and to scratch memory; %lanes, the number of every lane's world. With
+width 1 there is no %lanes, and the pointers are to what is the world's own."""
 
 import struct
-
-import numpy as np
 
 from onekernel import vector_math
 from onekernel.graph import Branch, Graph, Loop
@@ -33,19 +30,23 @@ FLOAT_INTRINSICS = {"sqrt": "sqrt", "abs": "fabs", "floor": "floor", "ceil": "ce
 def literal(kind: str, value) -> str:
     """A constant as LLVM writes it; a float32 by the bits of the double that equals it."""
     if kind == "f":
-        return "0x%016X" % struct.unpack("<Q", struct.pack("<d", value))[0]
+        bits = struct.unpack("<Q", struct.pack("<d", value))[0]
+        return f"0x{bits:016X}"
     if kind == "b":
         return "true" if value else "false"
     return str(value)
 
 
 class Liveness:
-    """What of a graph its outputs need. A store is needed if its buffer is ever read; a loop or branch, if anything in
-    it or of its results is."""
+    """What of a graph its outputs need. A store is needed if its buffer is ever read; a loop or
+    branch, if anything in it or of its results is."""
 
     def __init__(self, graph: Graph):
         self.graph = graph
         self.nodes = bytearray(len(graph.op))
+        self.uses = [0] * len(
+            graph.op
+        )  # by other nodes that are needed; of what loops carry, at least
         self.pending: list[int] = []
         self.stores: dict[int, list[int]] = {}
         self.read: set[int] = set()
@@ -60,6 +61,7 @@ class Liveness:
             self.follow(self.pending.pop())
 
     def want(self, node: int) -> None:
+        self.uses[node] += 1
         if not self.nodes[node]:
             self.nodes[node] = 1
             self.pending.append(node)
@@ -107,16 +109,21 @@ class Liveness:
 class Emitter:
     """Writes a kernel's body.
 
-    width: worlds at a time; mapped: of each operand, whether each world has its own; sizes: of each operand, elements
-    of one world's. A value that is the same in all worlds, such as a loop's counter, is a scalar named %sN besides the
-    vector %vN; while `prefix` is "s", `operation` computes with those."""
+    width: worlds at a time; mapped: of each operand, whether each world has its own; sizes: of
+    each operand, elements of one world's. A value that is the same in all worlds, such as a
+    loop's counter, is a scalar named %sN besides the vector %vN; while `prefix` is "s",
+    `operation` computes with those."""
 
     def __init__(self, graph: Graph, width: int, mapped: list[bool], sizes: list[int]):
         self.graph = graph
         self.width = width
         self.mapped = mapped
         self.sizes = sizes
-        self.live = Liveness(graph).nodes
+        liveness = Liveness(graph)
+        self.live = liveness.nodes
+        self.uses = liveness.uses
+        self.fused = self.fused_products()
+        self.products = set(self.fused.values())
         self.lines: list[str] = []
         self.prefix = "v"
         self.names: dict[str, str] = {}  # of values that another name stands for already
@@ -130,7 +137,28 @@ class Emitter:
             if buffer.source == "const":
                 self.add_table(number, buffer)
 
-    # Names and types --------------------------------------------------------------------------------------------------
+    def fused_products(self) -> dict[int, int]:
+        """Sums and differences that take a product with them, rounded once (FMA), and which: one
+        that nothing else needs.
+
+        LLVM would do so by itself if it were allowed to, but one kernel of a function and
+        another, for arguments that worlds share, could then differ in rounding."""
+        graph = self.graph
+        fused = {}
+        for node, op in enumerate(graph.op):
+            if op not in ("add", "sub") or graph.kind[node] != "f" or not self.live[node]:
+                continue
+            for arg in reversed(graph.args[node]):
+                if (
+                    graph.op[arg] == "mul"
+                    and self.uses[arg] == 1
+                    and graph.block[arg] == graph.block[node]
+                ):
+                    fused[node] = arg
+                    break
+        return fused
+
+    # Names and types ------------------------------------------------------------------------------
 
     def vector(self, scalar: str) -> str:
         return scalar if self.width == 1 else f"<{self.width} x {scalar}>"
@@ -192,7 +220,7 @@ class Emitter:
         bits = self.value(f"bitcast {self.vector('i1')} {self.of(node)} to i{self.width}")
         return self.value(f"icmp ne i{self.width} {bits}, 0")
 
-    # Blocks -----------------------------------------------------------------------------------------------------------
+    # Blocks ---------------------------------------------------------------------------------------
 
     def emit(self) -> None:
         """The whole program, from the label `body` on."""
@@ -204,7 +232,7 @@ class Emitter:
     def block(self, block: int) -> None:
         graph = self.graph
         for node in graph.blocks[block]:
-            if not self.live[node]:
+            if not self.live[node] or node in self.products:
                 continue
             op = graph.op[node]
             if op == "loop":
@@ -217,7 +245,6 @@ class Emitter:
                 self.operation(node, op)
 
     def loop(self, node: int, loop: Loop) -> None:
-        graph = self.graph
         before = self.label
         head, latch, after = f"loop{node}", f"latch{node}", f"after{node}"
         conditional = loop.length is None
@@ -237,7 +264,7 @@ class Emitter:
             name = f"%v{loop.counter}" if self.width == 1 else f"%s{loop.counter}"
             self.add(f"{name} = phi i32 [0, %{before}], [%n{node}, %{latch}]")
         places = []
-        for phi, _, _ in carried:
+        for _ in carried:
             places.append(len(self.lines))
             self.add("")  # written when the names of what comes next are known
         if not conditional:
@@ -280,7 +307,6 @@ class Emitter:
             return
         sides = []
         for which, block in enumerate(branch.blocks):
-            values = [self.graph.op[branch.results[which][index]] for index, _ in outs]
             if self.is_empty(block):
                 sides.append([self.of(branch.results[which][index]) for index, _ in outs])
                 continue
@@ -321,7 +347,7 @@ class Emitter:
             )
             self.add(f"%v{out} = phi {self.type(out)} {sources}")
 
-    # Memory -----------------------------------------------------------------------------------------------------------
+    # Memory ---------------------------------------------------------------------------------------
 
     def add_table(self, number: int, buffer) -> None:
         kind = buffer.kind
@@ -330,7 +356,9 @@ class Emitter:
             items = ", ".join(f"i8 {int(value)}" for value in buffer.data.tolist())
         else:
             items = ", ".join(f"{scalar} {literal(kind, value)}" for value in buffer.data.tolist())
-        self.tables.append(f"@table{number} = internal constant [{buffer.size} x {scalar}] [{items}]")
+        self.tables.append(
+            f"@table{number} = internal constant [{buffer.size} x {scalar}] [{items}]"
+        )
 
     def wide(self, index: int) -> tuple[str, bool]:
         """An index as i64, and whether it is a scalar, the same in all worlds."""
@@ -343,8 +371,8 @@ class Emitter:
         return self.value(f"sext {self.vector('i32')} {self.of(index)} to {vector}"), False
 
     def places(self, buffer: int, index: int) -> tuple[str, str]:
-        """Where the elements of all lanes are: ("one", a pointer that all share), ("row", a pointer to a vector) or
-        ("each", a vector of pointers)."""
+        """Where the elements of all lanes are: ("one", a pointer that all share), ("row", a
+        pointer to a vector) or ("each", a vector of pointers)."""
         source = self.graph.buffers[buffer]
         scalar = MEMORY_TYPES[source.kind]
         offset, same = self.wide(index)
@@ -378,7 +406,8 @@ class Emitter:
         )
 
     def scratch_places(self, start: int, offset: str, same: bool) -> tuple[str, str]:
-        """Element k of a world's scratch memory: next to it are those of the other lanes, or of a warp's threads."""
+        """Element k of a world's scratch memory: next to it are those of the other lanes, or of
+        a warp's threads."""
         vector = f"<{self.width} x i64>"
         if same:
             lanes = WARP if self.width == 1 else self.width
@@ -460,7 +489,9 @@ class Emitter:
         if self.width == 1:
             if masks:
                 old = self.value(f"load {scalar}, ptr {place}, align {align}")
-                stored = self.value(f"select i1 {self.of(masks[0])}, {scalar} {stored}, {scalar} {old}")
+                stored = self.value(
+                    f"select i1 {self.of(masks[0])}, {scalar} {stored}, {scalar} {old}"
+                )
             self.add(f"store {scalar} {stored}, ptr {place}, align {align}")
         elif form == "row":
             if masks:
@@ -472,13 +503,15 @@ class Emitter:
             mask = self.of(masks[0]) if masks else "splat (i1 true)"
             name = f"llvm.masked.scatter.{self.suffix(scalar)}.{self.suffix('ptr')}"
             pointers = self.vector("ptr")
-            self.declarations.add(f"declare void @{name}({vector}, {pointers}, {self.vector('i1')})")
+            self.declarations.add(
+                f"declare void @{name}({vector}, {pointers}, {self.vector('i1')})"
+            )
             self.add(
                 f"call void @{name}({vector} {stored}, {pointers} align {align} {place}, "
                 f"{self.vector('i1')} {mask})"
             )
 
-    # Operations -------------------------------------------------------------------------------------------------------
+    # Operations -----------------------------------------------------------------------------------
 
     def spread(self, node: int) -> None:
         """The vector of a scalar that is the same in all worlds."""
@@ -486,7 +519,9 @@ class Emitter:
             return
         kind = self.type(node)
         scalar = TYPES[self.graph.kind[node]]
-        one = self.value(f"insertelement {kind} zeroinitializer, {scalar} {self.scalar(node)}, i32 0")
+        one = self.value(
+            f"insertelement {kind} zeroinitializer, {scalar} {self.scalar(node)}, i32 0"
+        )
         self.add(
             f"%v{node} = shufflevector {kind} {one}, {kind} zeroinitializer, "
             f"<{self.width} x i32> zeroinitializer"
@@ -506,10 +541,13 @@ class Emitter:
             self.uniform_operation(node, op)
             return
         name = f"%{self.prefix}{node}"
+        if node in self.fused:
+            self.fused_operation(node, op)
+            return
         a = self.of(args[0])
         vector = self.vector(TYPES[graph.kind[args[0]]])
         if op in ARITHMETIC:
-            word = f"f{op} contract" if kind == "f" else op
+            word = f"f{op}" if kind == "f" else op
             self.add(f"{name} = {word} {vector} {a}, {self.of(args[1])}")
         elif op == "select":
             yes, no = self.of(args[1]), self.of(args[2])
@@ -536,6 +574,25 @@ class Emitter:
         else:
             self.rare_operation(node, op, kind, args)
 
+    def fused_operation(self, node: int, op: str) -> None:
+        """x * y + z, z - x * y or x * y - z, rounded once."""
+        graph = self.graph
+        product = self.fused[node]
+        x, y = (self.of(factor) for factor in graph.args[product])
+        left, right = graph.args[node]
+        other = left if right == product else right
+        z = self.of(other)
+        vector = self.vector("float")
+        if op == "sub":
+            if right == product:
+                x = self.value(f"fneg {vector} {x}")
+            else:
+                z = self.value(f"fneg {vector} {z}")
+        full = f"llvm.fma.{self.suffix('float')}"
+        self.add(
+            f"%v{node} = {self.intrinsic(full, vector, (vector, x), (vector, y), (vector, z))}"
+        )
+
     def zero(self, kind: str) -> str:
         scalar = TYPES[kind]
         return self.splat(scalar, literal(kind, 0.0 if kind == "f" else 0))
@@ -560,7 +617,10 @@ class Emitter:
         booleans = self.vector("i1")
         right = self.value(f"fcmp {'olt' if op == 'max' else 'ogt'} {vector} {a}, {b}")
         picked = f"select {booleans} {right}, {vector} {b}, {vector} {a}"
-        if self.graph.op[args[1]] == "const" and self.graph.value[args[1]] == self.graph.value[args[1]]:
+        if (
+            self.graph.op[args[1]] == "const"
+            and self.graph.value[args[1]] == self.graph.value[args[1]]
+        ):
             self.add(f"{name} = {picked}")
             return
         one = self.value(picked)
@@ -696,4 +756,3 @@ class Emitter:
             texts.append(text)
             self.declarations |= declarations
         return texts
-

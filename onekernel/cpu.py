@@ -38,6 +38,9 @@ def identity() -> str:
 
 def unavailable() -> str:
     """Why this machine cannot run kernels; empty if it can."""
+    name, features = host()
+    if llvm.get_default_triple().startswith("x86_64") and "+fma" not in features.split(","):
+        return f"the processor ({name}) has no fused multiply-add"
     return ""
 
 
@@ -46,11 +49,19 @@ def scratch_size(scratch: int, worlds: int) -> int:
     return scratch
 
 
-def kernel_ir(graph: Graph, mapped: list[bool], sizes: list[int], results: int, batched: bool, width: int | None = None):
+def kernel_ir(
+    graph: Graph,
+    mapped: list[bool],
+    sizes: list[int],
+    results: int,
+    batched: bool,
+    width: int | None = None,
+):
     """The module's text, and the size of the scratch memory in bytes.
 
-    mapped: of each operand, whether each world has its own; sizes: elements of one world's; results: their number,
-    without the scratch memory, which is one more; batched: whether the results have an axis of worlds."""
+    mapped: of each operand, whether each world has its own; sizes: elements of one world's;
+    results: their number, without the scratch memory, which is one more; batched: whether the
+    results have an axis of worlds."""
     width = width or vector_width()
     emitter = Emitter(graph, width, mapped, sizes)
     emitter.emit()
@@ -62,7 +73,9 @@ def kernel_ir(graph: Graph, mapped: list[bool], sizes: list[int], results: int, 
     ]
     lanes = ", ".join(f"i64 {lane}" for lane in range(width))
     vector = f"<{width} x i64>"
-    spread = f"shufflevector {vector} {{}}, {vector} zeroinitializer, <{width} x i32> zeroinitializer"
+    spread = (
+        f"shufflevector {vector} {{}}, {vector} zeroinitializer, <{width} x i32> zeroinitializer"
+    )
     minimum = f"llvm.smin.v{width}i64"
     emitter.declarations.add(f"declare {vector} @{minimum}({vector}, {vector})")
     # Worlds that do not fill a vector: the lanes left over compute the last world once more.
@@ -113,8 +126,9 @@ def handler_ir(operands: int, results: int, batched: bool) -> list[str]:
 def compile_ir(text: str) -> bytes:
     """Machine code for this processor, as an object file.
 
-    LLVM's optimiser is left out: what it would find, the graph has found already, and it takes longer than the code
-    generator. With the small code model a constant is read by one instruction, relative to the code's own place."""
+    LLVM's optimiser is left out: what it would find, the graph has found already, and it takes
+    longer than the code generator. With the small code model a constant is read by one
+    instruction, relative to the code's own place."""
     cpu, features = host()
     module = llvm.parse_assembly(text)
     module.verify()

@@ -1,24 +1,23 @@
 """The program of one world as a graph of scalars.
 
-A node is one scalar operation, known by its number: `graph.op[n]`, `graph.args[n]` (numbers of other
-nodes) and `graph.kind[n]`, the type of its result: "f" float32, "i" int32, "u" uint32, "b" bool.
-Every value has one definition (compilers call this form SSA), and `Graph.emit` sees to three things
-while the graph grows:
+A node is one scalar operation, known by its number: `graph.op[n]`, `graph.args[n]` (numbers of
+other nodes) and `graph.kind[n]`, the type of its result: "f" float32, "i" int32, "u" uint32, "b"
+bool. Every value has one definition (compilers call this form SSA), and `Graph.emit` sees to three
+things while the graph grows:
 
 - what is constant is computed at once, in float32, and `x + 0`, `x * 1`, `x * 0` and the like vanish;
 - what was computed before is not computed again (each node is found by its operation and operands);
 - what a loop would compute anew in each turn moves in front of it.
 
-Nodes live in blocks. Block 0 is the body of the program; a loop or a branch has blocks of its own and
-is one node (`Loop`, `Branch`) in the block around it. Nothing is taken out of a branch: it may be that
-no world needs it.
+Nodes live in blocks. Block 0 is the body of the program; a loop or a branch has blocks of its own
+and is one node (`Loop`, `Branch`) in the block around it. Nothing is taken out of a branch: it may
+be that no world needs it.
 
 Arrays too large to be taken apart live in buffers, with one slot of memory for each element and
 world; `load` and `store` keep the order in which they were made.
 
-A constant zero times anything is zero here, also if the other factor is infinite or NaN, and `x + 0`
-is x, also if x is -0. It is what makes a robot's zeros vanish; see docs/onekernel.md.
-"""
+A constant zero times anything is zero here, also if the other factor is infinite or NaN, and `x
++ 0` is x, also if x is -0. It is what makes a robot's zeros vanish; see docs/onekernel.md."""
 
 import dataclasses
 import math
@@ -36,8 +35,8 @@ DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 
 
 def rounded(x: float) -> float:
-    """The nearest float32; a result in double precision that is rounded to float32 once is the correctly rounded one
-    for + - * / and sqrt."""
+    """The nearest float32; a result in double precision that is rounded to float32 once is the
+    correctly rounded one for + - * / and sqrt."""
     try:
         return struct.unpack("f", struct.pack("f", x))[0]
     except OverflowError:
@@ -52,8 +51,8 @@ def wrapped(kind: str, x: int) -> int:
 
 @dataclasses.dataclass
 class Buffer:
-    """Memory for an array. source: "scratch" (each world's own, written by the kernel), "const" (data, the same for all
-    worlds) or "input" (operand number `operand`)."""
+    """Memory for an array. source: "scratch" (each world's own, written by the kernel), "const"
+    (data, the same for all worlds) or "input" (operand number `operand`)."""
 
     source: str
     kind: str
@@ -66,9 +65,9 @@ class Buffer:
 class Loop:
     """A loop: `length` turns, or, where length is None, as long as `active` holds for some world.
 
-    phis: what its body starts from in each turn; inits: in the first one; nexts: in the next one. counter: the turn's
-    number, from 0 (only with a length). first_active, active, next_active: the condition before the loop, in a turn (a
-    phi) and after it."""
+    phis: what its body starts from in each turn; inits: in the first one; nexts: in the next
+    one. counter: the turn's number, from 0 (only with a length). first_active, active,
+    next_active: the condition before the loop, in a turn (a phi) and after it."""
 
     block: int
     length: int | None
@@ -83,8 +82,8 @@ class Loop:
 
 @dataclasses.dataclass
 class Branch:
-    """Two blocks of which each runs only if some world wants it. outs: the branch's results; results: of each block, one
-    for each of outs."""
+    """Two blocks of which each runs only if some world wants it. outs: the branch's results;
+    results: of each block, one for each of outs."""
 
     condition: int
     blocks: tuple[int, int]  # if true, if false
@@ -118,7 +117,7 @@ class Graph:
         self.table: dict = {}
         self.constants: dict = {}
 
-    # Making nodes -----------------------------------------------------------------------------------------------------
+    # Making nodes ---------------------------------------------------------------------------------
 
     def new(self, op, args, kind, block, value=None, uniform=False) -> int:
         node = len(self.op)
@@ -175,7 +174,7 @@ class Graph:
             self.extra[node] = extra
         return node
 
-    # Blocks -----------------------------------------------------------------------------------------------------------
+    # Blocks ---------------------------------------------------------------------------------------
 
     def open_block(self, loop: bool) -> int:
         block = len(self.blocks)
@@ -217,7 +216,7 @@ class Graph:
             branch.outs.append(out)
         return branch.outs
 
-    # Buffers ----------------------------------------------------------------------------------------------------------
+    # Buffers --------------------------------------------------------------------------------------
 
     def buffer(self, source: str, kind: str, size: int, data=None, operand: int = -1) -> int:
         self.buffers.append(Buffer(source, kind, size, data, operand))
@@ -226,9 +225,13 @@ class Graph:
     def load(self, buffer: int, index: int) -> int:
         """index: the node of an int32, inside of the buffer."""
         kind = self.buffers[buffer].kind
-        if self.buffers[buffer].source != "scratch":  # which never changes: as good as a pure operation
+        if (
+            self.buffers[buffer].source != "scratch"
+        ):  # which never changes: as good as a pure operation
             node = self.emit(f"load {buffer}", kind, index)
             self.extra[node] = buffer
+            if self.buffers[buffer].source == "input":
+                self.uniform[node] = False
             return node
         return self.pinned("load", kind, index, extra=buffer)
 
@@ -237,7 +240,7 @@ class Graph:
         args = (index, value) if mask < 0 or self.value[mask] is True else (index, value, mask)
         self.pinned("store", "b", *args, extra=buffer)
 
-    # Arithmetic -------------------------------------------------------------------------------------------------------
+    # Arithmetic -----------------------------------------------------------------------------------
 
     def is_const(self, node: int, value) -> bool:
         return self.op[node] == "const" and self.value[node] == value
@@ -396,14 +399,16 @@ class Graph:
                 )
         return self.emit("select", kind, condition, yes, no)
 
-    # Comparisons ------------------------------------------------------------------------------------------------------
+    # Comparisons ----------------------------------------------------------------------------------
 
     def compare(self, op: str, kind: str, a: int, b: int) -> int:
         """op: lt, le, eq or ne; kind: that of a and b. With NaN all but ne are false."""
         x = self.value[a]
         y = self.value[b]
         if x is not None and y is not None:
-            result = x < y if op == "lt" else x <= y if op == "le" else x == y if op == "eq" else x != y
+            result = (
+                x < y if op == "lt" else x <= y if op == "le" else x == y if op == "eq" else x != y
+            )
             return self.const("b", result)
         if kind == "b":
             different = self.logic_xor("b", a, b)
@@ -421,7 +426,7 @@ class Graph:
             a, b = b, a
         return self.emit(f"{op} {kind}", "b", a, b)
 
-    # Bits and truth values --------------------------------------------------------------------------------------------
+    # Bits and truth values ------------------------------------------------------------------------
 
     def logic_and(self, kind: str, a: int, b: int) -> int:
         x = self.value[a]
@@ -490,11 +495,13 @@ class Graph:
             if op == "shl":
                 return self.const(kind, wrapped(kind, x << count if count < 32 else 0))
             if op == "lshr":
-                return self.const(kind, wrapped(kind, (x & 0xFFFFFFFF) >> count if count < 32 else 0))
+                return self.const(
+                    kind, wrapped(kind, (x & 0xFFFFFFFF) >> count if count < 32 else 0)
+                )
             return self.const(kind, wrapped(kind, wrapped("i", x) >> min(count, 31)))
         return self.emit(op, kind, a, b)
 
-    # Conversions ------------------------------------------------------------------------------------------------------
+    # Conversions ----------------------------------------------------------------------------------
 
     def convert(self, a: int, to: str) -> int:
         """As lax.convert_element_type: float to integer towards zero, clamped to the range, NaN to 0."""

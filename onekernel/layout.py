@@ -1,17 +1,16 @@
 """Where the buffers of a kernel stand in its scratch memory.
 
-Two buffers that are never needed at the same time share a place, as registers do. What is needed when
-follows from the order of the program: a buffer's life begins with the statement that first touches it
-and ends with the last one. A loop comes back to its beginning, so a buffer that is touched inside of a
-loop, and outside of it as well, lives through all of the loop.
-"""
+Two buffers that are never needed at the same time share a place, as registers do. What is needed
+when follows from the order of the program: a buffer's life begins with the statement that first
+touches it and ends with the last one. A loop comes back to its beginning, so a buffer that is
+touched inside of a loop, and outside of it as well, lives through all of the loop."""
 
 from onekernel.graph import Graph
 
 
 def scratch_layout(graph: Graph, live: bytearray) -> tuple[dict[int, int], int]:
-    """The first element of each scratch buffer that is used, and how many elements they take together; each in
-    elements of one world."""
+    """The first element of each scratch buffer that is used, and how many elements they take
+    together; each in elements of one world."""
     lives = lifetimes(graph, live)
     offsets: dict[int, int] = {}
     placed: list[tuple[int, int, int]] = []  # of those that still live: last moment, offset, size
@@ -37,10 +36,11 @@ def first_gap(placed: list[tuple[int, int, int]], size: int) -> int:
 
 
 def lifetimes(graph: Graph, live: bytearray) -> dict[int, tuple[int, int]]:
-    """The moments at which each scratch buffer that is used is first and last touched; moments count the statements
-    of the program in their order."""
+    """The moments at which each scratch buffer that is used is first and last touched; moments
+    count the statements of the program in their order."""
     moment = 0
-    # Each touch of a buffer, as the statements that it is in: those of the outermost block first, each
+    # Each touch of a buffer, as the statements that it is in: those of the outermost block
+    # first, each
     # as (block, first moment, last moment).
     touches: dict[int, list[list[list[int]]]] = {}
 
@@ -67,7 +67,8 @@ def lifetimes(graph: Graph, live: bytearray) -> dict[int, tuple[int, int]]:
     visit(0, [])
     lives = {}
     for buffer, paths in touches.items():
-        # The innermost block that all touches have in common; there, each is a part of one statement.
+        # The innermost block that all touches have in common; there, each is a part of
+        # one statement.
         depth = 0
         while all(len(path) > depth + 1 for path in paths) and all(
             path[depth] is paths[0][depth] and path[depth + 1][0] == paths[0][depth + 1][0]

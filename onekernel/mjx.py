@@ -39,7 +39,14 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 from mujoco import mjx
-from mujoco.mjx._src import collision_driver, constraint, forward as mjx_forward, solver, support
+from mujoco.mjx._src import (
+    collision_driver,
+    constraint,
+    forward as mjx_forward,
+    solver,
+    support,
+    types,
+)
 
 # What `lean` replaces, and calls where it does not know better.
 MJX_SOLVE = solver.solve
@@ -294,12 +301,14 @@ def length(vectors: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.square(vectors).sum(axis=1, keepdims=True))
 
 
-PLANE_CAPSULE = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_CAPSULE)
+PLANE_CAPSULE = (types.GeomType.PLANE, types.GeomType.CAPSULE)
 plane_capsule.ncon = MJX_COLLISIONS[PLANE_CAPSULE].ncon
 
-ENDLESS = {mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_HFIELD}
+NO_SPHERE_AROUND = {types.GeomType.PLANE, types.GeomType.HFIELD}
 COLLISIONS = {
-    kinds: if_near(collide) for kinds, collide in MJX_COLLISIONS.items() if not ENDLESS & set(kinds)
+    kinds: if_near(collide)
+    for kinds, collide in MJX_COLLISIONS.items()
+    if not NO_SPHERE_AROUND & set(kinds)
 }
 COLLISIONS[PLANE_CAPSULE] = plane_capsule
 

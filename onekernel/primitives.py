@@ -26,7 +26,7 @@ def known(values) -> bool:
     return all(isinstance(value, np.ndarray) for value in values)
 
 
-# Elementwise ----------------------------------------------------------------------------------------------------------
+# Elementwise --------------------------------------------------------------------------------------
 
 # How NumPy computes a primitive of constants, where it gives the same as JAX.
 NUMPY = {
@@ -56,8 +56,9 @@ NUMPY = {
 
 
 def elementwise(*names: str):
-    """A rule for primitives whose result at an index depends on the operands at that index. The function that it
-    decorates takes (graph, kind of the first operand, kind of the result, params, *nodes) and returns a node."""
+    """A rule for primitives whose result at an index depends on the operands at that index. The
+    function that it decorates takes (graph, kind of the first operand, kind of the result,
+    params, *nodes) and returns a node."""
 
     def register(function):
         @rule(*names)
@@ -106,7 +107,9 @@ def neg(graph, _, kind, params, a):
 def sign(graph, _, kind, params, a):
     zero = graph.const(kind, 0.0 if kind == "f" else 0)
     one = graph.const(kind, 1.0 if kind == "f" else 1)
-    positive = graph.select(kind, graph.compare("lt", kind, zero, a), one, a if kind == "f" else zero)
+    positive = graph.select(
+        kind, graph.compare("lt", kind, zero, a), one, a if kind == "f" else zero
+    )
     if kind == "u":
         return positive
     return graph.select(kind, graph.compare("lt", kind, a, zero), graph.neg(kind, one), positive)
@@ -131,11 +134,6 @@ def function_of_one(graph, _, kind, params, a):
     return graph.unary(params["name"], a)
 
 
-@elementwise("erfc")
-def erfc(graph, _, kind, params, a):
-    return graph.sub("f", graph.const("f", 1.0), graph.unary("erf", a))
-
-
 @elementwise("round")
 def round_(graph, _, kind, params, a):
     if int(params["rounding_method"]) == 1:  # to even
@@ -144,9 +142,11 @@ def round_(graph, _, kind, params, a):
     size = graph.unary("abs", a)
     below = graph.unary("floor", size)
     half = graph.compare("le", "f", graph.const("f", 0.5), graph.sub("f", size, below))
-    nearest = graph.add("f", below, graph.select("f", half, graph.const("f", 1.0), graph.const("f", 0.0)))
-    negative = graph.compare("lt", "f", a, graph.const("f", 0.0))
-    return graph.select("f", negative, graph.neg("f", nearest), nearest)
+    nearest = graph.add(
+        "f", below, graph.select("f", half, graph.const("f", 1.0), graph.const("f", 0.0))
+    )
+    sign_bit = graph.logic_and("i", graph.bitcast(a, "i"), graph.const("i", -(1 << 31)))
+    return graph.bitcast(graph.logic_or("i", graph.bitcast(nearest, "i"), sign_bit), "f")
 
 
 @elementwise("is_finite")
@@ -201,6 +201,26 @@ def compare(graph, kind, _, params, a, b):
     if name in ("gt", "ge"):
         return graph.compare("lt" if name == "gt" else "le", kind, b, a)
     return graph.compare(name, kind, a, b)
+
+
+@elementwise("lt_to", "le_to", "eq_to")
+def compare_totally(graph, kind, _, params, a, b):
+    """In IEEE's total order: -NaN, -inf, ..., -0, 0, ..., inf, NaN."""
+    name = params["name"].removesuffix("_to")
+    if kind == "f":
+        a, b = (
+            total_order_key(graph, graph.bitcast(a, "i")),
+            total_order_key(graph, graph.bitcast(b, "i")),
+        )
+        kind = "i"
+    return graph.compare(name, kind, a, b)
+
+
+def total_order_key(graph, bits: int) -> int:
+    """An int32 that grows with the float of these bits; of negative floats, as integers, the
+    larger is the smaller."""
+    flipped = graph.logic_xor("i", bits, graph.const("i", 0x7FFFFFFF))
+    return graph.select("i", graph.compare("lt", "i", bits, graph.const("i", 0)), flipped, bits)
 
 
 @elementwise("and")
@@ -270,7 +290,9 @@ def select_n(builder, equation, which, *cases):
             return graph.select(kind, index, nodes[1], nodes[0])
         chosen = nodes[-1]
         for number in reversed(range(len(nodes) - 1)):
-            here = graph.compare("eq", graph.kind[index], index, graph.const(graph.kind[index], number))
+            here = graph.compare(
+                "eq", graph.kind[index], index, graph.const(graph.kind[index], number)
+            )
             chosen = graph.select(kind, here, nodes[number], chosen)
         return chosen
 
@@ -279,7 +301,7 @@ def select_n(builder, equation, which, *cases):
     return [builder.elementwise(choose, kind, [which, *cases], equation.outvars[0].aval.shape)]
 
 
-# Moving elements ------------------------------------------------------------------------------------------------------
+# Moving elements ----------------------------------------------------------------------------------
 
 
 def movement(*names: str):
@@ -353,7 +375,9 @@ def split(builder, equation, value):
         starts[axis] = start
         limits[axis] = start = start + size
         steps = [1] * len(value.shape)
-        part = map_keys(lambda word, s=starts, e=limits, d=steps: arrays.slice_(word, s, e, d), value)
+        part = map_keys(
+            lambda word, s=starts, e=limits, d=steps: arrays.slice_(word, s, e, d), value
+        )
         results.append(part)
     return results
 
@@ -420,7 +444,7 @@ def platform_index(builder, equation):
     raise Unsupported(f"code without a branch for {builder.platform}")
 
 
-# Reductions -----------------------------------------------------------------------------------------------------------
+# Reductions ---------------------------------------------------------------------------------------
 
 
 def reduce(builder: Builder, value, axes, combine, kind):
@@ -442,13 +466,16 @@ def builder_read(builder, values, outer, inner):
 
 
 def contract(builder: Builder, out_shape, reduced_shape, operands, term, combine, kind):
-    """The array whose element at `outer` combines term(operands, outer, inner) for all `inner` in reduced_shape."""
+    """The array whose element at `outer` combines term(operands, outer, inner) for all `inner`
+    in reduced_shape."""
     graph = builder.graph
     outs = math.prod(out_shape)
     accumulated = outs <= 1024 and math.prod(reduced_shape) > 64
     out_looped = [] if accumulated else builder.looped_axes(out_shape)
     # Elements that are combined in one go are written out, if they are few.
-    reduced_looped = builder.looped_axes(reduced_shape, 64 if not accumulated else max(1, 1024 // outs))
+    reduced_looped = builder.looped_axes(
+        reduced_shape, 64 if not accumulated else max(1, 1024 // outs)
+    )
     joint = [*out_looped, *(len(out_shape) + axis for axis in reduced_looped)]
     operands = [operand_ready(builder, operand, joint, len(out_shape)) for operand in operands]
     first = tuple(0 for _ in reduced_shape)
@@ -468,7 +495,9 @@ def contract(builder: Builder, out_shape, reduced_shape, operands, term, combine
                 for before, outer in zip(carry, outer_indices, strict=True)
             ]
 
-        starts = [neutral(graph, combine, kind, term(operands, outer, first)) for outer in outer_indices]
+        starts = [
+            neutral(graph, combine, kind, term(operands, outer, first)) for outer in outer_indices
+        ]
         return builder.fold(reduced_shape, reduced_looped, starts, turn)
 
     if not out_looped:
@@ -478,7 +507,9 @@ def contract(builder: Builder, out_shape, reduced_shape, operands, term, combine
             return builder.memory(value)
         return value
     target = builder.new_memory(out_shape, kind, out_looped[0] if out_looped else 0)
-    reading = [] if reduced_looped else [whole_rows(operand, len(out_shape)) for operand in operands]
+    reading = (
+        [] if reduced_looped else [whole_rows(operand, len(out_shape)) for operand in operands]
+    )
 
     def body(index):
         (result,) = combined([index])
@@ -555,16 +586,24 @@ def reduction(builder, equation, value):
     empty = any(value.shape[axis] == 0 for axis in axes)
     if empty or (known((value,)) and (kind == "b" or name in ("max", "min"))):
         constant = value if known((value,)) else np.zeros(value.shape, DTYPES[kind])
-        identity = {"max": -math.inf if kind == "f" else np.iinfo(DTYPES[kind]).min}
-        identity["min"] = math.inf if kind == "f" else np.iinfo(DTYPES[kind]).max if kind != "b" else True
         if empty:
-            fill = identity.get(name, {"mul": 1, "and": True if kind == "b" else -1}.get(name, 0))
+            fill = {"mul": 1, "and": True if kind == "b" else -1}.get(name, 0)
+            if name in ("max", "min"):
+                fill = lowest(kind) if name == "max" else highest(kind)
             shape = equation.outvars[0].aval.shape
             return [np.full(shape, fill).astype(DTYPES[kind])]
         return [np.asarray(ufunc.reduce(constant, axis=axes), DTYPES[kind])]
     if kind == "b" and name in ("max", "min"):
         name = "or" if name == "max" else "and"
     return [reduce(builder, value, axes, combiner(builder.graph, name, kind), kind)]
+
+
+def lowest(kind: str):
+    return {"f": -math.inf, "i": -(1 << 31), "u": 0, "b": False}[kind]
+
+
+def highest(kind: str):
+    return {"f": math.inf, "i": (1 << 31) - 1, "u": (1 << 32) - 1, "b": True}[kind]
 
 
 @rule("argmax", "argmin")
@@ -575,14 +614,20 @@ def argument_of_extreme(builder, equation, value):
     kind = kind_of(value)
     index_kind = out_kind(equation)
     larger = equation.primitive.name == "argmax"
-    rows = builder.scalars(arrays.transpose(value, [*(i for i in range(len(value.shape)) if i != axis), axis]))
+    rows = builder.scalars(
+        arrays.transpose(value, [*(i for i in range(len(value.shape)) if i != axis), axis])
+    )
     shape = rows.shape[:-1]
     results = np.empty(shape, np.int64)
     for index in np.ndindex(shape):
         best, *others = rows.ids[index].tolist()
         place = graph.const(index_kind, 0)
         for number, node in enumerate(others, 1):
-            better = graph.compare("lt", kind, best, node) if larger else graph.compare("lt", kind, node, best)
+            better = (
+                graph.compare("lt", kind, best, node)
+                if larger
+                else graph.compare("lt", kind, node, best)
+            )
             if kind == "f":
                 new_nan = graph.compare("ne", kind, node, node)
                 old_nan = graph.compare("ne", kind, best, best)
@@ -611,7 +656,9 @@ def cumulative(builder, equation, value):
         rows.reverse()
     results = rows[:1]
     for row in rows[1:]:
-        results.append([combine(before, node) for before, node in zip(results[-1], row, strict=True)])
+        results.append(
+            [combine(before, node) for before, node in zip(results[-1], row, strict=True)]
+        )
     if backwards:
         results.reverse()
     ids = np.array(results, np.int64).reshape(moved.shape)
@@ -636,7 +683,9 @@ def cumulative_in_memory(builder, value, axis, combine, backwards):
             builder.write(target, index, after)
             return [after]
 
-        first = builder.read(value, tuple(0 if i == axis else place for i, place in enumerate(outer)))
+        first = builder.read(
+            value, tuple(0 if i == axis else place for i, place in enumerate(outer))
+        )
         builder.fold((value.shape[axis],), [0], [neutral(graph, combine, kind, first)], turn)
         return carry
 
@@ -645,7 +694,7 @@ def cumulative_in_memory(builder, value, axis, combine, backwards):
     return arrays.reverse(target, [axis]) if backwards else target
 
 
-# Linear algebra -------------------------------------------------------------------------------------------------------
+# Linear algebra -----------------------------------------------------------------------------------
 
 
 @rule("dot_general")
@@ -678,7 +727,8 @@ def dot_general(builder, equation, a, b):
                 results.append(dot(graph, kind, row, column))
         return [Scalars(np.array(results, np.int64).reshape(out_shape), kind)]
 
-    # Both with all of the result's axes, so that one index does for both; those they lack are repetitions.
+    # Both with all of the result's axes, so that one index does for both; those they lack are
+    # repetitions.
     rank = len(out_shape)
     batch_axes = list(range(len(batch_shape)))
     a_out = list(range(len(batch_shape), len(batch_shape) + len(a_shape)))
@@ -690,7 +740,9 @@ def dot_general(builder, equation, a, b):
 
     def term(operands, outer, inner):
         left, right = operands
-        return graph.mul(kind, builder.read(left, (*outer, *inner)), builder.read(right, (*outer, *inner)))
+        return graph.mul(
+            kind, builder.read(left, (*outer, *inner)), builder.read(right, (*outer, *inner))
+        )
 
     return [contract(builder, out_shape, sum_shape, [a, b], term, add, kind)]
 
@@ -716,8 +768,8 @@ def dot(graph, kind, row, column) -> int:
 
 @rule("cholesky")
 def cholesky(builder, equation, matrix):
-    """Column by column. Where a matrix is not positive definite, its factor is NaN from that column on (JAX's is NaN
-    altogether)."""
+    """Column by column. Where a matrix is not positive definite, its factor is NaN from that
+    column on (JAX's is NaN altogether)."""
     batch = matrix.shape[:-2]
     if isinstance(matrix, Memory) and math.prod(matrix.shape[-2:]) > 40 * 40:
         raise Unsupported("cholesky of a matrix of more than 40 rows in a large program")
@@ -771,7 +823,9 @@ def triangular_solve(builder, equation, a, b):
             for i in order:
                 rest = int(b[index][i, column])
                 for k in done:
-                    rest = graph.sub("f", rest, graph.mul("f", matrix[i][k], int(solution[index][k, column])))
+                    rest = graph.sub(
+                        "f", rest, graph.mul("f", matrix[i][k], int(solution[index][k, column]))
+                    )
                 if not params["unit_diagonal"]:
                     rest = graph.mul("f", rest, inverses[i])
                 solution[index][i, column] = rest
@@ -781,7 +835,7 @@ def triangular_solve(builder, equation, a, b):
     return [Scalars(solution, "f")]
 
 
-# Sorting --------------------------------------------------------------------------------------------------------------
+# Sorting ------------------------------------------------------------------------------------------
 
 
 def sort_key(graph, kind: str, node: int) -> int:
@@ -795,9 +849,7 @@ def sort_key(graph, kind: str, node: int) -> int:
     bits = graph.bitcast(node, "i")
     bits = graph.select("i", zero, graph.const("i", 0), bits)
     bits = graph.select("i", nan, graph.const("i", 0x7FC00000), bits)
-    # Of negative floats, as integers, the larger one is the smaller float.
-    flipped = graph.logic_xor("i", bits, graph.const("i", 0x7FFFFFFF))
-    return graph.select("i", graph.compare("lt", "i", bits, graph.const("i", 0)), flipped, bits)
+    return total_order_key(graph, bits)
 
 
 def before(graph, kinds, left, right) -> int:
@@ -811,8 +863,8 @@ def before(graph, kinds, left, right) -> int:
 
 
 def sort_rows(graph, keys, key_kinds, columns, column_kinds):
-    """Sorts lists of nodes by a network of exchanges (Batcher's odd-even merge sort). keys: lists; the last one, the
-    place, makes all keys differ, so that the sort is stable."""
+    """Sorts lists of nodes by a network of exchanges (Batcher's odd-even merge sort). keys:
+    lists; the last one, the place, makes all keys differ, so that the sort is stable."""
     count = len(keys[0])
     keys = [list(key) for key in keys]
     columns = [list(column) for column in columns]
@@ -820,7 +872,9 @@ def sort_rows(graph, keys, key_kinds, columns, column_kinds):
         left = [key[low] for key in keys]
         right = [key[high] for key in keys]
         swap = before(graph, key_kinds, right, left)
-        lists = itertools.chain(zip(keys, key_kinds, strict=True), zip(columns, column_kinds, strict=True))
+        lists = itertools.chain(
+            zip(keys, key_kinds, strict=True), zip(columns, column_kinds, strict=True)
+        )
         for nodes, kind in lists:
             a = nodes[low]
             b = nodes[high]
@@ -871,7 +925,8 @@ def sort(builder, equation, *operands):
         for result, column in zip(results, done, strict=True):
             result[index] = column
     return [
-        arrays.transpose(Scalars(result, kind), back) for result, kind in zip(results, kinds, strict=True)
+        arrays.transpose(Scalars(result, kind), back)
+        for result, kind in zip(results, kinds, strict=True)
     ]
 
 
@@ -880,13 +935,16 @@ def key_kind(kind: str) -> str:
 
 
 def sort_in_memory(builder, rows, kinds, num_keys, keep, descending=False):
-    """Each element goes to the place that is the number of elements before it. The first `keep` places are kept."""
+    """Each element goes to the place that is the number of elements before it. The first `keep`
+    places are kept."""
     graph = builder.graph
     shape = rows[0].shape
     count = shape[-1]
     keys = [
         builder.memory(
-            builder.elementwise(functools.partial(sort_key, graph, kind), key_kind(kind), [row], shape)
+            builder.elementwise(
+                functools.partial(sort_key, graph, kind), key_kind(kind), [row], shape
+            )
         )
         for kind, row in zip(kinds[:num_keys], rows, strict=False)
     ]
@@ -942,7 +1000,9 @@ def top_k(builder, equation, value):
     count = value.shape[-1]
     if count > 32 or math.prod(value.shape) > builder.scalar_limit:
         places = np.broadcast_to(np.arange(count, dtype=DTYPES[index_kind]), value.shape)
-        return sort_in_memory(builder, [value, places], [kind, index_kind], 1, keep, descending=True)
+        return sort_in_memory(
+            builder, [value, places], [kind, index_kind], 1, keep, descending=True
+        )
     ids = builder.scalars(value).ids
     values = np.empty((*value.shape[:-1], keep), np.int64)
     places = np.empty_like(values)
@@ -958,13 +1018,14 @@ def top_k(builder, equation, value):
     return [Scalars(values, kind), Scalars(places, index_kind)]
 
 
-# Elements at computed places ------------------------------------------------------------------------------------------
+# Elements at computed places ----------------------------------------------------------------------
 
 
-def node_at(builder, value, index) -> int:
-    """The node of an element of an index array; an int32."""
-    node = builder.read(value, index)
-    return builder.graph.convert(node, "i")
+def as_index(graph, node: int, high: int) -> int:
+    """An index as an int32; of an uint32, all that are above `high` become one of them."""
+    if graph.kind[node] == "u":
+        node = graph.min("u", node, graph.const("u", high + 1))
+    return graph.convert(node, "i")
 
 
 def pick(builder: Builder, operand, places: list) -> int:
@@ -980,7 +1041,9 @@ def pick(builder: Builder, operand, places: list) -> int:
         chosen = None
         kind = kind_of(operand)
         for number in reversed(range(size)):
-            candidate = builder.read(operand, tuple(number if i == axis else p for i, p in enumerate(places)))
+            candidate = builder.read(
+                operand, tuple(number if i == axis else p for i, p in enumerate(places))
+            )
             if chosen is None:
                 chosen = candidate
             else:
@@ -1010,7 +1073,8 @@ def dynamic_slice(builder, equation, operand, *starts):
     sizes = equation.params["slice_sizes"]
     nodes = []
     for start, size, whole in zip(starts, sizes, operand.shape, strict=True):
-        nodes.append(clamped(graph, node_at(builder, start, ()), whole - size))
+        index = as_index(graph, builder.read(start, ()), whole - size)
+        nodes.append(clamped(graph, index, whole - size))
     places = [place_of(graph, node) for node in nodes]
     if not any(isinstance(place, Turn) for place in places):
         limits = [place + size for place, size in zip(places, sizes, strict=True)]
@@ -1024,7 +1088,9 @@ def dynamic_slice(builder, equation, operand, *starts):
         return [Memory(held.buffer, held.kind, tuple(sizes), held.strides, held.offset, base)]
     ids = np.empty(sizes, np.int64)
     for index in np.ndindex(*sizes):
-        ids[index] = pick(builder, operand, [shifted(graph, p, i) for p, i in zip(places, index, strict=True)])
+        ids[index] = pick(
+            builder, operand, [shifted(graph, p, i) for p, i in zip(places, index, strict=True)]
+        )
     return [Scalars(ids, kind_of(operand))]
 
 
@@ -1043,7 +1109,8 @@ def dynamic_update_slice(builder, equation, operand, update, *starts):
     graph = builder.graph
     places = []
     for start, size, whole in zip(starts, update.shape, operand.shape, strict=True):
-        places.append(place_of(graph, clamped(graph, node_at(builder, start, ()), whole - size)))
+        index = as_index(graph, builder.read(start, ()), whole - size)
+        places.append(place_of(graph, clamped(graph, index, whole - size)))
     targets = []
     for index in np.ndindex(update.shape):
         moved = [shifted(graph, place, by) for place, by in zip(places, index, strict=True)]
@@ -1061,7 +1128,9 @@ def dynamic_update_slice(builder, equation, operand, update, *starts):
             for place, stride in zip(places, target.strides, strict=True):
                 node = place.node if isinstance(place, Turn) else graph.const("i", place)
                 base = graph.add("i", base, graph.mul("i", node, graph.const("i", stride)))
-            part = Memory(target.buffer, target.kind, update.shape, target.strides, target.offset, base)
+            part = Memory(
+                target.buffer, target.kind, update.shape, target.strides, target.offset, base
+            )
         builder.copy_into(part, update)
         builder.last_loop = None
         builder.values_in_memory_forget([target])
@@ -1070,14 +1139,19 @@ def dynamic_update_slice(builder, equation, operand, update, *starts):
 
 
 def write_elements(builder, operand, update, targets, combine):
-    """operand after operand[place] = combine(operand[place], update[index]) for each (place, condition, index) in
-    targets, in order. place: integers or nodes, inside of the range; condition: the node under which to write."""
+    """operand after operand[place] = combine(operand[place], update[index]) for each (place,
+    condition, index) in targets, in order. place: integers or nodes, inside of the range;
+    condition: the node under which to write."""
     graph = builder.graph
     kind = kind_of(operand)
     unknown = any(isinstance(place, Turn) for places, _, _ in targets for place in places)
     choices = max(
         (
-            math.prod(size for place, size in zip(places, operand.shape, strict=True) if isinstance(place, Turn))
+            math.prod(
+                size
+                for place, size in zip(places, operand.shape, strict=True)
+                if isinstance(place, Turn)
+            )
             for places, _, _ in targets
         ),
         default=0,
@@ -1117,18 +1191,15 @@ def write_elements(builder, operand, update, targets, combine):
 
 
 def index_positions(builder, indices, batch_index, start_index_map, window, operand_shape, mode):
-    """Where a gather or scatter finds its window for one index vector: for each axis of the operand an integer or a
-    node, and the node that says whether the window lies inside."""
+    """Where a gather or scatter finds its window for one index vector: for each axis of the
+    operand an integer or a node, and the node that says whether the window lies inside."""
     graph = builder.graph
     places: list = [0] * len(operand_shape)
     inside = graph.const("b", True)
     for component, axis in enumerate(start_index_map):
         node = builder.read(indices, (*batch_index, component))
         high = operand_shape[axis] - window[axis]
-        if graph.kind[node] == "u" and graph.value[node] is None:
-            top = graph.const("u", high + 1)
-            node = graph.convert(graph.min("u", node, top), "i")
-        node = graph.convert(node, "i")
+        node = as_index(graph, node, high)
         if mode == GatherScatterMode.FILL_OR_DROP:
             above = graph.compare("le", "i", graph.const("i", 0), node)
             below = graph.compare("le", "i", node, graph.const("i", high))
@@ -1153,7 +1224,11 @@ def gather(builder, equation, operand, indices):
     hidden = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     window_axes = [axis for axis in range(len(operand.shape)) if axis not in hidden]
     if isinstance(indices, np.ndarray) and not isinstance(operand, Memory):
-        return [gather_known(operand, indices, numbers, window, mode, out_shape, params["fill_value"], builder)]
+        return [
+            gather_known(
+                operand, indices, numbers, window, mode, out_shape, params["fill_value"], builder
+            )
+        ]
     fill = None
     if mode == GatherScatterMode.FILL_OR_DROP:
         fill = graph.const(kind, fill_constant(kind, params["fill_value"]))
@@ -1276,7 +1351,16 @@ def scatter(builder, equation, operand, indices, updates, combine):
     if isinstance(operand, Memory) or isinstance(updates, Memory):
         if math.prod(updates.shape) > builder.scalar_limit:
             return scatter_in_memory(
-                builder, operand, indices, updates, combine, numbers, window, window_axes, batch_axes, checked
+                builder,
+                operand,
+                indices,
+                updates,
+                combine,
+                numbers,
+                window,
+                window_axes,
+                batch_axes,
+                checked,
             )
     targets = []
     starts: dict = {}
@@ -1381,11 +1465,19 @@ def scatter_max(graph, kind, old, new):
     return graph.max(kind, old, new)
 
 
-# Programs inside of programs ------------------------------------------------------------------------------------------
+# Programs inside of programs ----------------------------------------------------------------------
 
 
 @rule(
-    *("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint"),
+    *(
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "checkpoint",
+    ),
     *("remat", "remat2", "custom_vmap_call", "composite", "custom_lin"),
 )
 def call(builder, equation, *values):
@@ -1413,7 +1505,7 @@ def cond(builder, equation, index, *operands):
     return builder.branch(equation.params["branches"], index, list(operands))
 
 
-# Random numbers: the threefry generator, with the same bits as JAX's -------------------------------------------------
+# Random numbers: the threefry generator, with the same bits as JAX's ------------------------------
 
 
 def as_keys(builder, words, impl) -> Keys:
@@ -1474,7 +1566,9 @@ def random_bits(builder, equation, keys):
         raise Unsupported(f"random bits of width {equation.params['bit_width']}")
     high, low = count_with(builder, keys, equation.params["shape"])
     graph = builder.graph
-    return [builder.elementwise(functools.partial(graph.logic_xor, "u"), "u", [high, low], high.shape)]
+    return [
+        builder.elementwise(functools.partial(graph.logic_xor, "u"), "u", [high, low], high.shape)
+    ]
 
 
 def require_threefry(impl) -> None:
@@ -1501,9 +1595,11 @@ def threefry2x32(builder, equation, *values):
 
 
 def threefry(builder, values, shape) -> list:
-    """The hash of two words x, y under a key of two words; values: key and words, of this shape or without axes.
+    """The hash of two words x, y under a key of two words; values: key and words, of this shape or
+    without axes.
 
-    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011): Threefry-2x32 with 20 rounds."""
+    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011): Threefry-2x32 with
+    20 rounds."""
     graph = builder.graph
 
     def outputs(a, b, x, y):

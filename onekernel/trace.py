@@ -1,15 +1,15 @@
-"""Takes a JAX program apart: from a jaxpr, JAX's own form of a traced function, to a graph of scalars.
+"""Takes a JAX program apart: from a jaxpr, JAX's own form of a traced function, to a graph of
+scalars.
 
 `Builder.evaluate` walks through the program once, in order. It plays interpreter, except that it
-computes with nodes of the graph in place of numbers: what a primitive does to an array, primitives.py
-does to each element. Loops and branches are here.
+computes with nodes of the graph in place of numbers: what a primitive does to an array,
+primitives.py does to each element. Loops and branches are here.
 
 Arrays of more than `scalar_limit` elements are not taken apart. They stay in buffers, and what a
-primitive does to their elements becomes a loop over the largest axis, whose body handles one row.
-Neighbouring loops of the same length become one if each turn reads only its own row of what the
-other has written (`Builder.for_each`); so a chain of operations on 600 contact rows is one loop
-whose body handles one row from beginning to end.
-"""
+primitive does to their elements becomes a loop over the largest axis, whose body handles one
+row. Neighbouring loops of the same length become one if each turn reads only its own row of what
+the other has written (`Builder.for_each`); so a chain of operations on 600 contact rows is one
+loop whose body handles one row from beginning to end."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,9 @@ from onekernel.arrays import Keys, Memory, Scalars, Value, kind_of
 from onekernel.graph import DTYPES, KINDS, Graph, Loop
 
 UNROLLED = 128  # so many elements are written out where a loop is not the outermost
-SELECTED = 16  # among so few elements one is picked by comparing; among more, by its place in memory
+SELECTED = (
+    16  # among so few elements one is picked by comparing; among more, by its place in memory
+)
 
 
 class Unsupported(Exception):
@@ -42,8 +44,8 @@ class Turn:
 
 @dataclasses.dataclass
 class OpenLoop:
-    """The loop over rows that was made last; another of the same length may still join it. rows: of each buffer that it
-    writes, how many elements a turn writes, in a row."""
+    """The loop over rows that was made last; another of the same length may still join it. rows:
+    of each buffer that it writes, how many elements a turn writes, in a row."""
 
     node: int
     block: int
@@ -56,7 +58,8 @@ RULES: dict = {}
 
 
 def rule(*names: str):
-    """Registers what to do for the primitives of these names: (builder, equation, *values) -> list of values."""
+    """Registers what to do for the primitives of these names: (builder, equation, *values) ->
+    list of values."""
 
     def register(function):
         for name in names:
@@ -76,7 +79,7 @@ class Builder:
         self.values_in_memory: dict[tuple[int, int], int] = {}  # (buffer, address): a node
         self.spilled: dict = {}
 
-    # The walk ---------------------------------------------------------------------------------------------------------
+    # The walk -------------------------------------------------------------------------------------
 
     def evaluate(self, jaxpr, consts, values: list) -> list:
         """The results of a jaxpr of one world. consts: its constants; values: its arguments."""
@@ -106,7 +109,9 @@ class Builder:
                 raise Unsupported(str(error), source_line(equation)) from None
             for variable, result in zip(equation.outvars, results, strict=True):
                 # NumPy makes a number of its own of an array without axes.
-                environment[variable] = np.asarray(result) if isinstance(result, np.generic) else result
+                environment[variable] = (
+                    np.asarray(result) if isinstance(result, np.generic) else result
+                )
         return [read(atom) for atom in jaxpr.outvars]
 
     def constant(self, const) -> Value | Keys:
@@ -126,7 +131,7 @@ class Builder:
             raise Unsupported(f"a constant of type {array.dtype}")
         return array
 
-    # Elements ---------------------------------------------------------------------------------------------------------
+    # Elements -------------------------------------------------------------------------------------
 
     def index_node(self, index: int) -> int:
         return self.graph.const("i", index)
@@ -183,7 +188,10 @@ class Builder:
         if isinstance(value, Memory):
             return value
         elements = value.ids if isinstance(value, Scalars) else value
-        repeated = [stride == 0 or size == 1 for stride, size in zip(elements.strides, elements.shape, strict=True)]
+        repeated = [
+            stride == 0 or size == 1
+            for stride, size in zip(elements.strides, elements.shape, strict=True)
+        ]
         own = elements[tuple(slice(0, 1) if again else slice(None) for again in repeated)]
         kind = kind_of(value)
         own_strides = arrays.contiguous_strides(own.shape)
@@ -217,9 +225,13 @@ class Builder:
         return self.memory(value)
 
     def new_memory(self, shape, kind: str, first_axis: int = 0) -> Memory:
-        """A buffer for a new array, laid out with first_axis outermost: what one turn of a loop over it writes stands
-        together."""
-        order = [first_axis, *(axis for axis in range(len(shape)) if axis != first_axis)] if shape else []
+        """A buffer for a new array, laid out with first_axis outermost: what one turn of a loop
+        over it writes stands together."""
+        order = (
+            [first_axis, *(axis for axis in range(len(shape)) if axis != first_axis)]
+            if shape
+            else []
+        )
         strides = [0] * len(shape)
         stride = 1
         for axis in reversed(order):
@@ -228,11 +240,11 @@ class Builder:
         buffer = self.graph.buffer("scratch", kind, math.prod(shape))
         return Memory(buffer, kind, tuple(shape), tuple(strides))
 
-    # Loops over elements ----------------------------------------------------------------------------------------------
+    # Loops over elements --------------------------------------------------------------------------
 
     def looped_axes(self, shape, unrolled: int = UNROLLED) -> list[int]:
-        """The axes to loop over, largest first, such that at most `unrolled` elements are left to write out. A large array
-        is looped over in any case."""
+        """The axes to loop over, largest first, such that at most `unrolled` elements are left
+        to write out. A large array is looped over in any case."""
         rest = dict(enumerate(shape))
         looped = []
         while rest:
@@ -247,12 +259,16 @@ class Builder:
         return looped
 
     def fold(self, shape, looped, carry: list[int], body) -> list[int]:
-        """carry = body(index, carry) for each index, by loops over the axes `looped`; the others are written out."""
+        """carry = body(index, carry) for each index, by loops over the axes `looped`; the others
+        are written out."""
         graph = self.graph
 
         def nest(level: int, index: list, carry: list[int]) -> list[int]:
             if level == len(looped):
-                free = [range(size) if axis not in looped else [index[axis]] for axis, size in enumerate(shape)]
+                free = [
+                    range(size) if axis not in looped else [index[axis]]
+                    for axis, size in enumerate(shape)
+                ]
                 for place in itertools.product(*free):
                     carry = body(place, carry)
                 return carry
@@ -263,7 +279,9 @@ class Builder:
             index[looped[level]] = Turn(counter)
             nexts = nest(level + 1, index, phis)
             graph.close_block()
-            loop = Loop(block, shape[looped[level]], phis, list(carry), list(nexts), counter=counter)
+            loop = Loop(
+                block, shape[looped[level]], phis, list(carry), list(nexts), counter=counter
+            )
             self.last_loop = None
             return graph.add_loop(loop)
 
@@ -292,7 +310,10 @@ class Builder:
             here = graph.current
             graph.current = loop.block
             graph.open[loop.block] = True
-            free = [range(size) if other != axis else [Turn(loop.counter)] for other, size in enumerate(shape)]
+            free = [
+                range(size) if other != axis else [Turn(loop.counter)]
+                for other, size in enumerate(shape)
+            ]
             for index in itertools.product(*free):
                 body(index)
             graph.open[loop.block] = False
@@ -319,7 +340,8 @@ class Builder:
         return False
 
     def elementwise(self, function, kind: str, values, shape) -> Value:
-        """function(*nodes) -> node of each element. kind: of its results; values: of this shape, or scalars."""
+        """function(*nodes) -> node of each element. kind: of its results; values: of this shape,
+        or scalars."""
         shape = tuple(shape)
         values = [stretched(value, shape) for value in values]
         if math.prod(shape) <= self.scalar_limit:
@@ -383,7 +405,9 @@ class Builder:
         kind = kind_of(values[0])
         any_memory = any(isinstance(value, Memory) for value in values)
         if not any_memory or math.prod(shape) <= self.scalar_limit:
-            return Scalars(np.concatenate([self.scalars(value).ids for value in values], axis), kind)
+            return Scalars(
+                np.concatenate([self.scalars(value).ids for value in values], axis), kind
+            )
         target = self.new_memory(shape, kind)
         start = 0
         for value in values:
@@ -414,7 +438,7 @@ class Builder:
             value.buffer, value.kind, value.shape[1:], value.strides[1:], value.offset, base
         )
 
-    # Loops and branches of the program --------------------------------------------------------------------------------
+    # Loops and branches of the program ------------------------------------------------------------
 
     def scan(self, equation, *values) -> list:
         params = equation.params
@@ -498,7 +522,10 @@ class Builder:
         turns = range(length)
         rows_of_outputs: list[list] = [[] for _ in closed.jaxpr.outvars[num_carry:]]
         for turn in reversed(turns) if params["reverse"] else turns:
-            rows = [map_keys(lambda value, turn=turn: self.row(value, turn), value) for value in sequences]
+            rows = [
+                map_keys(lambda value, turn=turn: self.row(value, turn), value)
+                for value in sequences
+            ]
             results = self.evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *rows])
             carry = results[:num_carry]
             for rows, value in zip(rows_of_outputs, results[num_carry:], strict=True):
@@ -508,7 +535,9 @@ class Builder:
             if params["reverse"]:
                 rows.reverse()
             if isinstance(rows[0], Keys):
-                words = [self.stack([row.words[i] for row in rows]) for i in range(len(rows[0].words))]
+                words = [
+                    self.stack([row.words[i] for row in rows]) for i in range(len(rows[0].words))
+                ]
                 stacked.append(Keys(words, rows[0].impl))
             else:
                 stacked.append(self.stack(rows))
@@ -518,8 +547,8 @@ class Builder:
         return self.join([self.reshape(row, (1, *row.shape)) for row in rows], 0)
 
     def induction_step(self, jaxpr, invar: int, outvar: int, init) -> int | None:
-        """By how much a scan's integer grows in each turn, if that is a constant; such an index is the same in all
-        worlds."""
+        """By how much a scan's integer grows in each turn, if that is a constant; such an index
+        is the same in all worlds."""
         if isinstance(init, Keys) or init.shape != () or kind_of(init) not in "iu":
             return None
         if not self.graph.uniform[int(self.scalars(init).ids)]:
@@ -574,7 +603,10 @@ class Builder:
             kind = kind_of(value)
             new = self.scalars(value).ids.reshape(-1).tolist()
             if active is not None:
-                new = [graph.select(kind, active, after, before) for after, before in zip(new, nodes, strict=True)]
+                new = [
+                    graph.select(kind, active, after, before)
+                    for after, before in zip(new, nodes, strict=True)
+                ]
             nexts.extend(new)
         return nexts
 
@@ -610,7 +642,9 @@ class Builder:
         outer_mask = self.mask
 
         def holds(state) -> int:
-            (result,) = self.evaluate(condition.jaxpr, condition.consts, [*condition_consts, *state])
+            (result,) = self.evaluate(
+                condition.jaxpr, condition.consts, [*condition_consts, *state]
+            )
             return int(self.scalars(result).ids)
 
         first_active = graph.logic_and("b", outer_mask, holds(carry))
@@ -634,7 +668,9 @@ class Builder:
         moved, _ = flatten_keys([results[i] for i in moving])
         nexts = self.close_carry(moved, held, phis, active)
         after = list(carry)
-        for i, value in zip(moving, unflatten_keys(self.carry_out(state, held, nexts), trees), strict=True):
+        for i, value in zip(
+            moving, unflatten_keys(self.carry_out(state, held, nexts), trees), strict=True
+        ):
             after[i] = value
         self.values_in_memory_forget(held)
         next_active = graph.logic_and("b", active, holds(after))
@@ -654,7 +690,9 @@ class Builder:
         outs = graph.add_loop(loop)
         self.values_in_memory_forget(held)
         final = list(carry)
-        for i, value in zip(moving, unflatten_keys(self.carry_out(state, held, outs), trees), strict=True):
+        for i, value in zip(
+            moving, unflatten_keys(self.carry_out(state, held, outs), trees), strict=True
+        ):
             final[i] = value
         return final
 
@@ -738,7 +776,9 @@ class Builder:
                 continue
             ids = [
                 a if a == b else outs[pairs[a, b]]
-                for a, b in zip(yes.ids.reshape(-1).tolist(), no.ids.reshape(-1).tolist(), strict=True)
+                for a, b in zip(
+                    yes.ids.reshape(-1).tolist(), no.ids.reshape(-1).tolist(), strict=True
+                )
             ]
             values.append(Scalars(np.array(ids, np.int64).reshape(yes.shape), yes.kind))
         return unflatten_keys(values, trees)
@@ -752,7 +792,8 @@ def stretched(value: Value, shape) -> Value:
 
 
 def own_row(operand: Value, axis: int, rows: dict[int, int]) -> bool:
-    """Whether a turn of a loop over `axis` reads of operand only what the same turn of a loop before has written."""
+    """Whether a turn of a loop over `axis` reads of operand only what the same turn of a loop
+    before has written."""
     if not isinstance(operand, Memory) or operand.buffer not in rows:
         return True
     width = rows[operand.buffer]

@@ -3,8 +3,9 @@
     python tests/mjx_models.py [NAME ...]
 
 writes into mjx_steps.npz, for the models of these names or for all: states of some worlds, and what vmapped
-`mjx.step`, compiled by XLA, makes of them in one step and in 20. XLA takes minutes for that; the tests read the file. tests/robots/ has small models of
-many kinds: tendons, equalities, dry friction, elliptic cones, fluid, filters, meshes, mocap bodies.
+`mjx.step`, compiled by XLA, makes of them in one step and in 20. XLA takes minutes for that (for Pusher longer than
+anybody waited); the tests read the file. tests/robots/ has small models of many kinds: tendons, equalities, dry
+friction, elliptic cones, fluid, filters, meshes, mocap bodies.
 """
 
 import sys

@@ -136,7 +136,9 @@ def in_a_process(folder: Path, name: str = "swing.py") -> tuple[int, str]:
     environment = os.environ | {"ONEKERNEL_CACHE_DIR": str(folder / "cache")}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
     command = [sys.executable, str(script)]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     count, numbers = out.split()
     return int(count), numbers
 
