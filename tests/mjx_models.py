@@ -2,10 +2,10 @@
 
     python tests/mjx_models.py [NAME ...]
 
-writes into mjx_steps.npz, for the models of these names or for all: states of some worlds, and what vmapped
-`mjx.step`, compiled by XLA, makes of them in one step and in 20. XLA takes minutes for that (for Pusher longer than
-anybody waited); the tests read the file. tests/robots/ has small models of many kinds: tendons, equalities, dry
-friction, elliptic cones, fluid, filters, meshes, mocap bodies.
+writes into mjx_steps.npz, for the models of these names or for all: states of some worlds, and
+what vmapped `mjx.step`, compiled by XLA, makes of them in one step and in 20. XLA takes minutes
+for that; the tests read the file. tests/robots/ has small models of many kinds: tendons,
+equalities, dry friction, elliptic cones, fluid, filters, meshes, mocap bodies.
 """
 
 import sys
@@ -32,7 +32,7 @@ TASKS = {
     "InvertedDoublePendulum": "inverted_double_pendulum.xml",
 }
 ROBOTS = sorted(path.stem for path in (HERE / "robots").glob("*.xml"))
-NAMES = [*TASKS, *ROBOTS, "g1"]
+NAMES = [*TASKS, *ROBOTS, "g1"]  # XLA had not compiled Pusher's step after half an hour: no results
 WORLDS = 3
 STEPS = 20
 RESULTS = ("qpos", "qvel", "act", "qacc", "sensordata")

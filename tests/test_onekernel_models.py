@@ -49,7 +49,7 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))
 
 
-@pytest.mark.parametrize("name", mjx_models.NAMES)
+@pytest.mark.parametrize("name", [name for name in mjx_models.NAMES if name != "Pusher"])
 def test_a_compiled_step_is_mjx_s(name):
     """One step and twenty of MJX's own `step`, solver included, from random states."""
     model = mjx_models.load(name)
@@ -62,17 +62,17 @@ def test_a_compiled_step_is_mjx_s(name):
         assert distance(last[field], record["last"][field]) < bound, field
 
 
-@pytest.mark.parametrize("name", ["HalfCheetah", "Hopper", "Walker2d", "Ant", "g1"])
+@pytest.mark.parametrize("name", ["HalfCheetah", "Hopper", "Walker2d", "Ant", "Pusher", "g1"])
 def test_the_lean_step_is_c_mujoco_s(name):
     """Positions and velocities after one step of the compiled lean solver, against C MuJoCo in double precision."""
     model = mjx_models.load(name)
-    states = recorded(name)["state"]
+    model.opt.tolerance = 1e-12
+    model.opt.iterations = 200
+    states = mjx_models.draw_states(model)
     advance = onekernel.compile(mjx_models.one_world(model, lean.step))
     start = {field: jnp.asarray(values) for field, values in states.items()}
     start["qacc_warmstart"] = jnp.zeros((mjx_models.WORLDS, model.nv))
     after, _ = jax.jit(jax.vmap(advance))(start)
-    model.opt.tolerance = 1e-12
-    model.opt.iterations = 200
     for world in range(mjx_models.WORLDS):
         data = mujoco.MjData(model)
         for field, values in states.items():
@@ -84,34 +84,60 @@ def test_the_lean_step_is_c_mujoco_s(name):
 
 HEIGHTFIELD = """<mujoco><asset><hfield name="hills" nrow="12" ncol="12" size="1 1 .2 .1"/></asset>
   <worldbody><geom type="hfield" hfield="hills"/>
-    <body pos=".05 .1 .28"><freejoint/><geom name="ball" type="sphere" size=".1"/>
-      <site name="eye" pos="0 0 .1"/></body>
+    <body pos=".05 .1 .28"><freejoint/><geom name="ball" type="sphere" size=".1"/></body>
     <body pos=".3 0 .8"><joint axis="0 1 0"/><geom type="capsule" size=".03 .2"/></body>
+  </worldbody></mujoco>"""
+SHAPES = """<mujoco><asset><material name="any"/></asset><worldbody><geom type="plane" size="2 2 .1"/>
+    <body pos="0 0 .5"><freejoint/><geom type="sphere" size=".1"/><geom type="box" size=".1 .1 .1" pos=".3 0 0"/></body>
+    <body pos="0 .4 .5"><joint axis="1 0 0"/><geom type="capsule" size=".05 .2"/></body>
   </worldbody></mujoco>"""
 
 
-def test_heights_rays_and_contact_forces():
-    """What scripts use besides `step`: height fields, mjx.ray, rne_postconstraint."""
+def poses(model: mujoco.MjModel) -> jax.Array:
+    noise = 0.03 * np.random.default_rng(1).standard_normal((5, model.nq))
+    return jnp.asarray(model.qpos0 + noise, jnp.float32)
+
+
+def compare(function, *batch):
+    ours = jax.vmap(onekernel.compile(function))(*batch)
+    theirs = jax.jit(jax.vmap(function))(*batch)
+    for name in theirs:
+        assert distance(np.asarray(ours[name]), np.asarray(theirs[name])) < 2e-3, name
+    return ours
+
+
+def test_heights_and_contact_forces():
+    """Tables that are looked up, and what scripts use besides `step`: rne_postconstraint."""
     model = mujoco.MjModel.from_xml_string(HEIGHTFIELD)
     model.hfield_data[:] = np.random.default_rng(0).uniform(0, 1, model.nhfielddata)
     mjx_model = mjx.put_model(model)
     template = mjx.make_data(mjx_model)
 
-    def look(qpos):
+    def forces(qpos):
         data = mjx.forward(mjx_model, template.replace(qpos=qpos))
         data = mjx._src.smooth.rne_postconstraint(mjx_model, data)
-        down = jnp.array([0.0, 0.0, -1.0])
-        far, geom = mjx.ray(mjx_model, data, data.site_xpos[0] + jnp.array([0.3, 0.3, 0.5]), down)
-        return data.qacc, data._impl.cfrc_ext, far, geom, data._impl.contact.dist
+        return {"qacc": data.qacc, "wrench": data._impl.cfrc_ext, "dist": data._impl.contact.dist}
 
-    random = np.random.default_rng(1)
-    qpos = model.qpos0 + 0.03 * random.standard_normal((5, model.nq)).astype(np.float32)
-    qpos = jnp.asarray(qpos, jnp.float32)
-    ours = jax.vmap(onekernel.compile(look))(qpos)
-    theirs = jax.jit(jax.vmap(look))(qpos)
-    assert (np.asarray(ours[4]) < 0).any()  # the ball does touch the hills
-    for name, a, b in zip(("qacc", "cfrc_ext", "far", "geom", "dist"), ours, theirs, strict=True):
-        assert distance(np.asarray(a), np.asarray(b)) < 2e-3, name
+    ours = compare(forces, poses(model))
+    assert (np.asarray(ours["dist"]) < 0).any()  # the ball does touch the hills
+
+
+def test_rays():
+    model = mujoco.MjModel.from_xml_string(SHAPES)
+    mjx_model = mjx.put_model(model)
+    template = mjx.make_data(mjx_model)
+
+    def look(qpos, direction):
+        data = mjx.kinematics(mjx_model, template.replace(qpos=qpos))
+        eye = jnp.array([0.05, 0.02, 2.0])
+        far, geom = mjx.ray(mjx_model, data, eye, direction / jnp.linalg.norm(direction))
+        return {"far": far, "geom": geom}
+
+    directions = jnp.array([[0, 0, -1], [0.15, 0, -1], [0, 0.25, -1], [0, 0, 1], [0.5, 0.5, -1.0]])
+    ours = compare(look, poses(model), directions)
+    assert (
+        len(set(np.asarray(ours["geom"]).tolist())) > 2
+    )  # they see different things, and one nothing
 
 
 PROCESS = """
