@@ -221,12 +221,14 @@ def together(count: int) -> int:
 # Collisions ---------------------------------------------------------------------------------------
 
 
-def if_near(collide):
+def if_near(collide, is_long: bool):
     """For MJX as its collision function `collide` of two kinds of geoms, but only for those that
     are so near that the spheres around them meet. C MuJoCo goes by the spheres, too.
 
     Of others, the contacts have the distance between the spheres, which is more than any margin,
     and zeros for place and frame.
+
+    is_long: `collide` is a long program, so that one, in a loop over the pairs of geoms, has to do
     """
 
     def collide_near(model: mjx.Model, data: mjx.Data, key, geoms: jax.Array):
@@ -250,6 +252,9 @@ def if_near(collide):
                     lambda: (distance, position, frame),
                 )
 
+            if is_long:
+                parts = jax.lax.map(block, geoms[:, None])
+                return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), parts)
             size = together(len(geoms))
             blocks = [block(geoms[i : i + size]) for i in range(0, len(geoms), size)]
             return tuple(jnp.concatenate(part) for part in zip(*blocks, strict=True))
@@ -305,8 +310,9 @@ PLANE_CAPSULE = (types.GeomType.PLANE, types.GeomType.CAPSULE)
 plane_capsule.ncon = MJX_COLLISIONS[PLANE_CAPSULE].ncon
 
 NO_SPHERE_AROUND = {types.GeomType.PLANE, types.GeomType.HFIELD}
+ROUND = {types.GeomType.SPHERE, types.GeomType.CAPSULE}
 COLLISIONS = {
-    kinds: if_near(collide)
+    kinds: if_near(collide, is_long=not ROUND.issuperset(kinds))
     for kinds, collide in MJX_COLLISIONS.items()
     if not NO_SPHERE_AROUND & set(kinds)
 }
