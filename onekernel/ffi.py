@@ -132,7 +132,9 @@ class Loader:
             llvm.initialize_native_asmprinter()
             machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
             empty = llvm.parse_assembly("")
-            engine = llvm.create_mcjit_compiler(empty, machine)
+            # With llvmlite's own memory manager code and constants lie close together. The small code
+            # model of cpu.py relies on it: without it LLVM ends the process when they do not.
+            engine = llvm.create_mcjit_compiler(empty, machine, use_lmm=True)
             engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
             engine.finalize_object()
             address = engine.get_function_address("handler")
