@@ -154,25 +154,31 @@ def test_accelerations_are_c_mujocos(name, median, most):
         assert np.median(error) < median and error.max() < most
 
 
-@pytest.mark.parametrize("integrator", ["Euler", "RK4", "implicitfast"])
+@pytest.mark.parametrize("integrator", ["RK4", "implicitfast"])
 def test_steps_are_c_mujocos(integrator):
-    """Euler's method and implicitfast factor M with damping; Runge-Kutta's is onekernel's own."""
+    """Runge-Kutta's is onekernel's own; implicitfast factors another matrix than M."""
     model = arm(integrator)
     states = roll_out(model, worlds=12)
-    wanted = by_c(model, states, mujoco.mj_step, ("qpos", "qvel", "qacc_warmstart"))
+    wanted = by_c(model, states, mujoco.mj_step, STEP_FIELDS)
     found = in_all_worlds(advance_by(model), states)
     for ours, true in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours, true, rtol=1e-4, atol=1e-4 * np.abs(true).max())
 
 
 def test_one_world_is_one_of_many():
-    """Its work stands behind conditions; that of many worlds under jax.vmap does not."""
+    """Its work stands behind conditions; that of many worlds under jax.vmap does not. By Euler's
+    method, with damping."""
     model = arm()
     states = roll_out(model, worlds=12)
+    wanted = by_c(model, states, mujoco.mj_step, STEP_FIELDS)
     alone = in_each_world(advance_by(model), states)
     together = in_all_worlds(advance_by(model), states)
-    for one, many in zip(alone, together, strict=True):
-        np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-5 * np.abs(many).max())
+    for one, many, true in zip(alone, together, wanted, strict=True):
+        np.testing.assert_allclose(one, true, rtol=1e-4, atol=1e-4 * np.abs(true).max())
+        np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-5 * np.abs(true).max())
+
+
+STEP_FIELDS = ("qpos", "qvel", "qacc_warmstart")
 
 
 def advance_by(model: mujoco.MjModel):
@@ -180,7 +186,7 @@ def advance_by(model: mujoco.MjModel):
 
     def advance(state):
         data = lean.step(mjx_model, template.replace(**state))
-        return [data.qpos, data.qvel, data.qacc_warmstart]
+        return [getattr(data, field) for field in STEP_FIELDS]
 
     return advance
 
@@ -348,8 +354,7 @@ def test_solver_keeps_to_its_limits(problems):
     assert 0 < np.mean(solution.done) < 1
 
 
-@pytest.mark.parametrize("broken", [np.nan, np.inf, 1e30])
-def test_broken_first_guess_is_not_used(broken):
+def test_broken_first_guess_is_not_used():
     model = arm()
     states = roll_out(model, worlds=6)
     mjx_model, template = put(model)
@@ -359,8 +364,9 @@ def test_broken_first_guess_is_not_used(broken):
 
     program = compiled(jax.vmap(accelerate), states)
     right = program(states)
-    states["qacc_warmstart"] = np.full_like(states["qacc_warmstart"], broken)
-    assert relative_error(program(states), right).max() < 1e-4
+    for broken in (np.nan, np.inf, 1e30):
+        states["qacc_warmstart"] = np.full_like(states["qacc_warmstart"], broken)
+        assert relative_error(program(states), right).max() < 1e-4
 
 
 # What is skipped --------------------------------------------------------------------------------
