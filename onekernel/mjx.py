@@ -64,7 +64,8 @@ MOST_CONDITIONS = 150
 def step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
     """Advances one world by one physics step: mujoco.mjx.step with what `lean` replaces."""
     with lean():
-        if model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4:
+        by_stages = model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
+        if by_stages and model.impl == types.Impl.JAX:  # MJX also hands models to other engines
             return runge_kutta(model, data)
         return mjx_forward.step(model, data)
 
