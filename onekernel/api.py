@@ -548,13 +548,9 @@ for name in (None, *PLATFORMS):
 @rule("onekernel")
 def inline(builder: Builder, equation, *values):
     """A compiled function within a compiled function: a part of its kernel."""
-    kernel: Kernel = equation.params["kernel"]
-    if equation.params["batched"]:
-        return primitives.traced(
-            builder, lambda *operands: run_by_xla(kernel, equation, operands), *values
-        )
-    return primitives.traced(builder, kernel.by_xla, *values)
+    params = equation.params
 
+    def by_xla(*operands):
+        return xla_call(params["kernel"], params["mapped"], params["batched"], operands)
 
-def run_by_xla(kernel, equation, operands):
-    return xla_call(kernel, equation.params["mapped"], True, operands)
+    return primitives.traced(builder, by_xla, *values)

@@ -52,7 +52,7 @@ def wrapped(kind: str, x: int) -> int:
 @dataclasses.dataclass
 class Buffer:
     """Memory for an array. source: "scratch" (each world's own, written by the kernel), "const"
-    (data, the same for all worlds) or "input" (operand number `operand`)."""
+    (data, the same for all worlds), "input" or "output" (operand or result number `operand`)."""
 
     source: str
     kind: str
@@ -455,7 +455,7 @@ class Graph:
             if y == 0:
                 return a
             if y is True or y in (-1, 0xFFFFFFFF):
-                return b if self.value[b] is not None else a
+                return b
         if a == b:
             return a
         return self.emit("or", kind, a, b) if a <= b else self.emit("or", kind, b, a)

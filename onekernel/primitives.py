@@ -14,7 +14,7 @@ from jax.lax import GatherScatterMode
 
 from onekernel import arrays
 from onekernel.arrays import Keys, Memory, Scalars, kind_of
-from onekernel.graph import DTYPES, KINDS
+from onekernel.graph import DTYPES, KINDS, Graph
 from onekernel.trace import SELECTED, Builder, Turn, Unsupported, map_keys, rule, stretched
 
 
@@ -65,7 +65,7 @@ def elementwise(*names: str):
         def apply(builder: Builder, equation, *values):
             name = equation.primitive.name
             kind = out_kind(equation)
-            if known(values) and name in NUMPY and (values[0].dtype != bool or name != "neg"):
+            if known(values) and name in NUMPY:
                 with np.errstate(all="ignore"):
                     result = NUMPY[name](*values)
                 return [np.asarray(result, DTYPES[kind])]
@@ -79,28 +79,27 @@ def elementwise(*names: str):
     return register
 
 
-@elementwise("add", "add_any", "sub", "mul", "max", "min")
-def arithmetic(graph, _, kind, params, a, b):
-    name = params["name"]
-    if kind == "b":
-        return graph.logic_and(kind, a, b) if name in ("mul", "min") else graph.logic_or(kind, a, b)
-    operation = {"add": graph.add, "add_any": graph.add, "sub": graph.sub, "mul": graph.mul}
-    return (operation.get(name) or getattr(graph, name))(kind, a, b)
+# Primitives that are one method of the graph's, called with the kind and the operands.
+METHODS = {
+    "add": Graph.add,
+    "add_any": Graph.add,
+    "sub": Graph.sub,
+    "mul": Graph.mul,
+    "div": Graph.div,
+    "rem": Graph.rem,
+    "neg": Graph.neg,
+    "max": Graph.max,
+    "min": Graph.min,
+    "and": Graph.logic_and,
+    "or": Graph.logic_or,
+    "xor": Graph.logic_xor,
+    "not": Graph.logic_not,
+}
 
 
-@elementwise("div")
-def div(graph, _, kind, params, a, b):
-    return graph.div(kind, a, b)
-
-
-@elementwise("rem")
-def rem(graph, _, kind, params, a, b):
-    return graph.rem(kind, a, b)
-
-
-@elementwise("neg")
-def neg(graph, _, kind, params, a):
-    return graph.neg(kind, a)
+@elementwise(*METHODS)
+def method(graph, _, kind, params, *nodes):
+    return METHODS[params["name"]](graph, kind, *nodes)
 
 
 @elementwise("sign")
@@ -223,26 +222,6 @@ def total_order_key(graph, bits: int) -> int:
     return graph.select("i", graph.compare("lt", "i", bits, graph.const("i", 0)), flipped, bits)
 
 
-@elementwise("and")
-def and_(graph, _, kind, params, a, b):
-    return graph.logic_and(kind, a, b)
-
-
-@elementwise("or")
-def or_(graph, _, kind, params, a, b):
-    return graph.logic_or(kind, a, b)
-
-
-@elementwise("xor")
-def xor(graph, _, kind, params, a, b):
-    return graph.logic_xor(kind, a, b)
-
-
-@elementwise("not")
-def not_(graph, _, kind, params, a):
-    return graph.logic_not(kind, a)
-
-
 @elementwise("shift_left", "shift_right_logical", "shift_right_arithmetic")
 def shift(graph, _, kind, params, a, b):
     op = {"shift_left": "shl", "shift_right_logical": "lshr", "shift_right_arithmetic": "ashr"}
@@ -345,7 +324,7 @@ def rev(builder, equation, value):
     return arrays.reverse(value, equation.params["dimensions"])
 
 
-@movement("copy", "copy_p", "reduce_precision_p", "pvary", "stop_gradient")
+@movement("copy", "copy_p", "pvary", "stop_gradient")
 def copy(builder, equation, value):
     return value
 
@@ -457,12 +436,11 @@ def reduce(builder: Builder, value, axes, combine, kind):
         ids = builder.scalars(rows).ids.reshape(math.prod(out_shape), math.prod(reduced_shape))
         results = [functools.reduce(combine, row) for row in ids.tolist()]
         return Scalars(np.array(results, np.int64).reshape(out_shape), kind)
-    term = functools.partial(builder_read, builder)
+
+    def term(operands, outer, inner):
+        return builder.read(operands[0], (*outer, *inner))
+
     return contract(builder, out_shape, reduced_shape, [rows], term, combine, kind)
-
-
-def builder_read(builder, values, outer, inner):
-    return builder.read(values[0], (*outer, *inner))
 
 
 def contract(builder: Builder, out_shape, reduced_shape, operands, term, combine, kind):
@@ -477,7 +455,7 @@ def contract(builder: Builder, out_shape, reduced_shape, operands, term, combine
         reduced_shape, 64 if not accumulated else max(1, 1024 // outs)
     )
     joint = [*out_looped, *(len(out_shape) + axis for axis in reduced_looped)]
-    operands = [operand_ready(builder, operand, joint, len(out_shape)) for operand in operands]
+    operands = [builder.ready(operand, joint) for operand in operands]
     first = tuple(0 for _ in reduced_shape)
 
     def combined(outer_indices):
@@ -506,30 +484,22 @@ def contract(builder: Builder, out_shape, reduced_shape, operands, term, combine
         if outs > builder.scalar_limit:
             return builder.memory(value)
         return value
-    target = builder.new_memory(out_shape, kind, out_looped[0] if out_looped else 0)
-    reading = (
-        [] if reduced_looped else [whole_rows(operand, len(out_shape)) for operand in operands]
-    )
+    target = builder.new_memory(out_shape, kind, out_looped[0])
 
     def body(index):
         (result,) = combined([index])
         builder.write(target, index, result)
 
+    def turn_of_rows(index, carry):
+        body(index)
+        return carry
+
     if reduced_looped:
-        builder.fold(out_shape, out_looped, [], lambda index, carry: (body(index), carry)[1])
+        builder.fold(out_shape, out_looped, [], turn_of_rows)
         builder.last_loop = None
     else:
-        builder.for_each(out_shape, out_looped, reading, [target], body)
+        builder.for_each(out_shape, out_looped, operands, [target], body)
     return target
-
-
-def operand_ready(builder, operand, looped, out_rank):
-    axes = [axis for axis in looped if axis < len(operand.shape)]
-    return builder.ready(operand, axes)
-
-
-def whole_rows(operand, out_rank):
-    return operand
 
 
 def neutral(graph, combine, kind, example):

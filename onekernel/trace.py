@@ -15,12 +15,13 @@ import dataclasses
 import itertools
 import math
 
+import jax
 import numpy as np
 from jax.extend import core
 
 from onekernel import arrays
 from onekernel.arrays import Keys, Memory, Scalars, Value, kind_of
-from onekernel.graph import DTYPES, KINDS, Graph, Loop
+from onekernel.graph import KINDS, Graph, Loop
 
 UNROLLED = 128  # so many elements are written out where a loop is not the outermost
 SELECTED = (
@@ -115,8 +116,6 @@ class Builder:
         return [read(atom) for atom in jaxpr.outvars]
 
     def constant(self, const) -> Value | Keys:
-        import jax
-
         if isinstance(const, (Scalars, Memory, Keys)):
             return const
         if isinstance(const, jax.Array) and jax.dtypes.issubdtype(const.dtype, jax.dtypes.prng_key):
@@ -856,8 +855,6 @@ def map_keys(function, value):
 
 
 def check_type(aval, equation) -> None:
-    import jax
-
     dtype = getattr(aval, "dtype", None)
     if dtype is None:
         raise Unsupported(f"a value of type {aval}", source_line(equation))
@@ -876,6 +873,3 @@ def source_line(equation) -> str:
         return source_info_util.summarize(equation.source_info)
     except Exception:  # noqa: BLE001, the line is a help for the reader and no more
         return "unknown line"
-
-
-__all__ = ["Builder", "DTYPES", "RULES", "Turn", "Unsupported", "rule"]
