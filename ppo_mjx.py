@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "flax==0.12.6", "imageio[ffmpeg]==2.38.1", "jax==0.9.2", "mujoco==3.17.0", "mujoco-mjx==3.17.0", "optax==0.2.8",
-#   "tensorboard==2.21.0", "tensorboardX==2.6.5", "tqdm==4.70.1", "typeguard==4.6.0", "tyro==1.0.17"]
+#   "flax==0.12.6", "imageio[ffmpeg]==2.38.1", "jax==0.9.2", "llvmlite==0.50.0", "mujoco==3.17.0", "mujoco-mjx==3.17.0",
+#   "optax==0.2.8", "tensorboard==2.21.0", "tensorboardX==2.6.5", "tqdm==4.70.1", "typeguard==4.6.0", "tyro==1.0.17"]
 # ///
 """PPO on Gymnasium's locomotion tasks, on MuJoCo XLA (MJX): one file, one jitted program per iteration.
 
