@@ -355,6 +355,7 @@ def reward_terms(task: Task, x_velocity, action, healthy, senses: dict, xp=jnp) 
         terms["reward_contact"] = -xp.minimum(cost, 10.0)
     return terms
 
+# shared: physics
 def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
     """One step of one world's physics, in full precision (TF32 would be too rough). onekernel's is MJX's with a solver
     that ends as soon as it has converged, and with C MuJoCo's frame of friction for steep capsules."""
@@ -367,6 +368,7 @@ def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
 def over_worlds(function):
     """A function of one world as a function of all worlds, [...] -> [N, ...]: one kernel."""
     return jax.vmap(onekernel.compile(function) if onekernel else function)
+# end shared
 
 class Env:
     """One world of a task; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes.
