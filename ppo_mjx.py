@@ -365,9 +365,9 @@ def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
         return mjx.step(model, data)
 
 @cache
-def over_worlds(function):
-    """A function of one world as a function of all worlds, [...] -> [N, ...]: one kernel."""
-    return jax.vmap(onekernel.compile(function) if onekernel else function)
+def kernel(function):
+    """A function of one world, as one kernel for all worlds: jax.vmap(kernel(env.step))(states, actions)."""
+    return onekernel.compile(function) if onekernel else function
 # end shared
 
 class Env:
@@ -386,7 +386,7 @@ class Env:
         device, self.init_qpos = jax.local_devices()[0], np.array(model.qpos0)
         self.model = mjx.put_model(model, device, impl="jax")
         self.template = mjx.make_data(self.model, device)
-        self.observation_size = jax.eval_shape(over_worlds(self.reset), jax.random.split(jax.random.key(0), 1)).obs.size
+        self.observation_size = jax.eval_shape(kernel(self.reset), jax.random.key(0)).obs.size
 
     def sense(self, full: mjx.Data) -> tuple[jax.Array, dict[str, jax.Array]]:
         return sense(self.task, (vars(full._impl) | vars(full)).__getitem__)  # MJX keeps some fields in _impl
@@ -540,7 +540,7 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
     params["log_std"] = jnp.full(env.action_size, args.init_log_std, jnp.float32)  # with a type, as a checkpoint has it
     opt_state = make_optimizer(args).init(ravel_pytree(params)[0])
-    env_state = over_worlds(env.reset)(jax.random.split(reset_key, n))
+    env_state = jax.vmap(kernel(env.reset))(jax.random.split(reset_key, n))
     # The worlds' clocks start at random, so that their time limits do not come all at once.
     env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.task.time_limit)
     stats = [RunningStats(jnp.float32(1e-4), jnp.zeros(shape), jnp.ones(shape)) for shape in (obs.shape, ())]
@@ -570,7 +570,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
         mean = actor.apply(learner.params["actor"], normalize(learner.obs_stats, obs))
         noise = jax.vmap(partial(jax.random.normal, shape=log_std.shape))(action_key)
         action = mean + jnp.exp(log_std) * noise
-        state = over_worlds(env.step)(worlds.env_state, env.max_action * jnp.clip(action, -1.0, 1.0))
+        state = jax.vmap(kernel(env.step))(worlds.env_state, env.max_action * jnp.clip(action, -1.0, 1.0))
         terminated, broken = state.done > 0, state.info["broken"]
         done = terminated | state.info["truncated"]
         end = Worlds(
@@ -579,7 +579,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
             broken=worlds.broken + broken)
         finished = done & ~broken & (end.episode_length == state.info["elapsed"])
         zeros, counts = jnp.zeros_like(end.episode_return), jnp.zeros_like(end.episode_length)
-        fresh = Worlds(over_worlds(env.reset)(reset_key), key, zeros, zeros, counts, end.broken)
+        fresh = Worlds(jax.vmap(kernel(env.reset))(reset_key), key, zeros, zeros, counts, end.broken)
         select = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
         logprob = log_prob(mean, log_std, action)
         transition = Transition(obs, action, logprob, worlds.env_state, end, terminated, done, finished)
@@ -735,7 +735,7 @@ class CMujocoEnv:
     """The task in C MuJoCo, on the original model, with the interface of Gymnasium."""
     def __init__(self, env: Env):
         self.env, self.task, self.model = env, env.task, load_model(env.task)
-        self.data, self.elapsed, self.start = mujoco.MjData(self.model), 0, jax.jit(env.reset)
+        self.data, self.elapsed, self.start = mujoco.MjData(self.model), 0, jax.jit(kernel(env.reset))
         self.observe()
 
     def reset(self, seed: int):
@@ -764,9 +764,9 @@ def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
     """Returns of one episode for each key, in MJX with the physics of `env`: [E] keys -> [E]."""
     def step(carry, _):
         state, alive, total = carry
-        state = over_worlds(env.step)(state, act(policy, state.obs, jnp))
+        state = jax.vmap(kernel(env.step))(state, act(policy, state.obs, jnp))
         return (state, alive & (state.done == 0), total + alive * state.reward), None
-    start = (over_worlds(env.reset)(keys), jnp.full(len(keys), True), jnp.zeros(len(keys)))
+    start = (jax.vmap(kernel(env.reset))(keys), jnp.full(len(keys), True), jnp.zeros(len(keys)))
     return jax.lax.scan(step, start, None, length=env.task.time_limit)[0][2]
 
 def evaluate_on_host(env, policy: dict, episodes: int, seed: int, on_step=lambda: None) -> np.ndarray:
@@ -825,11 +825,11 @@ def replay_nan(file: Path, make_env, make_original) -> None:
     with or_fail(f"--replay-nan {file}"), np.load(file, allow_pickle=False) as arrays:
         saved = dict(arrays)
         env, broken, actions = make_env(read_args(str(saved["args"]))), saved["['broken']"], saved["['action']"]
-        start = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), len(broken)))
+        start = jax.jit(jax.vmap(kernel(env.reset)))(jax.random.split(jax.random.key(0), len(broken)))
         start, last = from_arrays(saved, {"start": start})["start"], int(broken.argmax())
     first = max(0, last - int(start.info["elapsed"][last]))  # no reset lies between
     state = jax.tree.map(lambda x: x[first], start)
-    original, parted, step = make_original(env, state), None, jax.jit(env.step)
+    original, parted, step = make_original(env, state), None, jax.jit(kernel(env.step))
     for name, value in vars(state.data).items():
         setattr(original.data, name, value)
     print("step  largest speed in MJX  in C MuJoCo  largest difference")
@@ -1039,6 +1039,8 @@ def start_jax(args: Args) -> None:
     alone = args.coordinator_address is None and (args.num_processes, args.process_id) != (None, None)
     require(not alone, "--num-processes, --process-id: tell them --coordinator-address as well")
     jax.config.update("jax_enable_compilation_cache", args.compile_cache)
+    if not args.compile_cache:
+        os.environ["ONEKERNEL_CACHE"] = "0"
     if args.compile_cache and not jax.config.jax_compilation_cache_dir:
         try:
             folder = Path.home() / ".cache" / "mjx-rl"
@@ -1255,7 +1257,8 @@ def smoke(args: Args) -> int:
     env = Env(args.env_id)
     original, action = CMujocoEnv(env), np.full(env.action_size, 0.5 * env.max_action)
     original.reset(args.seed)
-    error = jax.jit(env.step)(env.reset(jax.random.key(args.seed)), action).obs - original.step(action)[0]
+    reached = kernel(env.step)(kernel(env.reset)(jax.random.key(args.seed)), action)
+    error = reached.obs - original.step(action)[0]
     error = np.abs(error[:env.model.nq - env.task.hidden + env.model.nv]).max()  # not of forces, which are large
     verdict("environment", error < 0.01, f"a step in MJX is off C MuJoCo's by {error:.1e}")
     with tempfile.TemporaryDirectory() as folder:

@@ -423,9 +423,9 @@ def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
         return mjx.step(model, data)
 
 @cache
-def over_worlds(function):
-    """A function of one world as a function of all worlds, [...] -> [N, ...]: one kernel."""
-    return jax.vmap(onekernel.compile(function) if onekernel else function)
+def kernel(function):
+    """A function of one world, as one kernel for all worlds: jax.vmap(kernel(env.step))(states, actions)."""
+    return onekernel.compile(function) if onekernel else function
 # end shared
 
 class Env:
@@ -646,7 +646,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 
 def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     actor_key, critic_key, shuffle_key, reset_key, clock_key, world_key = jax.random.split(key, 6)
-    env_state = over_worlds(env.reset)(jax.random.split(reset_key, args.num_envs))
+    env_state = jax.vmap(kernel(env.reset))(jax.random.split(reset_key, args.num_envs))
     # The worlds' clocks start at random, so that their time limits do not come all at once.
     env_state.info["elapsed"] = jax.random.randint(clock_key, (args.num_envs,), 0, env.TIME_LIMIT)
     (actor, critic), obs = make_networks(args, env), {name: values[0] for name, values in env_state.obs.items()}
@@ -683,7 +683,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
         mean = actor.apply(learner.params["actor"], normalize(learner.obs_stats["actor"], obs["actor"]))
         noise = jax.vmap(partial(jax.random.normal, shape=log_std.shape))(action_key)
         action = mean + jnp.exp(log_std) * noise
-        state = over_worlds(env.step)(worlds.env_state, action)
+        state = jax.vmap(kernel(env.step))(worlds.env_state, action)
         terminated, broken = state.done > 0, state.info["broken"]
         done = terminated | state.info["truncated"]
         end = Worlds(
@@ -692,7 +692,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
             broken=worlds.broken + broken)
         finished = done & ~broken & (end.episode_length == state.info["elapsed"])
         zeros, counts = jnp.zeros_like(end.episode_return), jnp.zeros_like(end.episode_length)
-        fresh = Worlds(over_worlds(env.reset)(reset_key), key, zeros, zeros, counts, end.broken)
+        fresh = Worlds(jax.vmap(kernel(env.reset))(reset_key), key, zeros, zeros, counts, end.broken)
         select = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
         transition = Transition(obs, action, mean, worlds.env_state, end, terminated, done, finished)
         return select(done, fresh, end), transition
@@ -1005,11 +1005,11 @@ def replay_nan(file: Path, make_env, make_original) -> None:
     with or_fail(f"--replay-nan {file}"), np.load(file, allow_pickle=False) as arrays:
         saved = dict(arrays)
         env, broken, actions = make_env(read_args(str(saved["args"]))), saved["['broken']"], saved["['action']"]
-        start = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), len(broken)))
+        start = jax.jit(jax.vmap(kernel(env.reset)))(jax.random.split(jax.random.key(0), len(broken)))
         start, last = from_arrays(saved, {"start": start})["start"], int(broken.argmax())
     first = max(0, last - int(start.info["elapsed"][last]))  # no reset lies between
     state = jax.tree.map(lambda x: x[first], start)
-    original, parted, step = make_original(env, state), None, jax.jit(env.step)
+    original, parted, step = make_original(env, state), None, jax.jit(kernel(env.step))
     for name, value in vars(state.data).items():
         setattr(original.data, name, value)
     print("step  largest speed in MJX  in C MuJoCo  largest difference")
@@ -1219,6 +1219,8 @@ def start_jax(args: Args) -> None:
     alone = args.coordinator_address is None and (args.num_processes, args.process_id) != (None, None)
     require(not alone, "--num-processes, --process-id: tell them --coordinator-address as well")
     jax.config.update("jax_enable_compilation_cache", args.compile_cache)
+    if not args.compile_cache:
+        os.environ["ONEKERNEL_CACHE"] = "0"
     if args.compile_cache and not jax.config.jax_compilation_cache_dir:
         try:
             folder = Path.home() / ".cache" / "mjx-rl"
