@@ -1025,7 +1025,8 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()  # better to fail now
     slowly = "" if onekernel else "; physics by XLA, slowly, as the folder onekernel is not beside this file"
-    say(f"building {args.env_id} for {mesh.size} x {mesh.devices[0].device_kind}, buffer of {buffer_bytes} bytes{slowly}")
+    kind = mesh.devices[0].device_kind
+    say(f"building {args.env_id} for {mesh.size} x {kind}, buffer of {buffer_bytes} bytes{slowly}")
     state = init_train_state(args, env, mesh, key)
     state = restore(args, run_dir, state) if resuming else state
     first = iteration = saved = int(state.learner.iteration)

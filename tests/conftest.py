@@ -18,10 +18,14 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.devices()  # start the backend, so that no test changes the number of devices
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Share compiled programs between tests and the processes that they start."""
+def compilation_caches(tmp_path_factory):
+    """Share compiled programs and kernels between tests, and the processes that run or start them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    os.environ.setdefault("ONEKERNEL_CACHE_DIR", str(folder / "onekernel_cache"))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("jax_cache"))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "jax_cache")
         jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 @pytest.fixture(scope="module", autouse=True)

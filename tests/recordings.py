@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 
 import gymnasium
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
+import onekernel
 import ppo_mjx
 
 TASK_IDS = list(ppo_mjx.TASKS)
@@ -49,29 +51,30 @@ def record(task_id: str) -> Recording:
     return Recording(*(np.array(x).reshape(WORLDS, STEPS, *np.shape(x[0])) for x in zip(*rows, strict=True)))
 
 @functools.cache
-def compiled_step(task_id: str, physics: str, x64: bool):
-    """The environment, and one compiled step of WORLDS worlds from (qpos, qvel, warmstart, x, action)."""
-    jax.clear_caches()  # JAX 0.9 mixes up its traces of float64 constants, MJX's RK4 has one, between the precisions
+def compiled_step(task_id: str, x64: bool):
+    """The environment, and one compiled step of WORLDS worlds from (qpos, qvel, warmstart, x, action). In float64 it
+    goes by XLA."""
+    jax.clear_caches()  # JAX 0.9 mixes up its traces of float64 constants between the precisions
     def step(qpos, qvel, warmstart, x, action):
-        reset = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), WORLDS))
+        reset = jax.vmap(ppo_mjx.kernel(env.reset))(jax.random.split(jax.random.key(0), WORLDS))
         state = reset.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), info=reset.info | {"x": x})
-        return jax.vmap(env.step)(state, action)
+        return jax.vmap(ppo_mjx.kernel(env.step))(state, action)
     def call(*inputs):
         with jax.enable_x64(x64):
             return jax.device_get(compiled(*(jnp.asarray(x, float) for x in inputs)))
-    with jax.enable_x64(x64):
-        env = ppo_mjx.Env(task_id, physics)
+    with jax.enable_x64(x64), warnings.catch_warnings():
+        if x64:
+            warnings.simplefilter("ignore", onekernel.Fallback)
+        env = ppo_mjx.Env(task_id)
         sizes = (env.model.nq,), (env.model.nv,), (env.model.nv,), (), (env.model.nu,)
-        compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, *size), float) for size in sizes))
-        # Half the time to compile; a hundred Newton iterations of fifty exact steps run too long without optimising.
-        compiled = compiled.compile({"xla_backend_optimization_level": 0} if physics == "fast" else None)
+        compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, *size), float) for size in sizes)).compile()
     jax.clear_caches()
     return env, call
 
 MOMENT = np.arange(WORLDS), np.random.default_rng(1).integers(0, STEPS, WORLDS)  # a random one of each episode
 
-def one_step(task_id: str, physics: str, x64: bool):
+def one_step(task_id: str, x64: bool):
     """MJX's step from the MOMENT of each recorded episode."""
     seen = record(task_id)
     inputs = (seen.qpos, seen.qvel, seen.warmstart, seen.x, seen.action)
-    return compiled_step(task_id, physics, x64)[1](*(x[MOMENT] for x in inputs))
+    return compiled_step(task_id, x64)[1](*(x[MOMENT] for x in inputs))

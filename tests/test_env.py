@@ -1,9 +1,10 @@
-"""Models, exact physics, environment and C MuJoCo's counterpart, held against the installed Gymnasium."""
+"""Models, physics, environment and C MuJoCo's counterpart, held against the installed Gymnasium."""
 
 import functools
 
 import gymnasium
 import jax
+import jax.numpy as jnp
 import mujoco
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_model_equals_gymnasium(task_id):
 def test_reset_distribution(task_id):
     """Resets have Gymnasium's support, mean and standard deviation, coordinate by coordinate."""
     count, env, original = 4000, ppo_mjx.Env(task_id), gymnasium.make(task_id + "-v5").unwrapped
-    data = jax.device_get(jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), count)).data)
+    data = jax.device_get(jax.jit(jax.vmap(ppo_mjx.kernel(env.reset)))(jax.random.split(jax.random.key(0), count)).data)
     noise, rows = env.task.reset_noise, []
     for seed in range(count):
         original.reset(seed=seed)
@@ -79,36 +80,32 @@ def test_recorded_steps_have_contacts_and_terminations():
         assert touching >= WORLDS // 4
         assert task_id == "HalfCheetah" or seen.terminated.any(axis=1).sum() >= WORLDS // 2
 
-@pytest.mark.parametrize("task_id", TASK_IDS)
-def test_exact_step_equals_gymnasium_in_float64(task_id):
-    """One step of the exact physics is Gymnasium's: observation, reward and termination."""
-    seen, state = record(task_id), one_step(task_id, "exact", True)
+@pytest.mark.parametrize("task_id", ["HalfCheetah", "Hopper"])
+def test_step_equals_gymnasium_in_float64(task_id):
+    """In double precision one step is Gymnasium's to the sixth digit: observation, reward and termination."""
+    seen, state = record(task_id), one_step(task_id, x64=True)
     assert state.obs.dtype == np.float64
     np.testing.assert_array_equal(state.done > 0, seen.terminated[MOMENT])
-    if task_id != "Humanoid":
-        np.testing.assert_allclose(state.obs, seen.obs[MOMENT], rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(state.reward, seen.reward[MOMENT], rtol=1e-6, atol=1e-6)
-        return
-    # Where its parts strike each other the contacts' last digits differ, which stiffness magnifies. Observed: 1e-13 in
-    # most worlds, in the others up to 3e-4 rad/s and 0.03 N of up to 3300 N.
-    error, wrenches = np.abs(state.obs - seen.obs[MOMENT]), slice(270, None)
-    assert np.median(error.max(axis=1)) < 1e-9 and np.delete(error, wrenches, axis=1).max() < 2e-3
-    assert error.max() < 1e-4 * np.abs(seen.obs[MOMENT][:, wrenches]).max()
-    np.testing.assert_allclose(state.reward, seen.reward[MOMENT], atol=1e-4)
+    np.testing.assert_allclose(state.obs, seen.obs[MOMENT], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(state.reward, seen.reward[MOMENT], rtol=1e-6, atol=1e-6)
 
-@pytest.mark.parametrize("task_id", ["HalfCheetah", "Walker2d"])
-def test_exact_step_equals_gymnasium_in_float32(task_id):
-    """In single precision, a step is Gymnasium's but for rounding, which stiff contacts magnify."""
-    seen, state = record(task_id), one_step(task_id, "exact", False)
-    # Observed: 5e-5 for velocities of up to 20 rad/s. The bound leaves room for another order of the same sums.
-    np.testing.assert_allclose(state.obs, seen.obs[MOMENT], atol=5e-4)
-    np.testing.assert_allclose(state.reward, seen.reward[MOMENT], atol=5e-5)
+@pytest.mark.parametrize(("task_id", "median", "most"), [
+    ("HalfCheetah", 1e-5, 1e-3), ("Hopper", 1e-5, 1e-3), ("Walker2d", 1e-5, 1e-3), ("Ant", 1e-5, 1e-3),
+    ("Humanoid", 1e-5, 1e-3)])
+def test_step_equals_gymnasium(task_id, median, most):
+    """A step of the kernel, in single precision, is Gymnasium's but for rounding, which stiff contacts magnify."""
+    seen, state = record(task_id), one_step(task_id, x64=False)
     np.testing.assert_array_equal(state.done > 0, seen.terminated[MOMENT])
+    size = 1 + np.abs(seen.obs[MOMENT])  # forces are thousands of N
+    error = (np.abs(state.obs - seen.obs[MOMENT]) / size).max(axis=1)
+    assert np.median(error) < median and error.max() < most
+    error = np.abs(state.reward - seen.reward[MOMENT])
+    assert np.median(error) < median and error.max() < most
 
 @functools.cache
 def long_rollout(task_id: str):
     """MJX's observations [STEPS, WORLDS, O] and terminations, by the recorded actions from the recorded starts."""
-    seen, (_, step) = record(task_id), compiled_step(task_id, "exact", True)
+    seen, (_, step) = record(task_id), compiled_step(task_id, x64=False)
     inputs, obs, done = (seen.qpos[:, 0], seen.qvel[:, 0], seen.warmstart[:, 0], seen.x[:, 0]), [], []
     for t in range(STEPS):
         state = step(*inputs, seen.action[:, t])
@@ -117,13 +114,14 @@ def long_rollout(task_id: str):
         done.append(state.done > 0)
     return np.array(obs), np.array(done)
 
-@pytest.mark.parametrize(("task_id", "most"), [
-    ("HalfCheetah", 1e-4), ("Hopper", 1e-4), ("Walker2d", 1e-4), ("Ant", 2e-3)])
-def test_fifty_exact_steps_follow_gymnasium(task_id, most):
-    """Errors do not build up over 50 steps of the exact physics in double precision. Humanoid is left out: its parts
-    strike each other while it falls, and after that it is chaos."""
-    error = np.abs(long_rollout(task_id)[0] - record(task_id).obs.swapaxes(0, 1)).max(axis=(0, 2))  # of each episode
-    assert np.median(error) < 1e-6 and error.max() < most  # contacts magnify the solvers' last digits in some episodes
+@pytest.mark.parametrize(("task_id", "median"), [
+    ("HalfCheetah", 1e-3), ("Hopper", 1e-3), ("Walker2d", 1e-3), ("Ant", 1e-3)])
+def test_fifty_steps_follow_gymnasium(task_id, median):
+    """Over 50 steps rounding grows, by contacts, but most episodes stay with Gymnasium's. Humanoid is left out: its
+    parts strike each other while it falls, and after that it is chaos."""
+    seen = record(task_id).obs.swapaxes(0, 1)
+    error = (np.abs(long_rollout(task_id)[0] - seen) / (1 + np.abs(seen))).max(axis=(0, 2))  # of each episode
+    assert np.median(error) < median
 
 @pytest.mark.parametrize("task_id", ["Hopper", "Walker2d", "Ant", "Humanoid"])
 def test_terminates_on_gymnasiums_step(task_id):
@@ -154,7 +152,7 @@ def test_reset_observation_equals_gymnasium(task_id):
     ours, theirs = ppo_mjx.Env(task_id), gymnasium.make(task_id + "-v5").unwrapped
     original = ppo_mjx.CMujocoEnv(ours)
     for seed in range(3):
-        state = jax.jit(ours.reset)(jax.random.key(seed))
+        state = ppo_mjx.kernel(ours.reset)(jax.random.key(seed))
         obs, _ = original.reset(seed)
         theirs.reset(seed=0)
         theirs.set_state(original.data.qpos, original.data.qvel)
@@ -171,6 +169,33 @@ def test_c_mujoco_env_truncates_and_repeats():
 
 def test_reset_follows_its_key(hopper):
     """The same key starts the same episode, another key another one."""
-    first, again, other = (jax.jit(hopper.reset)(jax.random.key(seed)) for seed in (0, 0, 1))
+    first, again, other = (ppo_mjx.kernel(hopper.reset)(jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert (first.data.qpos != other.data.qpos).all() and (first.data.qvel != other.data.qvel).all()
+
+def test_step_is_pure_and_vmap_is_a_loop():
+    """Same input, same output; a step alone and without jit is the jitted step of many worlds, to the bit."""
+    env, step = compiled_step("Hopper", False)
+    seen = record("Hopper")
+    inputs = (seen.qpos[:, 20], seen.qvel[:, 20], seen.warmstart[:, 20], seen.x[:, 20], seen.action[:, 20])
+    first, second = step(*inputs), step(*inputs)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    qpos, qvel, warmstart, x, action = (jnp.asarray(x[7], jnp.float32) for x in inputs)
+    start = ppo_mjx.kernel(env.reset)(jax.random.key(0))
+    start = start.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), info=start.info | {"x": x})
+    alone, batch = ppo_mjx.kernel(env.step)(start, action), jax.tree.map(lambda x: x[7], first)
+    jax.tree.map(np.testing.assert_array_equal, alone, batch)
+
+def test_broken_world_ends_its_episode():
+    """A world that is not finite or too fast terminates, earns nothing and shows its last observation."""
+    _, step = compiled_step("Hopper", False)
+    seen = record("Hopper")
+    inputs = [x[:, 0].copy() for x in (seen.qpos, seen.qvel, seen.warmstart, seen.x, seen.action)]
+    inputs[0][0, 1], inputs[1][1, 0], inputs[1][2, 0] = np.nan, np.nan, 1e4
+    state = step(*inputs)
+    assert state.info["broken"].tolist() == 3 * [True] + (WORLDS - 3) * [False]
+    assert (state.done[:3] == 1).all() and (state.reward[:3] == 0).all()
+    assert not state.done[3:].any() and (state.reward[3:] != 0).all()
+    keys = jax.random.split(jax.random.key(0), WORLDS)  # as in compiled_step
+    reset = jax.vmap(ppo_mjx.kernel(ppo_mjx.Env("Hopper").reset))(keys)
+    np.testing.assert_allclose(state.obs[:3], reset.obs[:3], rtol=1e-6)
