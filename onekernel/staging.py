@@ -65,7 +65,7 @@ def plan(
             operand, element = graph.extra[node]
             if mapped[operand]:
                 elements.setdefault(operand, []).append((element, node))
-        elif op == "load":
+        elif op == "load" or op.startswith("load "):
             loads.setdefault(graph.extra[node], []).append(node)
         elif op == "store":
             stores.setdefault(graph.extra[node], []).append(node)
