@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.metadata
 import math
+import pathlib
 import pickle
 import threading
 import warnings
@@ -170,6 +171,12 @@ def versions() -> str:
     return " ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
+@functools.cache
+def source_hash(file: str) -> str:
+    """Of a platform's module: how it has text compiled is in no text."""
+    return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+
+
 class Kernel:
     """A function, traced for arguments of certain types.
 
@@ -325,8 +332,13 @@ class Kernel:
             kind = kind_of(value)
             buffer = graph.buffer("output", kind, math.prod(value.shape), operand=number)
             strides = arrays.contiguous_strides(value.shape)
+            target = Memory(buffer, kind, value.shape, strides)
             builder.last_loop = None
-            builder.copy_into(Memory(buffer, kind, value.shape, strides), value)
+            if builder.platform == "cpu" and isinstance(value, Scalars):
+                # Each takes an instruction there (see staging.py); a loop would need them in memory.
+                builder.copy_into(target, value, unrolled=builder.scalar_limit)
+            else:
+                builder.copy_into(target, value)
 
     # Machine code
 
@@ -351,7 +363,8 @@ class Kernel:
             text, scratch = module.kernel_ir(
                 graph, list(mapped), sizes, len(self.out_shapes), batched
             )
-            digest = hashlib.sha256("\n".join((text, module.identity(), versions())).encode())
+            parts = (text, module.identity(), versions(), source_hash(module.__file__))
+            digest = hashlib.sha256("\n".join(parts).encode())
             name = f"onekernel_{digest.hexdigest()[:32]}"
             found = self.load_code(f"kernel {name}")
             if found is None:

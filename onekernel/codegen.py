@@ -9,11 +9,12 @@ by selects. On a GPU the width is 1: a thread handles one world, and values are 
 over worlds, is in cpu.py and cuda.py. Text is written rather than llvmlite's builder called,
 which is five times slower. The body relies on these names: %operandI, %resultI and %scratch,
 pointers to the arrays and to scratch memory; %lanes, the number of every lane's world. With
-width 1 there is no %lanes, and the pointers are to what is the world's own."""
+width 1 there is no %lanes, and the pointers are to what is the world's own. On a CPU most operands
+and results are read and written as rows of scratch memory (staging.py)."""
 
 import struct
 
-from onekernel import vector_math
+from onekernel import staging, vector_math
 from onekernel.graph import Branch, Graph, Loop
 from onekernel.layout import scratch_layout
 
@@ -106,6 +107,17 @@ class Liveness:
             self.want(node)
 
 
+def carried_values(graph: Graph) -> set[int]:
+    """What loops and branches need besides the operations in them."""
+    nodes: set[int] = set()
+    for extra in graph.extra.values():
+        if isinstance(extra, Loop):
+            nodes.update(extra.inits, extra.nexts, (extra.first_active, extra.next_active))
+        elif isinstance(extra, Branch):
+            nodes.update((extra.condition, *extra.wanted), *extra.results)
+    return nodes
+
+
 class Emitter:
     """Writes a kernel's body.
 
@@ -133,6 +145,19 @@ class Emitter:
         self.count = 0
         self.label = "body"
         self.offsets, self.scratch_size = scratch_layout(graph, self.live)
+        self.staging = staging.Staging([], [], {}, {}, set(), self.scratch_size)
+        if width > 1:
+            self.staging = staging.plan(graph, self.live, mapped, sizes, width, self.scratch_size)
+            self.scratch_size = self.staging.rows
+        self.carried = carried_values(graph) if self.staging.inputs else set()
+        self.near: dict[str, str] = {}  # as `names`, for the node that is being written
+        self.loaded: dict[int, tuple[str, str]] = {}  # from rows: after which label, the name
+        self.copies: set[tuple[str, bool]] = set()  # functions of staging.py that are called
+        self.stored: set[int] = set(self.staging.handed)
+        self.early: dict[int, list[int]] = {}  # of values: stores to do as soon as they are known
+        for node, op in enumerate(graph.op):
+            if op == "store" and graph.extra[node] in self.staging.buffers and self.is_early(node):
+                self.early.setdefault(graph.args[node][1], []).append(node)
         for number, buffer in enumerate(graph.buffers):
             if buffer.source == "const":
                 self.add_table(number, buffer)
@@ -181,7 +206,7 @@ class Emitter:
             kind = graph.kind[node]
             return self.splat(TYPES[kind], literal(kind, graph.value[node]))
         own = f"%{self.prefix}{node}"
-        return self.names.get(own, own)
+        return self.near.get(own) or self.names.get(own, own)
 
     def scalar(self, node: int) -> str:
         """A node that is the same in all worlds, as a scalar."""
@@ -224,7 +249,18 @@ class Emitter:
 
     def emit(self) -> None:
         """The whole program, from the label `body` on."""
+        for run in self.staging.operands:
+            self.copy(run, inward=True)
         self.block(0)
+        for run in self.staging.results:
+            self.copy(run, inward=False)
+
+    def copy(self, run: staging.Run, inward: bool) -> None:
+        """Elements of an array to their rows, or from them."""
+        scalar = "i8" if run.kind == "b" else "i32"
+        self.copies.add((scalar, inward))
+        self.count += 1
+        self.lines += staging.call(run, scalar, inward, self.width, self.count)
 
     def is_empty(self, block: int) -> bool:
         return not any(self.live[node] for node in self.graph.blocks[block])
@@ -240,9 +276,53 @@ class Emitter:
             elif op == "branch":
                 self.branch(node, graph.extra[node])
             elif op == "store":
-                self.store(node)
+                if node not in self.stored:
+                    self.with_rows(node, self.store, node)
             else:
-                self.operation(node, op)
+                self.with_rows(node, self.operation, node, op)
+                for store in self.early.get(node, ()):
+                    self.store(store)
+                    self.stored.add(store)
+
+    def is_early(self, store: int) -> bool:
+        """Whether a store to a result's row may be done as soon as its value is known."""
+        graph = self.graph
+        index, value, *masks = graph.args[store]
+        return (
+            graph.block[store] == graph.block[value] == 0
+            and graph.op[index] == "const"
+            and graph.op[value] != "input"
+            and not masks
+        )
+
+    def with_rows(self, node: int, write, *arguments) -> None:
+        """Calls write(*arguments), which writes a node. Elements of operands are read from their
+        rows right before it: read earlier, they would take registers, or be kept in memory a
+        second time."""
+        args = self.graph.args[node]
+        if node in self.fused:
+            args = (*args, *self.graph.args[self.fused[node]])
+        rows = self.staging.inputs
+        self.near = {f"%v{arg}": self.row(arg) for arg in args if arg in rows}
+        write(*arguments)
+        self.near = {}
+
+    def row(self, node: int) -> str:
+        """An element of an operand, from its row, once in a stretch of instructions without
+        jumps."""
+        label, loaded = self.loaded.get(node, ("", ""))
+        if label == self.label:
+            return loaded
+        kind = self.graph.kind[node]
+        vector = self.vector("i32" if kind == "b" else TYPES[kind])
+        place = self.value(
+            f"getelementptr i32, ptr %scratch, i64 {self.staging.inputs[node] * self.width}"
+        )
+        loaded = self.value(f"load {vector}, ptr {place}, align {4 * self.width}")
+        if kind == "b":
+            loaded = self.value(f"icmp ne {vector} {loaded}, zeroinitializer")
+        self.loaded[node] = (self.label, loaded)
+        return loaded
 
     def loop(self, node: int, loop: Loop) -> None:
         before = self.label
@@ -379,6 +459,8 @@ class Emitter:
         vector = f"<{self.width} x i64>"
         if source.source == "scratch":
             return self.scratch_places(self.offsets[buffer], offset, same)
+        if buffer in self.staging.buffers:
+            return self.scratch_places(self.staging.buffers[buffer], offset, same)
         if source.source == "const":
             base = f"@table{buffer}"
             shared = True
@@ -423,10 +505,14 @@ class Emitter:
         own = self.value(f"add {vector} {row}, <{lanes}>")
         return "each", self.value(f"getelementptr i32, ptr %scratch, {vector} {own}")
 
+    def in_scratch(self, buffer: int) -> bool:
+        """Whether a buffer has rows of lanes in scratch memory."""
+        return self.graph.buffers[buffer].source == "scratch" or buffer in self.staging.buffers
+
     def load(self, node: int, buffer: int, index: int) -> None:
         graph = self.graph
         kind = graph.kind[node]
-        in_scratch = graph.buffers[buffer].source == "scratch"
+        in_scratch = self.in_scratch(buffer)
         scalar = ("i32" if kind == "b" else TYPES[kind]) if in_scratch else MEMORY_TYPES[kind]
         form, place = self.places(buffer, index)
         vector = self.vector(scalar)
@@ -478,7 +564,7 @@ class Emitter:
         buffer = graph.extra[node]
         index, value, *masks = graph.args[node]
         kind = graph.kind[value]
-        in_scratch = graph.buffers[buffer].source == "scratch"
+        in_scratch = self.in_scratch(buffer)
         scalar = ("i32" if kind == "b" else TYPES[kind]) if in_scratch else MEMORY_TYPES[kind]
         vector = self.vector(scalar)
         stored = self.of(value)
@@ -498,7 +584,10 @@ class Emitter:
                 old = self.value(f"load {vector}, ptr {place}, align {4 * self.width}")
                 mask = f"{self.vector('i1')} {self.of(masks[0])}"
                 stored = self.value(f"select {mask}, {vector} {stored}, {vector} {old}")
-            self.add(f"store {vector} {stored}, ptr {place}, align {4 * self.width}")
+            # LLVM keeps volatile stores in order. That thousands of others may come in any order
+            # is what it would spend most of its time on.
+            word = "store volatile" if buffer in self.staging.buffers else "store"
+            self.add(f"{word} {vector} {stored}, ptr {place}, align {4 * self.width}")
         else:
             mask = self.of(masks[0]) if masks else "splat (i1 true)"
             name = f"llvm.masked.scatter.{self.suffix(scalar)}.{self.suffix('ptr')}"
@@ -726,31 +815,28 @@ class Emitter:
 
     def input(self, node: int) -> None:
         """An element of an operand."""
+        if node in self.staging.inputs:
+            if node in self.carried:
+                self.names[f"%v{node}"] = self.row(node)
+            return
         operand, element = self.graph.extra[node]
         kind = self.graph.kind[node]
         scalar = MEMORY_TYPES[kind]
         align = 1 if scalar == "i8" else 4
         base = f"%operand{operand}"
-        if self.mapped[operand] and self.width > 1:
-            vector = f"<{self.width} x i64>"
-            start = self.value(f"mul {vector} %lanes, splat (i64 {self.sizes[operand]})")
-            place = self.value(f"add {vector} {start}, splat (i64 {element})")
-            pointers = self.value(f"getelementptr {scalar}, ptr {base}, {vector} {place}")
-            loaded = self.value(self.gather(scalar, pointers))
-            if kind == "b":
-                self.add(f"%v{node} = icmp ne {self.vector('i8')} {loaded}, zeroinitializer")
-            else:
-                self.names[f"%v{node}"] = loaded
-            return
         pointer = self.value(f"getelementptr {scalar}, ptr {base}, i64 {element}")
         loaded = self.value(f"load {scalar}, ptr {pointer}, align {align}")
         if kind == "b":
             loaded = self.value(f"icmp ne i8 {loaded}, 0")
         self.define_from_scalar(node, loaded)
 
-    def math_functions(self) -> list[str]:
-        """The definitions of the elementary functions that the kernel calls."""
+    def called_functions(self) -> list[str]:
+        """The definitions of the functions that the kernel calls."""
         texts = []
+        for scalar, inward in sorted(self.copies):
+            text, declarations = staging.function(scalar, inward, self.width)
+            texts.append(text)
+            self.declarations |= declarations
         for name in sorted(self.functions):
             text, declarations = vector_math.define(name, self.width)
             texts.append(text)

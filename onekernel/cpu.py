@@ -103,7 +103,7 @@ def kernel_ir(
         "ret void",
         "}",
     ]
-    functions = emitter.math_functions()
+    functions = emitter.called_functions()
     handler = handler_ir(len(sizes), results, batched)
     text = "\n".join(
         [*emitter.tables, *sorted(emitter.declarations), *functions, *kernel, *handler]

@@ -243,7 +243,7 @@ def kernel_ir(
         # have 255 registers. Without the second, NVIDIA's compiler gave the G1's kernel 32.
         f'attributes #0 = {{ "nvvm.maxntid"="{threads}" "nvvm.minctasm"="1" }}',
     ]
-    functions = emitter.math_functions()
+    functions = emitter.called_functions()
     text = "\n".join([*emitter.tables, *sorted(emitter.declarations), *functions, *kernel])
     return text, scratch
 

@@ -368,9 +368,16 @@ class Builder:
         self.for_each(shape, looped, values, outputs, body)
         return outputs
 
-    def copy_into(self, target: Memory, value: Value, mask: int | None = None) -> None:
-        """Writes value into target; with a mask only for the worlds that it names."""
-        looped = self.looped_axes(target.shape)
+    def copy_into(
+        self,
+        target: Memory,
+        value: Value,
+        mask: int | None = None,
+        unrolled: int = UNROLLED,
+    ) -> None:
+        """Writes value into target; with a mask only for the worlds that it names. unrolled: the
+        most elements to write out where a loop is not needed otherwise."""
+        looped = self.looped_axes(target.shape, unrolled)
         value = self.ready(value, looped)
 
         def body(index):

@@ -724,6 +724,125 @@ def test_empty_arrays():
     same_bits(got, jax.vmap(empty)(*inputs))
 
 
+def numbers(generator, worlds, size, dtype):
+    """Bits of every kind: NaNs with their payloads and denormals too, where nothing computes."""
+    words = generator.integers(0, 2**32, (worlds, size), dtype=np.uint32)
+    return words % 2 == 1 if dtype == "bool" else words.view(dtype)
+
+
+@NO_FALLBACK
+@pytest.mark.parametrize("dtype", ["float32", "int32", "uint32", "bool"])
+def test_arrays_of_any_size_come_and_go(dtype):
+    """A kernel moves elements in blocks of as many as a vector has lanes, of all worlds in a vector
+    at once; neither worlds nor elements need fill one. To the bit, and nothing beyond the end."""
+    sizes = (0, 1, 15, 16, 17, 33, 130)
+
+    def shuffled(xp, *arrays):
+        results = {}
+        for size, x in zip(sizes, arrays, strict=True):
+            results[size] = {
+                "unchanged": x,
+                "reversed": x[::-1],
+                "inner": x[1:-1],
+                "moved": xp.roll(x, 3),
+                "joined": xp.concatenate([arrays[3], x, arrays[1]]),
+            }
+        return results
+
+    compiled = onekernel.compile(functools.partial(shuffled, jnp))
+    generator = np.random.default_rng(0)
+    for worlds, axes in ((1, (0,) * 7), (37, (0,) * 7), (18, (0, None, 0, None, 0, None, 0))):
+        arrays = [numbers(generator, worlds, size, dtype) for size in sizes]
+        own = [x if axis == 0 else x[0] for x, axis in zip(arrays, axes, strict=True)]
+        got = jax.tree.map(np.asarray, jax.vmap(compiled, in_axes=axes)(*own))
+        for world in range(worlds):
+            own = [x[world if axis == 0 else 0] for x, axis in zip(arrays, axes, strict=True)]
+            mine = jax.tree.leaves(jax.tree.map(lambda x, world=world: x[world], got))
+            for one, other in zip(mine, jax.tree.leaves(shuffled(np, *own)), strict=True):
+                assert (one.dtype, one.shape) == (other.dtype, other.shape)
+                assert one.tobytes() == other.tobytes()
+
+
+@NO_FALLBACK
+def test_few_elements_of_a_large_array():
+    """Those that are read lie far apart."""
+
+    def read(x):
+        return x[0] + x[3] * x[500], x[jnp.array([998, 17, 999, 2])]
+
+    x = np.random.default_rng(0).normal(size=(19, 1000)).astype(np.float32)
+    close(jax.vmap(onekernel.compile(read))(x), jax.vmap(read)(x))
+
+
+@NO_FALLBACK
+@pytest.mark.parametrize("size", [40, 5000])
+def test_arrays_that_stay_in_memory(monkeypatch, size):
+    """As in programs that are too large to be taken apart: loops read operands and write results."""
+    monkeypatch.setattr(onekernel.api, "SCALAR_LIMITS", (8,))
+
+    def looped(x, n, flags, place):
+        doubled = x * 2
+        return doubled, x, ~flags, jnp.where(flags, n, -n)[::-1], jnp.cumsum(n), doubled[place]
+
+    generator = np.random.default_rng(0)
+    inputs = (
+        generator.normal(size=(21, size)).astype(np.float32),
+        generator.integers(-9, 9, (21, size)).astype(np.int32),
+        generator.integers(0, 2, (21, size)) == 1,
+        generator.integers(0, size, 21).astype(np.int32),
+    )
+    got = jax.vmap(onekernel.compile(looped))(*inputs)
+    same_bits(got, jax.jit(jax.vmap(looped), compiler_options=QUICK)(*inputs))
+    axes = (0, None, 0, 0)
+    inputs = (inputs[0], inputs[1][4], *inputs[2:])
+    got = jax.vmap(onekernel.compile(looped), in_axes=axes)(*inputs)
+    same_bits(got, jax.jit(jax.vmap(looped, in_axes=axes), compiler_options=QUICK)(*inputs))
+
+
+@NO_FALLBACK
+def test_arguments_that_loops_and_branches_carry():
+    """Not as an operand of any operation, but as a start, a next value, a condition, a result."""
+
+    def carried(x, flag, n):
+        last = lax.fori_loop(0, n, lambda i, pair: (pair[1], x[2]), (x[0], x[1]))
+        again = lax.fori_loop(
+            0, 40, lambda i, three: (three[1], x[2], three[2] * three[0]), (x[0], x[1], x[3])
+        )
+        picked = lax.cond(flag[0], lambda: (x[3], flag[1]), lambda: (x[4] * x[3], flag[2]))
+        asked = lax.while_loop(
+            lambda c: c[0], lambda c: (c[1], flag[0], c[2] + x[0]), (*flag, x[5])[1:]
+        )
+        return last, again, picked, asked
+
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(37, 6)).astype(np.float32)
+    flag = np.stack([np.zeros(37), np.arange(37) % 2, np.arange(37) % 3 == 0], 1) == 1
+    n = np.arange(37) % 4
+    close(jax.vmap(onekernel.compile(carried))(x, flag, n), jax.vmap(carried)(x, flag, n))
+
+
+@NO_FALLBACK
+def test_elements_cost_the_same_code_each():
+    """An operand's element is read by an instruction, not gathered from as many places as there are
+    lanes; and a result's written so."""
+
+    def lines(size):
+        kernel = onekernel.compile(lambda x, y: (x * y, y)).kernel(
+            onekernel.api.Signature.of(
+                *jax.tree.flatten(((np.ones(size, np.float32), np.ones(size, np.float32)), {}))
+            )
+        )
+        text, _ = onekernel.cpu.kernel_ir(
+            kernel.graph("cpu"), [True, True], [size, size], 2, batched=True
+        )
+        assert "gather" not in text
+        assert "scatter" not in text
+        return text.count("\n")
+
+    # Addresses and reads of two numbers, their product, its address, its write.
+    assert lines(2000) - lines(1000) == 7 * 1000
+
+
 @NO_FALLBACK
 def test_no_worlds():
     step = onekernel.compile(lambda x: jnp.sin(x).sum())
