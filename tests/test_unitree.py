@@ -16,7 +16,6 @@ import tomllib
 import types
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +62,7 @@ def rotation(quat) -> np.ndarray:
 
 # ---- Model
 
-BUILDS = partial(unitree.load_model, dt=0.002), partial(unitree.training_model, decimation=4)
+BUILDS = partial(unitree.load_model, dt=0.002), partial(unitree.load_model, dt=0.005, drawn=False)
 
 def reference_model() -> mujoco.MjModel:
     """The facts as MJCF, in lines that share nothing with the script's."""
@@ -102,7 +101,7 @@ def test_model_is_the_robot(build):
     assert model.actuator_trnid[:, 0].tolist() == list(range(1, 13))  # one motor for each joint, in order
     assert model.body_mass.sum() == pytest.approx(FACTS["total_mass"], abs=1e-6)
     exact = "body_mass body_ipos body_parentid jnt_range jnt_axis jnt_type dof_armature dof_damping".split()
-    for name in exact:
+    for name in exact + ["dof_frictionloss"]:
         np.testing.assert_allclose(getattr(model, name), getattr(facts, name), atol=1e-6, err_msg=name)
     np.testing.assert_allclose(model.body_pos[2:], facts.body_pos[2:], atol=1e-6)
     np.testing.assert_allclose(model.body_quat[2:], facts.body_quat[2:], atol=1e-6)
@@ -114,17 +113,6 @@ def test_model_is_the_robot(build):
     np.testing.assert_array_equal(model.geom_bodyid[soles], np.repeat(FEET, 4))
     np.testing.assert_allclose(model.geom_pos[soles], 2 * FACTS["sole_centers"], atol=1e-6)
     np.testing.assert_allclose(model.geom_size[soles, 0], FACTS["sole_radius"])
-
-def test_training_model_differs_only_as_documented():
-    """MJX gets the same masses, joints and motors, without dry friction, at a step that divides the control step."""
-    exact = unitree.load_model(ROBOT, 0.002)
-    np.testing.assert_array_equal(exact.dof_frictionloss, reference_model().dof_frictionloss)
-    for decimation in (4, 5, 10):
-        fast = unitree.training_model(ROBOT, decimation)
-        assert fast.opt.timestep * decimation == pytest.approx(0.02)
-        for name in "body_mass body_inertia body_iquat jnt_range dof_armature actuator_ctrlrange qpos0".split():
-            np.testing.assert_array_equal(getattr(fast, name), getattr(exact, name), err_msg=name)
-        assert not fast.dof_frictionloss.any() and fast.opt.integrator == exact.opt.integrator
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_mass_matrix_and_bias_force(build):
@@ -292,7 +280,7 @@ def env():
 @pytest.fixture(scope="module")
 def starts(env):
     """WORLDS resets, two with the command to stand, each action late by another number of physics steps."""
-    state = run(jax.vmap(env.reset), jax.random.split(jax.random.key(0), WORLDS))
+    state = jax.vmap(unitree.kernel(env.reset))(jax.random.split(jax.random.key(0), WORLDS))
     state = with_info(state, command=state.info["command"].at[:2].set(0.0))
     return with_domain(state, delay=jnp.arange(WORLDS) % 5)
 
@@ -302,61 +290,24 @@ def with_info(state, **changes):
 def with_domain(state, **changes):
     return with_info(state, domain=state.info["domain"] | changes)
 
-def model_arrays(env):
-    payloads = {name: jnp.asarray(values, jnp.float32) for name, values in env.payloads.items()}
-    return jax.tree.leaves(env.model), payloads
+@pytest.fixture(scope="module")
+def step(env):
+    """(state, action) -> state, of WORLDS worlds of `env` or of another one."""
+    programs = {}
+    def call(state, action, other=env):
+        programs[other] = programs.get(other) or jax.jit(jax.vmap(unitree.kernel(other.step)))
+        return programs[other](state, jnp.asarray(action, jnp.float32))
+    return call
 
 @pytest.fixture(scope="module")
-def lowered(env, starts):
-    """The step of all worlds, traced; which constraint solver MJX has is decided there."""
-    tree = jax.tree.structure(env.model)
-    def step(leaves, payloads, state, action):
-        variant = copy.copy(env)
-        variant.model, variant.payloads = jax.tree.unflatten(tree, leaves), payloads
-        return jax.vmap(variant.step)(state, action)
-    return jax.jit(step).lower(*model_arrays(env), starts, jnp.zeros((WORLDS, 12)))
-
-@pytest.fixture(scope="module")
-def compiled(lowered):
-    return lowered.compile(QUICK)
-
-@pytest.fixture(scope="module")
-def step(env, compiled):
-    """(state, action) -> state, of WORLDS worlds of `env` or of another one that differs in its model's numbers."""
-    return lambda state, action, other=env: compiled(*model_arrays(other), state, jnp.asarray(action, jnp.float32))
-
-@pytest.fixture(scope="module")
-def plain(env, starts):
-    """iterations or None -> one physics step of one world, without vmap, traced: by our solver as it is set, or as MJX
-    itself has it, with that many iterations of its solver and of its line search."""
-    data, domain = jax.tree.map(lambda x: x[0], (starts.data, starts.info["domain"]))
-    def trace(iterations: int | None):
-        single = copy.copy(env)
-        single.args = dataclasses.replace(env.args, decimation=1)
-        if iterations:
-            option = env.model.opt.replace(iterations=iterations, ls_iterations=iterations)
-            single.model = env.model.replace(opt=option)
-        ours = mock.patch("mujoco.mjx._src.solver.solve", unitree.solve_constraints)
-        with jax.default_matmul_precision("highest"), contextlib.nullcontext() if iterations else ours:
-            return jax.jit(single.advance).lower(data, jnp.zeros(12), jnp.zeros(12), domain)
-    return trace
-
-def control_step(compiled, state, action):
-    """Data and readings of a control step by `plain`, world by world and physics step by physics step."""
-    rows = []
+def advanced(env, moments):
+    """Data and readings of the moments' control step, world by world."""
+    (state, action), rows = moments, []
+    advance = jax.jit(unitree.kernel(env.advance))
     for i in range(WORLDS):
-        data, before, domain = jax.tree.map(lambda x, i=i: x[i], (
-            state.data, state.info["action"], state.info["domain"]))
-        for substep in range(4):
-            late = domain | {"delay": jnp.where(substep < domain["delay"], 1, 0)}
-            data, readings = compiled(data, jnp.asarray(action[i]), before, late)
-        rows.append((data, readings))
+        rows.append(advance(*jax.tree.map(lambda x, i=i: x[i], (
+            state.data, jnp.asarray(action), state.info["action"], state.info["domain"]))))
     return jax.tree.map(lambda *leaves: np.array(leaves), *rows)
-
-@pytest.fixture(scope="module")
-def converged(plain, moments):
-    """`control_step` of the moments, its solver run to the end."""
-    return control_step(plain(CONVERGED).compile(QUICK), *moments)
 
 @pytest.fixture(scope="module")
 def moments(step, starts):
@@ -372,8 +323,6 @@ def moments(step, starts):
     chosen[:4] *= 8  # some torques are beyond their limits
     return jax.tree.map(pick, *states), chosen
 
-CONVERGED = 50  # iterations, by which the solver has stopped by itself
-
 def c_readings(model, data) -> dict[str, np.ndarray]:
     """What C MuJoCo says about the feet at the present position and velocity, before any integration."""
     still, velocities, velocity = mujoco.MjData(model), [], np.zeros(6)
@@ -387,10 +336,10 @@ def c_readings(model, data) -> dict[str, np.ndarray]:
             "contact": np.array([foot in touching for foot in FEET])}
 
 def c_model(env, row: int) -> mujoco.MjModel:
-    """The training model with one of the payloads, compiled by MuJoCo from MJCF that says so."""
+    """The model with one of the payloads, compiled by MuJoCo from MJCF that says so."""
     mass, center = env.payloads["body_mass"][row, 1], env.payloads["body_ipos"][row, 1]
     robot = dataclasses.replace(ROBOT, mass=float(mass), center=tuple(map(float, center)))
-    return unitree.training_model(robot, 4)
+    return unitree.load_model(robot, 0.005, drawn=False)
 
 @pytest.fixture(scope="module")
 def original(env, moments):
@@ -401,7 +350,6 @@ def original(env, moments):
     for i in range(WORLDS):
         model = c_model(env, int(domain["payload"][i]))
         model.geom_friction[model.geom_type == mujoco.mjtGeom.mjGEOM_SPHERE, 0] = domain["friction"][i]
-        model.opt.iterations = model.opt.ls_iterations = CONVERGED
         data = mujoco.MjData(model)
         data.qpos[:], data.qvel[:], data.qacc_warmstart[:] = (x[i] for x in (
             state.data.qpos, state.data.qvel, state.data.qacc_warmstart))
@@ -425,116 +373,21 @@ def test_moments_are_not_easy(moments, original):
     assert set(np.asarray(state.info["domain"]["delay"])) == set(range(5))
     assert len(np.unique(state.info["domain"]["payload"])) > 10 and np.ptp(state.info["domain"]["friction"]) > 0.5
 
-def test_physics_is_c_mujocos(moments, converged, original):
-    """A control step of the training model, its solver run to the end, is C MuJoCo's by each world's payload, friction,
-    gains, strength and delay; but for rounding in single precision, which contacts magnify."""
-    data, readings = converged
-    np.testing.assert_allclose(data.qpos, original["qpos"], atol=5e-6)  # m or rad; observed: 5e-7
-    np.testing.assert_allclose(data.qvel, original["qvel"], atol=5e-4)  # m/s or rad/s; observed: 6e-5
+def test_physics_is_c_mujocos(advanced, original):
+    """A control step is C MuJoCo's by each world's payload, friction, gains, strength and delay; but for rounding in
+    single precision, which contacts magnify."""
+    data, readings = advanced
+    np.testing.assert_allclose(data.qpos, original["qpos"], atol=5e-6)  # m or rad
+    np.testing.assert_allclose(data.qvel, original["qvel"], atol=5e-4)  # m/s or rad/s
     np.testing.assert_allclose(readings["torque"], original["torque"], atol=5e-3)
 
-def test_readings_mean_the_state_before_the_last_integration(converged, original):
+def test_readings_mean_the_state_before_the_last_integration(advanced, original):
     """Feet are read where C MuJoCo has them before the last integration, which is not where they are after it."""
-    _, readings = converged
+    _, readings = advanced
     for name, most in (("foot_height", 1e-6), ("foot_velocity", 5e-4), ("contact", 0)):
         before, after = (np.float64(original[when][name]) for when in ("before", "after"))
         np.testing.assert_allclose(np.float64(readings[name]), before, atol=most, err_msg=name)
         assert np.abs(before - after).max() > max(100 * most, 0.5 if name == "contact" else 0), name
-
-def test_training_physics_stays_close(moments, step, converged):
-    """Few iterations of the solver are an approximation: this is what they cost in a control step of random actions."""
-    state = step(*moments)
-    for mine, other, median, most in ((state.data.qpos, converged[0].qpos, 0.03, 0.1),
-                                      (state.data.qvel, converged[0].qvel, 3.0, 15.0)):
-        error = np.abs(np.asarray(mine) - other)[4:].max(axis=1)
-        assert np.median(error) < median and error.max() < most  # about three times what is observed
-
-# ---- The constraint solver
-
-def constrained(random, worlds):
-    """A problem of the solver for so many worlds, worlds first: M, J, d, aim, push, guess."""
-    n, k = 18, 44
-    root = random.standard_normal((worlds, n, n))
-    mass = root @ root.swapaxes(1, 2) + 0.1 * np.eye(n)
-    return (mass, random.standard_normal((worlds, k, n)), random.uniform(1, 100, (worlds, k)),
-            random.standard_normal((worlds, k)), 10 * random.standard_normal((worlds, n)),
-            random.standard_normal((worlds, n)))
-
-def test_systems_are_solved_as_numpy_does():
-    """Symmetric positive definite ones, worlds last."""
-    def solve(mass, right):
-        return unitree.solve_spd(lambda j: mass[j:, j], right)
-    mass, *_, right = constrained(np.random.default_rng(0), WORLDS)
-    with jax.enable_x64(True):
-        found = run(solve, np.moveaxis(mass, 0, -1), right.T)
-        np.testing.assert_allclose(found.T, np.linalg.solve(mass, right[..., None])[..., 0], rtol=1e-8)
-
-def test_solver_ends_where_the_cost_is_least():
-    """There the constraints' forces hold the balance, and they only push; from anywhere, whatever the worlds beside."""
-    problem = constrained(np.random.default_rng(0), WORLDS)
-    with jax.enable_x64(True):
-        last = [np.moveaxis(x, 0, -1) for x in problem]
-        found, force, pull = (np.moveaxis(x, -1, 0) for x in run(partial(unitree.newton, 30, 10), *last))
-        alone, *_ = run(partial(unitree.newton, 30, 10), *(x[..., :1] for x in last))
-    mass, jacobian, stiffness, aim, push, _ = problem
-    balance = np.einsum("wij,wj->wi", mass, found) - push - np.einsum("wki,wk->wi", jacobian, force)
-    slack = np.einsum("wki,wi->wk", jacobian, found) - aim
-    np.testing.assert_allclose(balance, 0, atol=1e-8)
-    np.testing.assert_allclose(pull, np.einsum("wki,wk->wi", jacobian, force), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(force, np.maximum(-stiffness * slack, 0), rtol=1e-9, atol=1e-9)
-    assert (force > 0).any() and (force == 0).any()
-    np.testing.assert_allclose(alone[:, 0], found[0], rtol=1e-9)
-
-@pytest.mark.parametrize("backend, loops", [("cpu", 2), ("gpu", 1)])
-def test_line_search_is_a_loop_on_a_cpu_alone(monkeypatch, backend, loops):
-    """The other loop is over the iterations."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    problem = (np.moveaxis(x, 0, -1) for x in constrained(np.random.default_rng(3), WORLDS))
-    program = jax.jit(partial(unitree.newton, 2, 4)).lower(*problem).as_text()
-    assert program.count("stablehlo.while") == loops
-
-def test_a_step_of_the_solver_never_makes_the_cost_larger():
-    """Neither the first nor later ones, also with few steps of its search."""
-    problem = constrained(np.random.default_rng(1), WORLDS)
-    def cost(a):
-        mass, jacobian, stiffness, aim, push, _ = problem
-        slack = np.minimum(np.einsum("wki,wi->wk", jacobian, a) - aim, 0)
-        return (np.einsum("wi,wij,wj->w", a, mass, a) / 2 - (push * a).sum(axis=1)
-                + (stiffness * slack**2).sum(axis=1) / 2)
-    costs = [cost(problem[-1])]
-    with jax.enable_x64(True):
-        for iterations in 1, 2, 3:
-            last = [np.moveaxis(x, 0, -1) for x in problem]
-            costs.append(cost(np.moveaxis(run(partial(unitree.newton, iterations, 4), *last)[0], -1, 0)))
-    assert (np.diff(costs, axis=0) < 1e-9).all() and (costs[1] < costs[0]).all()
-
-def test_search_ends_where_the_slope_is_zero():
-    """Of the first step with a long search: downhill at its start, level at its end."""
-    problem = constrained(np.random.default_rng(2), 10 * WORLDS)
-    mass, jacobian, stiffness, aim, push, guess = problem
-    with jax.enable_x64(True):
-        last = [np.moveaxis(x, 0, -1) for x in problem]
-        found = np.moveaxis(run(partial(unitree.newton, 1, 40), *last)[0], -1, 0)
-    def slope(a):
-        slack = np.minimum(np.einsum("wki,wi->wk", jacobian, a) - aim, 0)
-        gradient = np.einsum("wij,wj->wi", mass, a) - push + np.einsum("wki,wk->wi", jacobian, stiffness * slack)
-        return (gradient * (found - guess)).sum(axis=1)
-    assert (slope(guess) < 0).all()
-    assert (np.abs(slope(found)) < 1e-6 * -slope(guess)).all()
-
-def test_solver_agrees_with_mjx(env, moments):
-    """Accelerations in MJX by its own solver and by ours, both run to the end, of robots on the floor: of many worlds,
-    and of one."""
-    data, option = moments[0].data, env.model.opt.replace(iterations=CONVERGED, ls_iterations=CONVERGED)
-    def accelerate(data):
-        return mjx.forward(env.model.replace(opt=option), env.template.replace(**vars(data))).qacc
-    theirs = np.asarray(jax.jit(jax.vmap(accelerate))(data))
-    with mock.patch("mujoco.mjx._src.solver.solve", unitree.solve_constraints):
-        ours = np.asarray(jax.jit(jax.vmap(lambda data: accelerate(data)))(data))
-        one = jax.jit(lambda data: accelerate(data))(jax.tree.map(lambda x: x[0], data))
-    scale = np.abs(theirs).max(axis=1, keepdims=True)
-    np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-4)  # observed: 1e-5
-    np.testing.assert_allclose(one, ours[0], rtol=1e-3, atol=1e-3 * scale[0, 0])
 
 @pytest.mark.parametrize("command", [
     (1.0, 0, 0), (-0.5, 0, 0), (0, 0.4, 0), (0, 0, 0.6), (0.5, 0.2, 0.5), (0, 0, 0)])
@@ -564,12 +417,11 @@ def test_stepping_motion_follows_the_command(command):
         assert (middle[0][2] > landing[0][2] + 0.05) == any(command)
     assert any(command) or (data.qpos[7:] == DEFAULT).all()
 
-def test_worlds_move_alone_as_they_do_together(compiled, step, plain, moments):
-    """The step factorises nothing by LAPACK; alone and without vmap each world moves the same; the rewards are those of
-    what was read there, and of the state after the step."""
-    assert "potrf" not in compiled.as_text() and "potrf" in plain(2).compile(QUICK).as_text()
+def test_worlds_move_alone_as_they_do_together(step, advanced, moments):
+    """Alone and without vmap each world moves the same; the rewards are those of what was read there, and of the state
+    after the step."""
     (state, action), new = moments, step(*moments)
-    data, readings = control_step(plain(None).compile(QUICK), state, action)
+    data, readings = advanced
     np.testing.assert_allclose(new.data.qpos, data.qpos, atol=5e-6)  # observed: 6e-7
     np.testing.assert_allclose(new.data.qvel, data.qvel, atol=5e-4)  # observed: 7e-5
     qpos, qvel, info = np.float64(new.data.qpos), np.float64(new.data.qvel), state.info
@@ -686,7 +538,7 @@ def test_payloads_are_compiled_models(env):
             equal = np.allclose(mine, other, rtol=1e-6, atol=1e-9)
             same, unequal = same + equal, unequal + [] if equal else [*unequal, jax.tree_util.keystr(path)]
         assert same > 100 and set(unequal) <= UNUSED, unequal
-    usual = mjx.put_model(unitree.training_model(ROBOT, 4), impl="jax")
+    usual = mjx.put_model(unitree.load_model(ROBOT, 0.005, drawn=False), impl="jax")
     assert_same(env.model, usual)  # drawing payloads leaves the robot as it was
 
 def test_every_randomised_number_changes_the_physics(step, moments):
@@ -775,7 +627,7 @@ def make(kind, args):
 @functools.cache
 def make_reset(env):
     """Keys [1000] -> states."""
-    return jax.jit(jax.vmap(env.reset)).lower(jax.random.split(jax.random.key(0), 1000)).compile(QUICK)
+    return jax.jit(jax.vmap(unitree.kernel(env.reset))).lower(jax.random.split(jax.random.key(0), 1000)).compile()
 
 def reset_worlds(env, count: int):
     return jax.tree.map(lambda x: x[:count], make_reset(env)(jax.random.split(jax.random.key(0), 1000)))
@@ -847,7 +699,7 @@ def test_domains_cover_their_ranges():
     for name, value in {"friction": 0.8, "stiffness": 1, "damping": 1, "strength": 1, "delay": 0}.items():
         np.testing.assert_allclose(domain[name], value, rtol=1e-6)
     for name, values in env.payloads.items():
-        robots = getattr(unitree.training_model(ROBOT, 4), name)
+        robots = getattr(unitree.load_model(ROBOT, 0.005, drawn=False), name)
         np.testing.assert_allclose(values, np.stack([robots] * unitree.NUM_PAYLOADS), rtol=1e-9)
 
 def test_resets():
