@@ -7,7 +7,7 @@ import functools
 
 import llvmlite.binding as llvm
 
-from onekernel import ffi, staging, vector_math
+from onekernel import ffi, slots, vector_math
 from onekernel.codegen import Emitter
 from onekernel.graph import Graph
 
@@ -65,7 +65,7 @@ def kernel_ir(
     width = width or vector_width()
     emitter = Emitter(graph, width, mapped, sizes)
     emitter.emit()
-    memory, lines = staging.in_memory(emitter.lines, "body", width)
+    memory, lines = slots.in_memory(emitter.lines, "body", width)
     arguments = [
         *(f"ptr noalias %operand{i}" for i in range(len(sizes))),
         *(f"ptr noalias %result{i}" for i in range(results)),

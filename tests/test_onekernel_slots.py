@@ -1,4 +1,4 @@
-"""Values kept in memory between the blocks of a kernel (onekernel/staging.py)."""
+"""Values kept in memory between the blocks of a kernel (onekernel/slots.py)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("llvmlite")
 
 import onekernel
-from onekernel import staging
+from onekernel import slots
 
 
 def program(x):
@@ -56,11 +56,11 @@ def test_memory_changes_no_bit(monkeypatch, worlds):
         staged.append(sum(line.startswith("%loaded") for line in changed))
         return first, changed
 
-    real = staging.in_memory
-    monkeypatch.setattr(staging, "in_memory", in_memory)
+    real = slots.in_memory
+    monkeypatch.setattr(slots, "in_memory", in_memory)
     with_memory = jax.vmap(onekernel.compile(lambda x: program(x)))(x)
     assert staged[0] > 20
-    monkeypatch.setattr(staging, "in_memory", lambda lines, label, width: ([], lines))
+    monkeypatch.setattr(slots, "in_memory", lambda lines, label, width: ([], lines))
     without = jax.vmap(onekernel.compile(lambda x: program(x)))(x)
     for one, other in zip(with_memory, without, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -86,7 +86,7 @@ store <8 x float> %v9, ptr %p, align 32""".split("\n")
 
 
 def test_a_result_takes_over_the_memory_of_what_it_replaces():
-    _, lines = staging.in_memory(BODY, "body", 8)
+    _, lines = slots.in_memory(BODY, "body", 8)
     text = "\n".join(lines)
     assert "%v9 = phi" not in text
     (slot,) = {line.split("ptr ")[1] for line in lines if line.startswith("store <8 x float> %v8")}
@@ -96,5 +96,5 @@ def test_a_result_takes_over_the_memory_of_what_it_replaces():
 
 def test_what_the_next_turn_needs_is_not_replaced():
     body = [line.replace("[%v6, %loop5]", "[%v1, %loop5]") for line in BODY]
-    _, lines = staging.in_memory(body, "body", 8)
+    _, lines = slots.in_memory(body, "body", 8)
     assert any(line.startswith("%v9 = phi") for line in lines)
