@@ -12,6 +12,7 @@ pointers to the arrays and to scratch memory; %lanes, the number of every lane's
 width 1 there is no %lanes, and the pointers are to what is the world's own. On a CPU most operands
 and results are read and written as rows of scratch memory (staging.py)."""
 
+import functools
 import struct
 
 from onekernel import staging, vector_math
@@ -385,30 +386,59 @@ class Emitter:
         if self.width == 1:
             self.scalar_branch(node, branch, outs)
             return
-        sides = []
-        for which, block in enumerate(branch.blocks):
-            if self.is_empty(block):
-                sides.append([self.of(branch.results[which][index]) for index, _ in outs])
-                continue
-            before = self.label
-            inside, after = f"side{node}.{which}", f"joined{node}.{which}"
-            wanted = self.any(branch.wanted[which])
-            self.add(f"br i1 {wanted}, label %{inside}, label %{after}")
-            self.start(inside)
-            self.block(block)
-            last = self.label
-            self.add(f"br label %{after}")
-            self.start(after)
-            side = []
-            for index, out in outs:
-                result = self.of(branch.results[which][index])
-                kind = self.type(out)
-                side.append(f"phi {kind} [{result}, %{last}], [zeroinitializer, %{before}]")
-            sides.append([self.value(phi) for phi in side])
-        condition = self.of(branch.condition)
-        for (_, out), yes, no in zip(outs, *sides, strict=True):
-            kind = self.type(out)
-            self.add(f"%v{out} = select {self.vector('i1')} {condition}, {kind} {yes}, {kind} {no}")
+        filled = [which for which in (0, 1) if not self.is_empty(branch.blocks[which])]
+        if not filled:
+            sides = [self.results(branch, which, outs) for which in (0, 1)]
+            for (_, out), name in zip(outs, self.chosen(branch, outs, *sides), strict=True):
+                self.names[f"%v{out}"] = name
+            return
+        zeros = ["zeroinitializer"] * len(outs)
+        if len(filled) == 2:
+            names = [self.fresh() for _ in outs]
+            inside = functools.partial(self.results, branch, 0, outs)
+            self.skippable(node, branch, 0, outs, names, inside, zeros)
+            other = names
+        else:
+            other = self.results(branch, 1 - filled[0], outs)
+
+        # What each world gets is chosen within the last block. So there is nothing to do for all
+        # these results where it is skipped: they are the other side's.
+        def choose() -> list[str]:
+            own = self.results(branch, filled[-1], outs)
+            sides = (own, other) if filled[-1] == 0 else (other, own)
+            return self.chosen(branch, outs, *sides)
+
+        names = [f"%v{out}" for _, out in outs]
+        self.skippable(node, branch, filled[-1], outs, names, choose, other)
+
+    def skippable(
+        self, node: int, branch: Branch, which: int, outs, names: list[str], results, otherwise
+    ) -> None:
+        """A block of a branch, and `names` for the results that it has, or for `otherwise`, if no
+        world wants it. results: writes, within the block, what it ends with, and gives the names"""
+        before = self.label
+        inside, after = f"side{node}.{which}", f"joined{node}.{which}"
+        self.add(f"br i1 {self.any(branch.wanted[which])}, label %{inside}, label %{after}")
+        self.start(inside)
+        self.block(branch.blocks[which])
+        ends = results()
+        last = self.label
+        self.add(f"br label %{after}")
+        self.start(after)
+        for (_, out), name, end, skipped in zip(outs, names, ends, otherwise, strict=True):
+            self.add(f"{name} = phi {self.type(out)} [{end}, %{last}], [{skipped}, %{before}]")
+
+    def results(self, branch: Branch, side: int, outs) -> list[str]:
+        return [self.of(branch.results[side][index]) for index, _ in outs]
+
+    def chosen(self, branch: Branch, outs, yes: list[str], no: list[str]) -> list[str]:
+        """Of each result, what each world gets."""
+        condition = f"{self.vector('i1')} {self.of(branch.condition)}"
+        kinds = [self.type(out) for _, out in outs]
+        return [
+            self.value(f"select {condition}, {kind} {first}, {kind} {second}")
+            for kind, first, second in zip(kinds, yes, no, strict=True)
+        ]
 
     def scalar_branch(self, node: int, branch: Branch, outs) -> None:
         yes, no, after = f"yes{node}", f"no{node}", f"joined{node}"

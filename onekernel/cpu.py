@@ -7,7 +7,7 @@ import functools
 
 import llvmlite.binding as llvm
 
-from onekernel import ffi, vector_math
+from onekernel import ffi, slots, vector_math
 from onekernel.codegen import Emitter
 from onekernel.graph import Graph
 
@@ -65,6 +65,7 @@ def kernel_ir(
     width = width or vector_width()
     emitter = Emitter(graph, width, mapped, sizes)
     emitter.emit()
+    memory, lines = slots.in_memory(emitter.lines, "body", width)
     arguments = [
         *(f"ptr noalias %operand{i}" for i in range(len(sizes))),
         *(f"ptr noalias %result{i}" for i in range(results)),
@@ -82,6 +83,7 @@ def kernel_ir(
     kernel = [
         f"define internal void @kernel({', '.join(arguments)}) {vector_math.SUBNORMALS} {{",
         "entry:",
+        *memory,
         "%last = sub i64 %worlds, 1",
         f"%last.one = insertelement {vector} zeroinitializer, i64 %last, i32 0",
         f"%last.all = {spread.format('%last.one')}",
@@ -93,7 +95,7 @@ def kernel_ir(
         f"%world.all = {spread.format('%world.one')}",
         f"%lanes.all = add {vector} %world.all, <{lanes}>",
         f"%lanes = call {vector} @{minimum}({vector} %lanes.all, {vector} %last.all)",
-        *emitter.lines,
+        *lines,
         "br label %next",
         "next:",
         f"%world.next = add i64 %world, {width}",

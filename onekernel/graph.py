@@ -16,8 +16,10 @@ be that no world needs it.
 Arrays too large to be taken apart live in buffers, with one slot of memory for each element and
 world; `load` and `store` keep the order in which they were made.
 
-A constant zero times anything is zero here, also if the other factor is infinite or NaN, and `x
-+ 0` is x, also if x is -0. It is what makes a robot's zeros vanish; see docs/onekernel.md."""
+A constant zero times anything is zero here, also if the other factor is infinite or NaN; so is
+`x - x`, also if x is infinite or NaN; and `x + 0` is x, also if x is -0. It is what makes a
+robot's zeros vanish: what moves both of two parts alike cancels in their contact. See
+docs/onekernel.md."""
 
 import dataclasses
 import math
@@ -271,8 +273,8 @@ class Graph:
             return self.neg(kind, b)
         if self.op[b] == "neg":
             return self.add(kind, a, self.args[b][0])
-        if a == b and kind != "f":
-            return self.const(kind, 0)
+        if a == b:
+            return self.const(kind, 0.0 if kind == "f" else 0)
         return self.emit("sub", kind, a, b)
 
     def neg(self, kind: str, a: int) -> int:
