@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import io
 import math
 import pathlib
 import pickle
+import sys
 import threading
 import warnings
 
@@ -177,6 +179,16 @@ def source_hash(file: str) -> str:
     return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
 
 
+class StructureReader(pickle.Unpickler):
+    """Reads the structure of a function's results. It loads no module for the classes in it: those
+    that the function returns belong to modules that are here already."""
+
+    def find_class(self, module: str, name: str):
+        if module not in sys.modules:
+            raise pickle.UnpicklingError(f"{module} is not loaded")
+        return super().find_class(module, name)
+
+
 class Kernel:
     """A function, traced for arguments of certain types.
 
@@ -199,7 +211,10 @@ class Kernel:
                 raise Unsupported(f"arguments of type {dtype}")
         mark = fingerprint.fingerprint(function, signature.tree)
         if mark is not None:
-            text = "\n".join((mark, signature.text(), versions()))
+            # A file that runs as the script and one that is imported have classes of their own, and
+            # the results' structure may hold them.
+            module = getattr(function, "__module__", "")
+            text = "\n".join((mark, module, signature.text(), versions()))
             self.key = hashlib.sha256(text.encode()).hexdigest()
             if self.restore():
                 return
@@ -228,7 +243,7 @@ class Kernel:
             return False
         try:
             header, (tree,) = cache.unpack(entry)
-            self.out_tree = pickle.loads(tree)
+            self.out_tree = StructureReader(io.BytesIO(tree)).load()
             self.out_shapes = [tuple(shape) for shape in header["shapes"]]
             self.out_dtypes = header["dtypes"]
             self.out_impls = header["impls"]

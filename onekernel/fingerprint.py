@@ -661,9 +661,7 @@ class _Walk:
             if isinstance(item, classmethod):  # it is given the class, and may construct one
                 children.append(kind)
             children += [name, item]
-        # With its module: the same file as the script that runs and as a module are different classes,
-        # and the pickled structure of a function's results names the module.
-        self.write("class", kind.__module__, kind.__qualname__, children=children)
+        self.write("class", kind.__qualname__, children=children)
 
     def visit_field(self, value: dataclasses.Field) -> None:
         settings = (value.name, value.init, value.compare, value.kw_only, value._field_type.name)

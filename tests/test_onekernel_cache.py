@@ -703,12 +703,11 @@ def test_parts_of_an_environment_count(hopper):
     assert of(ppo_mjx.Env("Hopper").step) == first
     found = {first}
     assert of(ppo_mjx.Env("Walker2d").step) not in found | {None}
-    assert of(ppo_mjx.Env("Hopper", "mjx").step) not in found | {None}
     for change in (
-        mock.patch.object(ppo_mjx, "solve_spd", lambda column, right: right),
-        mock.patch.object(ppo_mjx, "WORLDS_AT_ONCE", 64),
+        mock.patch.object(ppo_mjx, "physics_step", lambda model, data: data),
+        mock.patch.object(ppo_mjx, "onekernel", None),
         mock.patch.object(ppo_mjx.Env, "MAX_SPEED", 100.0),
-        mock.patch.object(hopper, "substeps", 2),
+        mock.patch.object(hopper, "control_dt", 2.0),
         mock.patch.object(hopper, "model", hopper.model.tree_replace({"opt.timestep": 0.1})),
         mock.patch.object(hopper, "model", hopper.model.replace(nq=7)),
     ):

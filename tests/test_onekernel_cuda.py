@@ -133,8 +133,8 @@ def with_raw_key(x, y, i, j, u, v, key):
 @functools.cache
 def half_cheetah():
     """A physics step of one world, and arguments for WORLDS of them, many in contact."""
-    env = ppo_mjx.Env("HalfCheetah", "fast")
-    model = env.model
+    env = ppo_mjx.Env("HalfCheetah")
+    model = env.model.replace(opt=env.model.opt.replace(iterations=4, ls_iterations=8))
 
     def step(position, velocity, warmstart, control):
         data = env.template.replace(
