@@ -2,6 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "flax==0.12.6",
+#   "gymnasium==1.4.0",
 #   "imageio[ffmpeg]==2.38.1",
 #   "jax==0.9.2",
 #   "llvmlite==0.50.0",
@@ -148,7 +149,19 @@ class Args:
     """train, resume and evaluate briefly, and report what works"""
 
     # The environment
-    env_id: Literal["HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid"] = "HalfCheetah"
+    env_id: Literal[
+        "HalfCheetah",
+        "Hopper",
+        "Walker2d",
+        "Ant",
+        "Humanoid",
+        "HumanoidStandup",
+        "Swimmer",
+        "InvertedPendulum",
+        "InvertedDoublePendulum",
+        "Reacher",
+        "Pusher",
+    ] = "HalfCheetah"
     """the task: Gymnasium's v5"""
     eval_every: Index = 100
     """iterations between evaluations in MJX; 0 for none"""
@@ -206,220 +219,7 @@ class Args:
         return self.total_timesteps // self.steps_per_iteration
 
 
-# ---- 2. Tasks (SI units and radians; a test holds the compiled models equal to Gymnasium's) ------------------------
-MJCF = """<mujoco model="{name}">
-  <compiler angle="{angle}"/><option {option}/><visual><headlight ambient=".3 .3 .3" diffuse=".7 .7 .7"/></visual>
-  <default>{default}
-    <motor ctrllimited="true" ctrlrange="-{most} {most}"/>
-    <default class="root"><joint limited="false" armature="0" damping="0" stiffness="0"/></default>
-  </default>
-  <asset><texture type="skybox" builtin="flat" rgb1=".8 .9 1" rgb2=".8 .9 1" width="8" height="8"/>
-    <texture name="grid" type="2d" builtin="checker" rgb1=".5 .6 .7" rgb2=".3 .4 .5" width="64" height="64"/>
-    <material name="grid" texture="grid" texrepeat="40 40"/></asset>
-  <worldbody><light directional="true" pos="0 0 4" dir="0 .3 -1"/>
-    <geom name="floor" type="plane" material="grid" conaffinity="1" condim="3" {floor}/>
-    <body name="torso" pos="0 0 {height}">
-      <camera name="track" mode="trackcom" pos="0 -4 .3" xyaxes="1 0 0 0 0 1"/>
-      {root}{bodies}
-    </body>
-  </worldbody>
-  <actuator>{motors}</actuator>
-</mujoco>"""
-FREE = '<joint class="root" name="root" type="free" {}/>'  # the root of a robot in space
-
-
-def planar(origin: float) -> str:
-    """The root of a robot in the x-z plane; its coordinate z is the height above the floor."""
-    return f"""<joint class="root" name="rootx" type="slide" axis="1 0 0" pos="0 0 -{origin}"/>
-      <joint class="root" name="rootz" type="slide" axis="0 0 1" pos="0 0 -{origin}" ref="{origin}"/>
-      <joint class="root" name="rooty" axis="0 1 0"/>"""
-
-
-def link(name: str, pos: str, joint: str, geom: str, child: str = "") -> str:
-    """A body with one joint and one capsule of the same name."""
-    return f'<body name="{name}" pos="{pos}"><joint name="{name}" {joint}/><geom name="{name}" {geom}/>{child}</body>'
-
-
-def make_motors(gears: dict[str, int]) -> str:
-    """A motor for each joint; gears in Nm."""
-    return "".join(f'<motor joint="{joint}" gear="{gear}"/>' for joint, gear in gears.items())
-
-
-def cheetah_mjcf() -> str:
-    """9 degrees of freedom; the odd density makes 14 kg."""
-    legs = chain = ""
-    for (
-        name,
-        pos,
-        limits,
-        stiffness,
-        damping,
-        center,
-        pitch,
-        half_length,
-    ) in (  # each leg from its foot upwards
-        ("bfoot", "-.28 0 -.14", "-.4 .785", 120, 3, ".03 0 -.097", -0.27, 0.094),
-        ("bshin", ".16 0 -.25", "-.785 .785", 180, 4.5, "-.14 0 -.07", -2.03, 0.15),
-        ("bthigh", "-.5 0 0", "-.52 1.05", 240, 6, ".1 0 -.13", -3.8, 0.145),
-        ("ffoot", ".13 0 -.18", "-.5 .5", 60, 1.5, ".045 0 -.07", -0.6, 0.07),
-        ("fshin", "-.14 0 -.24", "-1.2 .87", 120, 3, ".065 0 -.09", -0.6, 0.106),
-        ("fthigh", ".5 0 0", "-1 .7", 180, 4.5, "-.07 0 -.12", 0.52, 0.133),
-    ):
-        joint = f'range="{limits}" stiffness="{stiffness}" damping="{damping}"'
-        chain = link(
-            name, pos, joint, f'pos="{center}" euler="0 {pitch} 0" size=".046 {half_length}"', chain
-        )
-        if name.endswith("thigh"):
-            legs, chain = legs + chain, ""
-    torso = """<geom name="torso" fromto="-.5 0 0 .5 0 0" size=".046"/>
-      <geom name="head" pos=".6 0 .1" euler="0 .87 0" size=".046 .15"/>"""
-    default = """<joint axis="0 1 0" armature=".1" limited="true" solimplimit="0 .8 .03"/>
-    <geom type="capsule" conaffinity="0" friction=".4 .1 .1" solimp="0 .8 .01" density="660.8849500774735"/>"""
-    motors = make_motors(
-        {"bthigh": 120, "bshin": 90, "bfoot": 60, "fthigh": 120, "fshin": 60, "ffoot": 30}
-    )
-    return MJCF.format(
-        name="half_cheetah",
-        angle="radian",
-        option='timestep=".01" integrator="Euler"',
-        default=default,
-        most=1,
-        height=0.7,
-        floor='size="40 40 40"',
-        root=planar(0),
-        bodies=torso + legs,
-        motors=motors,
-    )
-
-
-def upright_mjcf(
-    name: str, legs: list[str], default: str, floor: str, ankle: float, foot: str, gear: int
-) -> str:
-    """Hopper (one leg) or Walker2d (two in one plane). ankle: its distance behind the foot's origin; gear in Nm."""
-    bodies, gears, bend = '<geom name="torso" size=".05 .2"/>', {}, 'range="-150 0"'
-    for leg in legs:
-        flex = f'pos="-{ankle} 0 .1" range="-45 45"'
-        toes = link(
-            "foot" + leg,
-            f"{ankle} 0 -.35",
-            flex,
-            f'quat=".7071067811865475 0 -.7071067811865475 0" {foot}',
-        )
-        shin = link("leg" + leg, "0 0 -.7", f'pos="0 0 .25" {bend}', 'size=".04 .25"', toes)
-        bodies += link("thigh" + leg, "0 0 -.2", bend, 'pos="0 0 -.225" size=".05 .225"', shin)
-        gears |= dict.fromkeys([part + leg for part in ("thigh", "leg", "foot")], gear)
-    return MJCF.format(
-        name=name,
-        angle="degree",
-        option='timestep=".002" integrator="RK4"',
-        default=default,
-        most=1,
-        height=1.25,
-        floor=floor,
-        root=planar(1.25),
-        bodies=bodies,
-        motors=make_motors(gears),
-    )
-
-
-def ant_mjcf() -> str:
-    """14 degrees of freedom; four legs of a stub, an upper and a lower part. 0.9 kg, outweighed by the armature."""
-    bodies = '<geom name="torso" type="sphere" size=".25"/>'
-    for leg, (x, y) in enumerate(((0.2, 0.2), (-0.2, 0.2), (-0.2, -0.2), (0.2, -0.2)), 1):
-        bend = f'axis="{-1 if x * y > 0 else 1} 1 0" range="{"30 70" if x > 0 else "-70 -30"}"'
-        lower = link(f"ankle_{leg}", f"{x} {y} 0", bend, f'fromto="0 0 0 {2 * x} {2 * y} 0"')
-        upper = link(
-            f"hip_{leg}",
-            f"{x} {y} 0",
-            'axis="0 0 1" range="-30 30"',
-            f'fromto="0 0 0 {x} {y} 0"',
-            lower,
-        )
-        bodies += f'<body><geom name="stub_{leg}" fromto="0 0 0 {x} {y} 0"/>{upper}</body>'
-    default = """<joint armature="1" damping="1" limited="true"/>
-    <geom type="capsule" size=".08" conaffinity="0" density="5" friction="1 .5 .5" margin=".01"/>"""
-    gears = {f"{part}_{leg}": 150 for leg in (4, 1, 2, 3) for part in ("hip", "ankle")}
-    return MJCF.format(
-        name="ant",
-        angle="degree",
-        option='timestep=".01" integrator="RK4"',
-        default=default,
-        most=1,
-        height=0.75,
-        floor='size="40 40 40"',
-        root=FREE.format('margin=".01"'),
-        bodies=bodies,
-        motors=make_motors(gears),
-    )
-
-
-def humanoid_mjcf() -> str:
-    """23 degrees of freedom, 42 kg. The original's tendons are left out: they act on nothing and are not observed."""
-
-    def joint(name, axis, limits, stiffness, damping, armature, pos="0 0 0"):
-        return (
-            f'<joint name="{name}" axis="{axis}" range="{limits}" stiffness="{stiffness}" damping="{damping}" '
-            f'armature="{armature}" pos="{pos}"/>'
-        )
-
-    legs = arms = ""
-    gears = {"abdomen_y": 100, "abdomen_z": 100, "abdomen_x": 100}
-    for side, y, stiffness, armature in (
-        ("right", -1, 0, 0.008),
-        ("left", 1, 1, 0.01),
-    ):  # uneven in the original, too
-        knee = joint(f"{side}_knee", "0 -1 0", "-160 -2", stiffness, 1, 0.006, "0 0 .02")
-        hips = (
-            joint(f"{side}_hip_x", f"{-y} 0 0", "-25 5", 10, 5, 0.01)
-            + joint(f"{side}_hip_z", f"0 0 {-y}", "-60 35", 10, 5, 0.01)
-            + joint(f"{side}_hip_y", "0 1 0", "-110 20", 20, 5, armature)
-        )
-        legs += f"""<body pos="0 {0.1 * y} -.04">{hips}
-          <geom name="thigh_{side}" fromto="0 0 0 0 {-0.01 * y} -.34" size=".06"/>
-          <body pos="0 {-0.01 * y} -.403">{knee}<geom name="shin_{side}" fromto="0 0 0 0 0 -.3" size=".049"/>
-          <body pos="0 0 -.45"><geom name="foot_{side}" type="sphere" pos="0 0 .1" size=".075"/></body></body></body>"""
-        turn = "-85 60" if y < 0 else "-60 85"
-        shoulder = joint(f"{side}_shoulder1", f"2 {-y} 1", turn, 1, 1, 0.0068) + joint(
-            f"{side}_shoulder2", f"0 {y} 1", turn, 1, 1, 0.0051
-        )
-        elbow = joint(f"{side}_elbow", f"0 -1 {-y}", "-90 50", 0, 1, 0.0028)
-        arms += f"""<body pos="0 {0.17 * y} .06">{shoulder}
-          <geom name="arm_{side}" fromto="0 0 0 .16 {0.16 * y} -.16" size=".04"/>
-          <body pos=".18 {0.18 * y} -.18">{elbow}
-          <geom name="forearm_{side}" fromto=".01 {-0.01 * y} .01 .17 {-0.17 * y} .17" size=".031"/>
-          <geom name="hand_{side}" type="sphere" pos=".18 {-0.18 * y} .18" size=".04"/></body></body>"""
-        hip = {"hip_x": 100, "hip_z": 100, "hip_y": 300, "knee": 200}
-        gears |= {f"{side}_{name}": gear for name, gear in hip.items()}
-    for side in "right", "left":
-        gears |= dict.fromkeys(
-            [f"{side}_{name}" for name in ("shoulder1", "shoulder2", "elbow")], 25
-        )
-    waist = joint("abdomen_z", "0 0 1", "-45 45", 20, 5, 0.02, "0 0 .065") + joint(
-        "abdomen_y", "0 1 0", "-75 30", 10, 5, 0.02, "0 0 .065"
-    )
-    abdomen_x = joint("abdomen_x", "1 0 0", "-35 35", 10, 5, 0.02, "0 0 .1")
-    bodies = f"""<geom name="torso" fromto="0 -.07 0 0 .07 0" size=".07"/>
-      <geom name="head" type="sphere" pos="0 0 .19" size=".09"/>
-      <geom name="waist_upper" fromto="-.01 -.06 -.12 -.01 .06 -.12" size=".06"/>
-      <body pos="-.01 0 -.26" quat="1 0 -.002 0">{waist}<geom name="waist_lower" fromto="0 -.06 0 0 .06 0" size=".06"/>
-        <body pos="0 0 -.165" quat="1 0 -.002 0">{abdomen_x}
-          <geom name="butt" fromto="-.02 -.07 0 -.02 .07 0" size=".09"/>{legs}</body></body>{arms}"""
-    default = '<joint limited="true"/><geom type="capsule" condim="1" margin=".001"/>'
-    option = 'timestep=".003" integrator="RK4" solver="PGS" iterations="50"'
-    return MJCF.format(
-        name="humanoid",
-        angle="degree",
-        option=option,
-        default=default,
-        most=0.4,
-        height=1.4,
-        floor='size="20 20 .125" friction="1 .1 .1"',
-        root=FREE.format(""),
-        bodies=bodies,
-        motors=make_motors(gears),
-    )
-
-
+# ---- 2. Tasks (SI units and radians; a test holds each equal to Gymnasium's v5) ------------------
 @struct.dataclass
 class Physics:
     """The smallest state that determines the future; a step computes the rest of mjx.Data anew."""
@@ -446,7 +246,7 @@ class Task:
     The formulas work on one robot in JAX (xp=jnp) and in C MuJoCo (xp=np).
     """
 
-    mjcf: str
+    mjcf: str  # file among Gymnasium's models, absolute path of another file, or MJCF itself
     frame_skip: int = 4  # physics steps in one environment step
     time_limit: int = 1000  # steps
 
@@ -522,7 +322,7 @@ class Task:
         rest = now.qpos[self.hidden + 1 :]
 
         at_height = (min_z < z) & (z < max_z)
-        upright = xp.abs(rest[0]) < self.max_pitch
+        upright = (xp.abs(rest[:1]) < self.max_pitch).all()
         bounded = (xp.abs(xp.concatenate([rest, now.qvel])) < self.max_state).all()
         return at_height & upright & bounded
 
@@ -542,9 +342,123 @@ class Task:
         return terms
 
 
+class InvertedPendulum(Task):
+    """A pole to balance on a cart. Coordinates: the cart's, and the pole's angle."""
+
+    def is_healthy(self, now: Moment, xp=jnp) -> Any:
+        return xp.abs(now.qpos[1]) <= 0.2
+
+    def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
+        return {"reward_survive": self.healthy_reward * healthy}
+
+
+class InvertedDoublePendulum(Task):
+    """Two poles, one on the other, to balance on a cart. It senses where the upper one's tip is."""
+
+    def observe(self, now: Moment, xp=jnp) -> Any:
+        angles = now.qpos[1:]
+        velocities = xp.clip(now.qvel, -self.velocity_clip, self.velocity_clip)
+        force_on_cart = xp.clip(now.senses["qfrc_constraint"][:1], -10.0, 10.0)
+        parts = [now.qpos[:1], xp.sin(angles), xp.cos(angles), velocities, force_on_cart]
+        return xp.concatenate(parts)
+
+    def is_healthy(self, now: Moment, xp=jnp) -> Any:
+        return now.senses["site_xpos"][2] > 1.0
+
+    def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
+        x, _, z = now.senses["site_xpos"]
+        _, lower, upper = now.qvel
+        return {
+            "reward_survive": self.healthy_reward * healthy,
+            "reward_distance": -(0.01 * xp.square(x) + xp.square(z - 2.0)),
+            "reward_velocity": -(1e-3 * xp.square(lower) + 5e-3 * xp.square(upper)),
+        }
+
+
+class Reacher(Task):
+    """An arm of two links in a plane, whose fingertip is to reach a target that lies still."""
+
+    def start(self, key: jax.Array, qpos0: jax.Array, nv: int) -> tuple[jax.Array, jax.Array]:
+        arm_key, velocity_key, radius_key, angle_key = jax.random.split(key, 4)
+        noise = self.reset_noise
+        arm = qpos0[:2] + jax.random.uniform(arm_key, (2,), minval=-noise, maxval=noise)
+        velocity = jax.random.uniform(velocity_key, (2,), minval=-5e-3, maxval=5e-3)
+
+        radius = 0.2 * jnp.sqrt(jax.random.uniform(radius_key))  # uniform over a disk of 0.2 m
+        angle = jax.random.uniform(angle_key, maxval=2 * math.pi)
+        target = radius * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+        qpos = jnp.concatenate([arm, target])
+        qvel = jnp.concatenate([velocity, jnp.zeros(2)])
+        return qpos, qvel
+
+    def to_target(self, now: Moment) -> Any:
+        """From the fingertip to the target, [3] m, with the sign of Gymnasium's."""
+        bodies = now.senses["xpos"].reshape(-1, 3)  # world, two links, fingertip, target
+        return bodies[3] - bodies[4]
+
+    def observe(self, now: Moment, xp=jnp) -> Any:
+        angles = now.qpos[:2]
+        target = now.qpos[2:]
+        distance = self.to_target(now)[:2]
+        parts = [xp.cos(angles), xp.sin(angles), target, now.qvel[:2], distance]
+        return xp.concatenate(parts)
+
+    def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
+        return {
+            "reward_dist": -xp.linalg.norm(self.to_target(now)),
+            "reward_ctrl": -self.ctrl_cost * xp.square(action).sum(),
+        }
+
+
+class Pusher(Task):
+    """An arm of seven joints that is to push a cylinder to a goal."""
+
+    def start(self, key: jax.Array, qpos0: jax.Array, nv: int) -> tuple[jax.Array, jax.Array]:
+        cylinder_key, velocity_key = jax.random.split(key)
+        # The cylinder stands at least 0.17 m from the goal: the first of 32 candidates that does.
+        # Each fits with a probability of 62%, so that none does once in 10^13 episodes.
+        low = jnp.array([-0.3, -0.2])
+        high = jnp.array([0.0, 0.2])
+        candidates = jax.random.uniform(cylinder_key, (32, 2), minval=low, maxval=high)
+        far = jnp.square(candidates).sum(axis=1) > 0.17**2
+        cylinder = candidates[jnp.argmax(far)]
+
+        qpos = jnp.concatenate([qpos0[:-4], cylinder, jnp.zeros(2)])
+        velocity = jax.random.uniform(velocity_key, (nv - 4,), minval=-5e-3, maxval=5e-3)
+        qvel = jnp.concatenate([velocity, jnp.zeros(4)])
+        return qpos, qvel
+
+    def places(self, now: Moment) -> tuple[Any, Any, Any]:
+        """Of the arm's tip, the cylinder and the goal: [3] m each."""
+        bodies = now.senses["xpos"].reshape(-1, 3)
+        return bodies[-3], bodies[-2], bodies[-1]
+
+    def observe(self, now: Moment, xp=jnp) -> Any:
+        return xp.concatenate([now.qpos[:7], now.qvel[:7], *self.places(now)])
+
+    def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
+        tip, cylinder, goal = self.places(now)
+        return {
+            "reward_dist": -xp.linalg.norm(cylinder - goal),
+            "reward_ctrl": -self.ctrl_cost * xp.square(action).sum(),
+            "reward_near": -0.5 * xp.linalg.norm(cylinder - tip),
+        }
+
+
+class HumanoidStandup(Task):
+    """The humanoid lies on its back and is to get up."""
+
+    def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
+        terms = super().reward_terms(now, x_velocity, action, healthy, xp)
+        del terms["reward_forward"]
+        terms["reward_height"] = now.qpos[2] / 0.003  # its height over the time step, as Gymnasium
+        return terms
+
+
+HUMANOID_SENSES = (("cinert", 1), ("cvel", 1), ("qfrc_actuator", 6), ("cfrc_ext", 1))
 TASKS = {
     "HalfCheetah": Task(
-        mjcf=cheetah_mjcf(),
+        mjcf="half_cheetah.xml",
         frame_skip=5,
         ctrl_cost=0.1,
         healthy_reward=0.0,
@@ -554,38 +468,20 @@ TASKS = {
         num_steps=16,
     ),
     "Hopper": Task(
-        mjcf=upright_mjcf(
-            "hopper",
-            [""],
-            """<joint axis="0 -1 0" armature="1" damping="1" limited="true"/>
-    <geom type="capsule" condim="1" margin=".001" friction=".9" solimp=".8 .8 .01"/>""",
-            'size="20 20 .125" friction="1"',
-            0.13,
-            'pos="-.065 0 .1" size=".06 .195" friction="2"',
-            200,
-        ),
+        mjcf="hopper.xml",
         healthy_z=(0.7, math.inf),
         max_pitch=0.2,
         max_state=100.0,
         velocity_clip=10.0,
     ),
     "Walker2d": Task(
-        mjcf=upright_mjcf(
-            "walker2d",
-            ["", "_left"],
-            """<joint axis="0 -1 0" armature=".01" damping=".1" limited="true"/>
-    <geom type="capsule" conaffinity="0" friction=".9 .1 .1"/>""",
-            'size="40 40 40" friction=".7 .1 .1"',
-            0.2,
-            'pos="-.1 0 .1" size=".06 .1" friction="1.9 .1 .1"',
-            100,
-        ),
+        mjcf="walker2d_v5.xml",
         healthy_z=(0.8, 2.0),
         max_pitch=1.0,
         velocity_clip=10.0,
     ),
     "Ant": Task(
-        mjcf=ant_mjcf(),
+        mjcf="ant.xml",
         frame_skip=5,
         healthy_z=(0.2, 1.0),
         ctrl_cost=0.5,
@@ -600,7 +496,7 @@ TASKS = {
         total_timesteps=3_000_000,
     ),
     "Humanoid": Task(
-        mjcf=humanoid_mjcf(),
+        mjcf="humanoid.xml",
         frame_skip=5,
         healthy_z=(1.0, 2.0),
         forward_reward=1.25,
@@ -609,17 +505,68 @@ TASKS = {
         healthy_reward=5.0,
         hidden=2,
         position=("subtree_com", 0, 0),
-        sensed=(("cinert", 1), ("cvel", 1), ("qfrc_actuator", 6), ("cfrc_ext", 1)),
+        sensed=HUMANOID_SENSES,
         reset_noise=0.01,
         learning_rate=5e-4,
         total_timesteps=2_000_000,
+    ),
+    "HumanoidStandup": HumanoidStandup(
+        mjcf="humanoidstandup.xml",
+        frame_skip=5,
+        ctrl_cost=0.1,
+        contact_cost=5e-7,
+        hidden=2,
+        sensed=HUMANOID_SENSES,
+        reset_noise=0.01,
+    ),
+    "Swimmer": Task(
+        mjcf="swimmer.xml",
+        ctrl_cost=1e-4,
+        healthy_reward=0.0,
+        hidden=2,
+        reset_noise=0.1,
+    ),
+    "InvertedPendulum": InvertedPendulum(
+        mjcf="inverted_pendulum.xml",
+        frame_skip=2,
+        hidden=0,
+        reset_noise=0.01,
+    ),
+    "InvertedDoublePendulum": InvertedDoublePendulum(
+        mjcf="inverted_double_pendulum.xml",
+        frame_skip=5,
+        healthy_reward=10.0,
+        sensed=(("site_xpos", 0), ("qfrc_constraint", 0)),
+        velocity_clip=10.0,
+        reset_noise=0.1,
+        gaussian_velocity=True,
+    ),
+    "Reacher": Reacher(
+        mjcf="reacher.xml",
+        frame_skip=2,
+        time_limit=50,
+        ctrl_cost=1.0,
+        sensed=(("xpos", 0),),
+        reset_noise=0.1,
+    ),
+    "Pusher": Pusher(
+        mjcf="pusher_v5.xml",
+        frame_skip=5,
+        time_limit=100,
+        ctrl_cost=0.1,
+        sensed=(("xpos", 0),),
     ),
 }
 
 
 def load_model(task: Task) -> mujoco.MjModel:
-    """The task's model, Gymnasium's."""
-    return mujoco.MjModel.from_xml_string(task.mjcf)
+    """The task's model, for C MuJoCo."""
+    if task.mjcf.startswith("<"):
+        return mujoco.MjModel.from_xml_string(task.mjcf)
+    package = importlib.util.find_spec("gymnasium")  # which imports nothing of it
+    require(package, "gymnasium, which has the models, is missing; pip install gymnasium==1.4.0")
+    folder = Path(package.submodule_search_locations[0]) / "envs" / "mujoco" / "assets"
+    return mujoco.MjModel.from_xml_path(str(folder / task.mjcf))  # an absolute path stays
 
 
 # ---- 3. Environment ------------------------------------------------------------------------------

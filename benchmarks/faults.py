@@ -44,8 +44,9 @@ SCRIPTS = {  # flags of a run of 60 iterations that is over soon; {} takes what 
 }  # fmt: skip
 STEPS = {"sac_mjx_pendulum": 512, "ppo_mjx": 256, "ppo_mjx_unitree": 256}  # of one iteration
 EXPLODING = {  # changes that make a model explode
-    "ppo_mjx": "m.TASKS['Hopper'] = dataclasses.replace(t := m.TASKS['Hopper'], mjcf=t.mjcf.replace("
-               "'gear=\"200\"', 'gear=\"2000000\"'))",
+    "ppo_mjx": "import gymnasium, pathlib; t = m.TASKS['Hopper']; p = pathlib.Path(gymnasium.__file__).parent\n"
+               "x = (p / 'envs/mujoco/assets' / t.mjcf).read_text().replace('gear=\"200.0\"', 'gear=\"2000000\"')\n"
+               "m.TASKS['Hopper'] = dataclasses.replace(t, mjcf=x)",
     "sac_mjx_pendulum": "m.TASKS['Pendulum-v1'] = dataclasses.replace(m.TASKS['Pendulum-v1'], gravity=3e38)",
     "ppo_mjx_unitree": "m.ROBOTS['g1'] = dataclasses.replace(r := m.ROBOTS['g1'], leg=tuple(dataclasses.replace("
                        "link, stiffness=1e6, max_torque=1e9) for link in r.leg))",
@@ -355,7 +356,8 @@ def nan(args: Args, script: str, folder: Path):
     resets = curves(run_dir).get("charts/nan_resets", [(0, 0)])[-1][1]
     finite = all(np.isfinite(x).all() for x in read(run_dir / "policy.npz").values())
     dump = run_dir / "nan_dump.npz"
-    replay = f"import dataclasses, {script} as m\n{change}\nfrom tools import replay_nan\nreplay_nan.main([{str(dump)!r}])"
+    replay = f"from tools import replay_nan\nreplay_nan.main([{str(dump)!r}])"
+    replay = f"import dataclasses, {script} as m\n{change}\n{replay}"
     done = call([sys.executable, "-c", replay], cwd=folder)
     told = [line for line in done.stdout.splitlines() if line.startswith("In step 0")]
     passed = resets > 0 and finite and dump.exists() and done.returncode == 0 and told

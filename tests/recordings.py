@@ -30,9 +30,9 @@ class Recording:
     terminated: np.ndarray
 
 def make_gymnasium(task_id: str):
-    """Gymnasium's environment, Humanoid with the solver that MJX has (test_humanoids_solver_is_near tells of PGS)."""
+    """Gymnasium's environment; the humanoids with the solver that MJX has (test_humanoids_solver_is_near: PGS)."""
     env = gymnasium.make(task_id + "-v5").unwrapped
-    if task_id == "Humanoid":
+    if task_id.startswith("Humanoid"):
         env.model.opt.solver, env.model.opt.iterations = mujoco.mjtSolver.mjSOL_NEWTON, 100
     return env
 

@@ -14,7 +14,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import mujoco
 import numpy as np
 import pytest
 from mujoco import mjx
@@ -719,8 +718,7 @@ def test_parts_of_an_environment_count(hopper):
 
 
 def test_model_of_mujoco_counts_by_value():
-    xml = ppo_mjx.TASKS["Hopper"].mjcf
-    one, same, other = (mujoco.MjModel.from_xml_string(xml) for _ in range(3))
+    one, same, other = (ppo_mjx.load_model(ppo_mjx.TASKS["Hopper"]) for _ in range(3))
     other.geom_friction[0, 0] += 1
     found = [of(lambda x, model=model: x + model.nq) for model in (one, same, other)]
     assert None not in found

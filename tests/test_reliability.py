@@ -15,6 +15,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -191,8 +192,9 @@ def test_exploding_world_is_reset_and_can_be_replayed(script, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     if script is ppo_mjx:
         task = ppo_mjx.TASKS["Hopper"]
-        task = dataclasses.replace(task, mjcf=task.mjcf.replace('gear="200"', 'gear="2000000"'))
-        monkeypatch.setitem(ppo_mjx.TASKS, "Hopper", task)
+        models = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
+        strong = (models / task.mjcf).read_text().replace('gear="200.0"', 'gear="2000000.0"')
+        monkeypatch.setitem(ppo_mjx.TASKS, "Hopper", dataclasses.replace(task, mjcf=strong))
     else:
         monkeypatch.setitem(sac.TASKS, "Pendulum-v1", dataclasses.replace(sac.TASKS["Pendulum-v1"], gravity=3e38))
     folder, policy = script.train(small_args(script, 2, tmp_path))

@@ -133,7 +133,7 @@ def test_signal_saves_and_the_run_goes_on(tmp_path):
 # ---- Bad calls
 
 BAD_CALLS = [
-    "--env-id Swimmer", "--num-envs 0", "--num-envs -5", "--num-envs abc", "--num-envs 255 --num-devices 2",
+    "--env-id Cassie", "--num-envs 0", "--num-envs -5", "--num-envs abc", "--num-envs 255 --num-devices 2",
     "--num-devices 1000", "--num-devices 0", "--num-minibatches 33", "--num-minibatches 0", "--num-steps -16",
     "--num-steps 1.5", "--update-epochs 0", "--total-timesteps 4095", "--total-timesteps -1", "--gamma 1.5",
     "--gamma nan", "--gae-lambda -1", "--clip-coef -1", "--learning-rate -1", "--learning-rate nan",

@@ -29,7 +29,7 @@ PART = 0.01  # of the largest speed: a difference beyond it counts as parting
 def load_script(path: Path) -> ModuleType:
     """The script as a module; one that is imported already is used again."""
     loaded = sys.modules.get(path.stem)
-    if loaded and Path(loaded.__file__) == path.resolve():
+    if loaded and Path(loaded.__file__).resolve() == path.resolve():
         return loaded
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
