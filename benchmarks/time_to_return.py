@@ -85,7 +85,7 @@ def last_iteration(folder: Path) -> int:
 
 def watch(command: list[str], folder: Path, evaluate: bool = True) -> tuple[list[dict], dict, float]:
     """Train by a process of its own, with runs in folder / "runs". Returns its policies with the seconds at which each
-    was there, run.json and first_update_s, and all its seconds. evaluate: let it go on when the last policy is there."""
+    was there, run.json and first_update_s, and all its seconds. evaluate: go on when the last policy is there."""
     policies, seen, first_update, start = [], set(), None, time.perf_counter()
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=common.ROOT, stdout=log, stderr=subprocess.STDOUT)

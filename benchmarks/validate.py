@@ -7,9 +7,9 @@ smoke: `--smoke` of each script, PPO's for each task, ends with exit code 0. equ
 and of ppo_mjx.CMujocoEnv, from the states of Gymnasium's own random episodes with the same actions; then PPO with MJX's
 rollouts against the same PPO with C MuJoCo's (stepped by mujoco.batch in a Python loop; networks, advantages and update
 are ppo_mjx.device_iteration's): the reward's scale under the untrained policy, and the learning curves. performance:
-steps/s of both, in turn (MJX's at least half of C MuJoCo's on the same CPU, more on a GPU), and how much of the time is
-`env.step` (training_speed.py has more). jit: the traced program does not grow with the sizes, is compiled once, keeps
-off the host; gradients of a run are finite and bounded.
+steps/s of both, in turn (MJX has to be the faster one), and how much of the time is `env.step` (training_speed.py has
+more). jit: the traced program does not grow with the sizes, is compiled once, keeps off the host; gradients of a run
+are finite and bounded.
 Writes benchmarks/results/NAME.json, or of some modes NAME_MODES.json, with the raw curves.
 """
 
@@ -40,7 +40,7 @@ Mode = Literal["smoke", "equivalence", "performance", "jit"]
 # a state is whose termination may differ.
 BOUNDS = {
     "HalfCheetah": (3e-5, 1e-3, 2e-6, 2e-5, 1e-5),
-    "Hopper": (3e-6, 3e-5, 1e-6, 1e-5, 1e-5),
+    "Hopper": (2e-6, 2e-5, 5e-7, 1e-5, 1e-5),
     "Walker2d": (7e-5, 5e-4, 3e-6, 2e-5, 1e-5),
 }
 HOST_PRIMITIVES = ("callback", "infeed", "outfeed", "debug_print")  # as parts of their names
@@ -328,8 +328,8 @@ def check_speed(args: Args, env_id: str, mesh: Mesh, checks: Checks) -> dict[str
         speed = settings.steps_per_iteration / float(np.median(times))
         checks.add(f"{env_id}: steps/s, {name if name == 'env.step' else f'training with {name}'}", f"{speed:.0f}")
     checks.add(f"{env_id}: env.step's share of MJX training", common.ratio(seconds["env.step"], seconds["MJX"]))
-    ratio, goal = common.ratio(seconds["C MuJoCo"], seconds["MJX"]), 0.5 if jax.default_backend() == "cpu" else 1.0
-    checks.add(f"{env_id}: training steps/s, MJX over C MuJoCo", ratio, f"> {goal}", ratio > goal)
+    ratio = common.ratio(seconds["C MuJoCo"], seconds["MJX"])
+    checks.add(f"{env_id}: training steps/s, MJX over C MuJoCo", ratio, "> 1", ratio > 1)
     return seconds
 
 
@@ -364,7 +364,7 @@ def guarded(function) -> bool:
 
 def check_jit(args: Args, mesh: Mesh, checks: Checks) -> dict:
     env_id, compiled = args.env_ids[0], []
-    env, base = ppo.Env(env_id), ppo.Args(env_id=env_id)  # 4096 steps: a permutation of up to 1625 takes fewer rounds
+    env, base = ppo.Env(env_id), ppo.Args(env_id=env_id, num_envs=64)  # up to 8192 steps are shuffled in one way
     one = Mesh(mesh.devices[:1], ("devices",))
 
     def trace(settings):
@@ -385,7 +385,7 @@ def check_jit(args: Args, mesh: Mesh, checks: Checks) -> dict:
 
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if event == COMPILE_EVENT else None)  # fmt: skip
-    settings = dataclasses.replace(base, num_envs=64, total_timesteps=20_000 if args.smoke else 100_000)
+    settings = dataclasses.replace(base, total_timesteps=20_000 if args.smoke else 100_000)
     larger = dataclasses.replace(settings, num_envs=128)
     arm, other = MJX(settings, env, mesh, 1), MJX(larger, env, mesh, 1)
     jax.block_until_ready((arm.state, other.state))
