@@ -17,7 +17,7 @@ at its end. SB3 and SBX have RL-Zoo's tuned settings for HalfCheetah, Brax and o
 tuned for this task.
 lines: all lines, blank ones and comments too, of the files of the package in which a function is called in a short
 training. For SBX those are SBX and SB3. Ours holds the environment; for the peers no environment is counted but
-brax_own's. Writes benchmarks/results/NAME.json after each run.
+brax_own's. JAX, MuJoCo and onekernel are counted for no one. Writes benchmarks/results/NAME.json after each run.
 """
 
 import time
