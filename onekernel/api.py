@@ -34,7 +34,7 @@ from onekernel.trace import Builder, Unsupported, rule
 # arrays
 # of many elements in memory: of more than the second number, and if that is not enough, than the
 # next.
-MOST_NODES = 250_000
+MOST_NODES = 350_000
 SCALAR_LIMITS = (4096, 256, 64)
 LARGEST_INPUT = (
     4096  # elements of an operand that are read up front; a larger one is read where it is used

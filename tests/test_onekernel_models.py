@@ -49,7 +49,8 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))
 
 
-# XLA had not compiled Pusher's step after half an hour; HumanoidStandup is Humanoid in another pose, and takes a minute.
+# XLA had not compiled Pusher's step after half an hour. HumanoidStandup is Humanoid in another pose, and
+# takes a minute.
 NOT_BY_MJX = ("Pusher", "HumanoidStandup")
 
 
