@@ -1,20 +1,41 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "flax==0.12.6", "imageio[ffmpeg]==2.38.1", "jax==0.9.2", "llvmlite==0.50.0", "mujoco==3.17.0", "mujoco-mjx==3.17.0",
-#   "optax==0.2.8", "tensorboard==2.21.0", "tensorboardX==2.6.5", "tqdm==4.70.1", "typeguard==4.6.0", "tyro==1.0.17"]
+#   "flax==0.12.6",
+#   "imageio[ffmpeg]==2.38.1",
+#   "jax==0.9.2",
+#   "llvmlite==0.50.0",
+#   "mujoco==3.17.0",
+#   "mujoco-mjx==3.17.0",
+#   "optax==0.2.8",
+#   "tensorboard==2.21.0",
+#   "tensorboardX==2.6.5",
+#   "tqdm==4.70.1",
+#   "typeguard==4.6.0",
+#   "tyro==1.0.17",
+# ]
 # ///
-"""PPO on Gymnasium's locomotion tasks, on MuJoCo XLA (MJX): one file, one jitted program per iteration.
+"""PPO on Gymnasium's MuJoCo tasks, on MuJoCo XLA (MJX): one file, one compiled program.
 
-    python ppo_mjx.py --num-envs 256              train HalfCheetah; watch it with: tensorboard --logdir runs
-    python ppo_mjx.py --resume runs/NAME          go on, bit for bit, where a run stopped
-    python ppo_mjx.py --evaluate runs/NAME        judge its policy in MJX, in C MuJoCo and in Gymnasium
-    python ppo_mjx.py --smoke                     check the set-up of this machine
-The map: 1 settings, 2 models, 3 environment, 4 statistics, 5 networks, 6 training state, 7 rollout, 8 advantages,
-9 loss and update, 10 the iteration; then the bookkeeping: 11 evaluation, 12 log and files, 13 command line, 14 main.
-Shapes: T = num_steps, N = worlds on this device, B = T * N, O = observation, A = action, E = episodes. A record's
-fields are [T, N, ...] in a rollout, [B, ...] in a batch, [B / num_minibatches, ...] in a minibatch.
-Details and names follow CleanRL's ppo_continuous_action.py, tasks gymnasium 1.4.0; docs/ppo_mjx.md has all metrics.
+    python ppo_mjx.py --num-envs 256        train HalfCheetah; to watch: tensorboard --logdir runs
+    python ppo_mjx.py --resume runs/NAME    continue a stopped run, bit for bit
+    python ppo_mjx.py --evaluate runs/NAME  test its policy in MJX, in C MuJoCo and in Gymnasium
+    python ppo_mjx.py --smoke               check the installation on this machine
+
+The science comes first, and is all that PPO needs:
+
+    1 settings       4 statistics       7 rollout       10 training iteration
+    2 tasks          5 networks         8 advantages
+    3 environment    6 training state   9 loss and update
+
+After it come 11 evaluation, 12 log and files, 13 command line, 14 main.
+
+Shapes: T = num_steps, N = worlds on this device, B = T * N, M = num_minibatches, O = observation
+size, A = action size, E = episodes. A record describes one world; its fields are [T, N, ...] in a
+rollout, [B, ...] in a batch and [B / M, ...] in a minibatch.
+
+Names and details follow CleanRL's ppo_continuous_action.py, tasks Gymnasium 1.4.0. All metrics and
+flags are explained in docs/ppo_mjx.md.
 """
 
 import contextlib
@@ -35,10 +56,11 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 START = time.perf_counter()
-os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")  # else XLA prints pages of CPU features on a cache hit
+# Without this, XLA prints pages of CPU features whenever it reads a program from the cache.
+os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")
 
 import flax.linen as nn
 import jax
@@ -55,12 +77,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from mujoco.rendering.classic import gl_context
 from tqdm import tqdm
 
-with contextlib.redirect_stdout(io.StringIO()):  # it tells everyone that the optional Warp backend is missing
+with contextlib.redirect_stdout(io.StringIO()):  # it announces that the optional Warp is missing
     from mujoco import mjx
     from mujoco.mjx._src import smooth
 
+# tensorboardX imports torch where it is installed, which takes seconds and is of no use here.
 if hide_torch := "torch" not in sys.modules:
-    sys.modules["torch"] = None  # else tensorboardX imports it where it is installed, which takes seconds
+    sys.modules["torch"] = None
 from tensorboardX import SummaryWriter
 from tensorboardX.event_file_writer import EventFileWriter
 from tensorboardX.proto.summary_pb2 import Summary
@@ -70,63 +93,120 @@ if hide_torch:
 
 try:
     import onekernel.mjx
-except ImportError:  # in a copy of this file alone; its physics go by XLA, slowly
+except ImportError:  # this file was copied alone: XLA runs the physics, slowly
     onekernel = None
 
-# ---- 1. Settings ----------------------------------------------------------------------------------------------------
+
+# ---- 1. Settings ---------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that a flag may have, both ends included; `check_args` reads it."""
+
+    least: float
+    most: float
+
+
+Count = Annotated[int, Range(1, 1e9)]
+MaybeCount = Annotated[int | None, Range(1, 1e9)]
+Index = Annotated[int, Range(0, 1e9)]
+NonNegative = Annotated[float, Range(0, 1e9)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """PPO on Gymnasium's locomotion tasks, on MuJoCo XLA."""
+    """PPO on Gymnasium's MuJoCo tasks, on MuJoCo XLA."""
+
     # The run
-    exp_name: str = "ppo_mjx"  # name of the experiment, part of the run folder's name
-    seed: int = 1  # every random number follows from it and the number of devices
-    num_devices: int | None = None  # that share the worlds; by default as many GPUs or CPU cores as divide the work
-    runs_dir: str = "runs"  # where the run folders are made
-    track: bool = False  # log to Weights & Biases too; its project is WANDB_PROJECT
-    capture_video: bool = False  # write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate
-    checkpoint_every: int = 50  # iterations between checkpoints; the last three are kept
-    compile_cache: bool = True  # keep compiled programs in the user's cache folder, for a quicker start next time
-    resume: str | None = None  # run folder to go on with, by the settings that it was started with
-    evaluate: str | None = None  # run folder whose policy to judge; nothing is trained
-    replay_nan: str | None = None  # nan_dump.npz of a run, to step through in MJX and in C MuJoCo side by side
-    coordinator_address: str | None = None  # host:port of process 0, if several train together; auto: ask the cluster
-    num_processes: int | None = None  # that train together, each with its own devices
-    process_id: int | None = None  # of this one, from 0
-    smoke: bool = False  # build, train, save, resume and evaluate in short, and tell what works
+    exp_name: str = "ppo_mjx"
+    """name of the experiment, part of the run folder's name"""
+    seed: Index = 1
+    """every random number follows from it and from the number of devices"""
+    num_devices: MaybeCount = None
+    """devices to split the worlds over; by default as many GPUs or CPU cores as divide the work"""
+    runs_dir: str = "runs"
+    """folder for the run folders"""
+    track: bool = False
+    """log to Weights & Biases as well; WANDB_PROJECT names the project"""
+    capture_video: bool = False
+    """write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate"""
+    checkpoint_every: Count = 50
+    """iterations between checkpoints; the last three are kept"""
+    compile_cache: bool = True
+    """keep compiled programs in the user's cache folder, for a quicker start next time"""
+    resume: str | None = None
+    """run folder to continue, with the settings that it was started with"""
+    evaluate: str | None = None
+    """run folder whose policy to evaluate; nothing is trained"""
+    coordinator_address: str | None = None
+    """host:port of process 0, if several processes train together; auto: ask the cluster"""
+    num_processes: MaybeCount = None
+    """processes that train together, each with its own devices"""
+    process_id: Annotated[int | None, Range(0, 1e9)] = None
+    """number of this process, from 0"""
+    smoke: bool = False
+    """train, resume and evaluate briefly, and report what works"""
+
     # The environment
-    env_id: Literal["HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid"] = "HalfCheetah"  # Gymnasium's v5
-    eval_every: int = 100  # iterations between evaluations in MJX; 0 for none
-    eval_episodes: int = 20  # episodes of each evaluation
-    # The algorithm, by CleanRL's names
-    total_timesteps: int = 1_000_000  # environment steps, over all worlds; Ant takes 3 million, Humanoid 2
-    learning_rate: float = 1e-3  # Adam's step size at the start; Ant takes 2e-4, Humanoid 5e-4
-    num_envs: int = 256  # worlds, over all devices; all but HalfCheetah take 128
-    num_steps: int = 16  # steps of each world in one rollout; all but HalfCheetah take 32
-    anneal_lr: bool = True  # let the learning rate fall linearly to 0
-    gamma: float = 0.99  # discount
-    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
-    num_minibatches: int = 32  # minibatches of one epoch
-    update_epochs: int = 5  # passes over a rollout
-    norm_adv: bool = True  # normalise the advantages, over the whole rollout
-    clip_coef: float = 0.2  # clipping range of the probability ratio
-    clip_vloss: bool = False  # clip the value loss as well
-    ent_coef: float = 0.0  # weight of the entropy bonus
-    vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # gradients are scaled down to this norm
-    target_kl: float | None = None  # end an update after the epoch whose mean KL divergence exceeds this
-    norm_obs: bool = True  # normalise observations by running mean and variance; off, they are still clipped to 10
-    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
-    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the tanh layers, of the actor and of the critic
-    init_log_std: float = -0.5  # log of the policy's standard deviation at the start
+    env_id: Literal["HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid"] = "HalfCheetah"
+    """the task: Gymnasium's v5"""
+    eval_every: Index = 100
+    """iterations between evaluations in MJX; 0 for none"""
+    eval_episodes: Annotated[int, Range(1, 1e4)] = 20
+    """episodes of each evaluation"""
+
+    # The algorithm, with CleanRL's names
+    total_timesteps: Annotated[int, Range(1, 2**62)] = 1_000_000
+    """environment steps, over all worlds; by default 3 million for Ant, 2 for Humanoid"""
+    learning_rate: NonNegative = 1e-3
+    """Adam's step size at the start; by default 2e-4 for Ant, 5e-4 for Humanoid"""
+    num_envs: Count = 256
+    """worlds, over all devices; by default 128 for all but HalfCheetah"""
+    num_steps: Count = 16
+    """steps of each world in one rollout; by default 32 for all but HalfCheetah"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to 0"""
+    gamma: Fraction = 0.99
+    """discount factor"""
+    gae_lambda: Fraction = 0.95
+    """lambda of the generalised advantage estimate"""
+    num_minibatches: Count = 32
+    """minibatches of one epoch"""
+    update_epochs: Annotated[int, Range(1, 1e3)] = 5
+    """passes over a rollout"""
+    norm_adv: bool = True
+    """normalise the advantages, over the whole rollout"""
+    clip_coef: NonNegative = 0.2
+    """clipping range of the probability ratio"""
+    clip_vloss: bool = False
+    """clip the value loss as well"""
+    ent_coef: NonNegative = 0.0
+    """weight of the entropy bonus"""
+    vf_coef: NonNegative = 0.5
+    """weight of the value loss"""
+    max_grad_norm: NonNegative = 0.5
+    """gradients are scaled down to this norm"""
+    target_kl: Annotated[float | None, Range(0, 1e9)] = None
+    """end an update after the epoch whose mean KL divergence exceeds this"""
+    norm_obs: bool = True
+    """normalise observations by running mean and variance; they are clipped to 10 in any case"""
+    norm_reward: bool = True
+    """divide rewards by the running standard deviation of the discounted return"""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """widths of the tanh layers, in the actor and in the critic"""
+    init_log_std: Annotated[float, Range(-20, 20)] = -0.5
+    """log of the policy's standard deviation at the start"""
 
     @property
     def steps_per_iteration(self) -> int:
         return self.num_envs * self.num_steps
+
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.steps_per_iteration
 
-# ---- 2. Models (SI units and radians; a test holds the compiled models equal to Gymnasium's) ------------------------
+
+# ---- 2. Tasks (SI units and radians; a test holds the compiled models equal to Gymnasium's) ------------------------
 MJCF = """<mujoco model="{name}">
   <compiler angle="{angle}"/><option {option}/><visual><headlight ambient=".3 .3 .3" diffuse=".7 .7 .7"/></visual>
   <default>{default}
@@ -147,53 +227,100 @@ MJCF = """<mujoco model="{name}">
 </mujoco>"""
 FREE = '<joint class="root" name="root" type="free" {}/>'  # the root of a robot in space
 
+
 def planar(origin: float) -> str:
     """The root of a robot in the x-z plane; its coordinate z is the height above the floor."""
     return f"""<joint class="root" name="rootx" type="slide" axis="1 0 0" pos="0 0 -{origin}"/>
       <joint class="root" name="rootz" type="slide" axis="0 0 1" pos="0 0 -{origin}" ref="{origin}"/>
       <joint class="root" name="rooty" axis="0 1 0"/>"""
 
+
 def link(name: str, pos: str, joint: str, geom: str, child: str = "") -> str:
     """A body with one joint and one capsule of the same name."""
     return f'<body name="{name}" pos="{pos}"><joint name="{name}" {joint}/><geom name="{name}" {geom}/>{child}</body>'
+
 
 def make_motors(gears: dict[str, int]) -> str:
     """A motor for each joint; gears in Nm."""
     return "".join(f'<motor joint="{joint}" gear="{gear}"/>' for joint, gear in gears.items())
 
+
 def cheetah_mjcf() -> str:
     """9 degrees of freedom; the odd density makes 14 kg."""
     legs = chain = ""
-    for name, pos, limits, stiffness, damping, center, pitch, half_length in (  # each leg from its foot upwards
+    for (
+        name,
+        pos,
+        limits,
+        stiffness,
+        damping,
+        center,
+        pitch,
+        half_length,
+    ) in (  # each leg from its foot upwards
         ("bfoot", "-.28 0 -.14", "-.4 .785", 120, 3, ".03 0 -.097", -0.27, 0.094),
         ("bshin", ".16 0 -.25", "-.785 .785", 180, 4.5, "-.14 0 -.07", -2.03, 0.15),
         ("bthigh", "-.5 0 0", "-.52 1.05", 240, 6, ".1 0 -.13", -3.8, 0.145),
         ("ffoot", ".13 0 -.18", "-.5 .5", 60, 1.5, ".045 0 -.07", -0.6, 0.07),
         ("fshin", "-.14 0 -.24", "-1.2 .87", 120, 3, ".065 0 -.09", -0.6, 0.106),
-        ("fthigh", ".5 0 0", "-1 .7", 180, 4.5, "-.07 0 -.12", 0.52, 0.133)):
+        ("fthigh", ".5 0 0", "-1 .7", 180, 4.5, "-.07 0 -.12", 0.52, 0.133),
+    ):
         joint = f'range="{limits}" stiffness="{stiffness}" damping="{damping}"'
-        chain = link(name, pos, joint, f'pos="{center}" euler="0 {pitch} 0" size=".046 {half_length}"', chain)
+        chain = link(
+            name, pos, joint, f'pos="{center}" euler="0 {pitch} 0" size=".046 {half_length}"', chain
+        )
         if name.endswith("thigh"):
             legs, chain = legs + chain, ""
     torso = """<geom name="torso" fromto="-.5 0 0 .5 0 0" size=".046"/>
       <geom name="head" pos=".6 0 .1" euler="0 .87 0" size=".046 .15"/>"""
     default = """<joint axis="0 1 0" armature=".1" limited="true" solimplimit="0 .8 .03"/>
     <geom type="capsule" conaffinity="0" friction=".4 .1 .1" solimp="0 .8 .01" density="660.8849500774735"/>"""
-    motors = make_motors({"bthigh": 120, "bshin": 90, "bfoot": 60, "fthigh": 120, "fshin": 60, "ffoot": 30})
-    return MJCF.format(name="half_cheetah", angle="radian", option='timestep=".01" integrator="Euler"', default=default,
-                       most=1, height=0.7, floor='size="40 40 40"', root=planar(0), bodies=torso + legs, motors=motors)
+    motors = make_motors(
+        {"bthigh": 120, "bshin": 90, "bfoot": 60, "fthigh": 120, "fshin": 60, "ffoot": 30}
+    )
+    return MJCF.format(
+        name="half_cheetah",
+        angle="radian",
+        option='timestep=".01" integrator="Euler"',
+        default=default,
+        most=1,
+        height=0.7,
+        floor='size="40 40 40"',
+        root=planar(0),
+        bodies=torso + legs,
+        motors=motors,
+    )
 
-def upright_mjcf(name: str, legs: list[str], default: str, floor: str, ankle: float, foot: str, gear: int) -> str:
+
+def upright_mjcf(
+    name: str, legs: list[str], default: str, floor: str, ankle: float, foot: str, gear: int
+) -> str:
     """Hopper (one leg) or Walker2d (two in one plane). ankle: its distance behind the foot's origin; gear in Nm."""
     bodies, gears, bend = '<geom name="torso" size=".05 .2"/>', {}, 'range="-150 0"'
     for leg in legs:
         flex = f'pos="-{ankle} 0 .1" range="-45 45"'
-        toes = link("foot" + leg, f"{ankle} 0 -.35", flex, f'quat=".7071067811865475 0 -.7071067811865475 0" {foot}')
+        toes = link(
+            "foot" + leg,
+            f"{ankle} 0 -.35",
+            flex,
+            f'quat=".7071067811865475 0 -.7071067811865475 0" {foot}',
+        )
         shin = link("leg" + leg, "0 0 -.7", f'pos="0 0 .25" {bend}', 'size=".04 .25"', toes)
         bodies += link("thigh" + leg, "0 0 -.2", bend, 'pos="0 0 -.225" size=".05 .225"', shin)
         gears |= dict.fromkeys([part + leg for part in ("thigh", "leg", "foot")], gear)
-    return MJCF.format(name=name, angle="degree", option='timestep=".002" integrator="RK4"', default=default, most=1,
-                       height=1.25, floor=floor, root=planar(1.25), bodies=bodies, motors=make_motors(gears))
+    return MJCF.format(
+        name=name,
+        angle="degree",
+        option='timestep=".002" integrator="RK4"',
+        default=default,
+        most=1,
+        height=1.25,
+        floor=floor,
+        root=planar(1.25),
+        bodies=bodies,
+        motors=make_motors(gears),
+    )
+
 
 def ant_mjcf() -> str:
     """14 degrees of freedom; four legs of a stub, an upper and a lower part. 0.9 kg, outweighed by the armature."""
@@ -201,34 +328,60 @@ def ant_mjcf() -> str:
     for leg, (x, y) in enumerate(((0.2, 0.2), (-0.2, 0.2), (-0.2, -0.2), (0.2, -0.2)), 1):
         bend = f'axis="{-1 if x * y > 0 else 1} 1 0" range="{"30 70" if x > 0 else "-70 -30"}"'
         lower = link(f"ankle_{leg}", f"{x} {y} 0", bend, f'fromto="0 0 0 {2 * x} {2 * y} 0"')
-        upper = link(f"hip_{leg}", f"{x} {y} 0", 'axis="0 0 1" range="-30 30"', f'fromto="0 0 0 {x} {y} 0"', lower)
+        upper = link(
+            f"hip_{leg}",
+            f"{x} {y} 0",
+            'axis="0 0 1" range="-30 30"',
+            f'fromto="0 0 0 {x} {y} 0"',
+            lower,
+        )
         bodies += f'<body><geom name="stub_{leg}" fromto="0 0 0 {x} {y} 0"/>{upper}</body>'
     default = """<joint armature="1" damping="1" limited="true"/>
     <geom type="capsule" size=".08" conaffinity="0" density="5" friction="1 .5 .5" margin=".01"/>"""
     gears = {f"{part}_{leg}": 150 for leg in (4, 1, 2, 3) for part in ("hip", "ankle")}
     return MJCF.format(
-        name="ant", angle="degree", option='timestep=".01" integrator="RK4"', default=default, most=1, height=0.75,
-        floor='size="40 40 40"', root=FREE.format('margin=".01"'), bodies=bodies, motors=make_motors(gears))
+        name="ant",
+        angle="degree",
+        option='timestep=".01" integrator="RK4"',
+        default=default,
+        most=1,
+        height=0.75,
+        floor='size="40 40 40"',
+        root=FREE.format('margin=".01"'),
+        bodies=bodies,
+        motors=make_motors(gears),
+    )
+
 
 def humanoid_mjcf() -> str:
     """23 degrees of freedom, 42 kg. The original's tendons are left out: they act on nothing and are not observed."""
+
     def joint(name, axis, limits, stiffness, damping, armature, pos="0 0 0"):
-        return (f'<joint name="{name}" axis="{axis}" range="{limits}" stiffness="{stiffness}" damping="{damping}" '
-                f'armature="{armature}" pos="{pos}"/>')
+        return (
+            f'<joint name="{name}" axis="{axis}" range="{limits}" stiffness="{stiffness}" damping="{damping}" '
+            f'armature="{armature}" pos="{pos}"/>'
+        )
+
     legs = arms = ""
     gears = {"abdomen_y": 100, "abdomen_z": 100, "abdomen_x": 100}
-    for side, y, stiffness, armature in ("right", -1, 0, 0.008), ("left", 1, 1, 0.01):  # uneven in the original, too
+    for side, y, stiffness, armature in (
+        ("right", -1, 0, 0.008),
+        ("left", 1, 1, 0.01),
+    ):  # uneven in the original, too
         knee = joint(f"{side}_knee", "0 -1 0", "-160 -2", stiffness, 1, 0.006, "0 0 .02")
-        hips = (joint(f"{side}_hip_x", f"{-y} 0 0", "-25 5", 10, 5, 0.01)
-                + joint(f"{side}_hip_z", f"0 0 {-y}", "-60 35", 10, 5, 0.01)
-                + joint(f"{side}_hip_y", "0 1 0", "-110 20", 20, 5, armature))
+        hips = (
+            joint(f"{side}_hip_x", f"{-y} 0 0", "-25 5", 10, 5, 0.01)
+            + joint(f"{side}_hip_z", f"0 0 {-y}", "-60 35", 10, 5, 0.01)
+            + joint(f"{side}_hip_y", "0 1 0", "-110 20", 20, 5, armature)
+        )
         legs += f"""<body pos="0 {0.1 * y} -.04">{hips}
           <geom name="thigh_{side}" fromto="0 0 0 0 {-0.01 * y} -.34" size=".06"/>
           <body pos="0 {-0.01 * y} -.403">{knee}<geom name="shin_{side}" fromto="0 0 0 0 0 -.3" size=".049"/>
           <body pos="0 0 -.45"><geom name="foot_{side}" type="sphere" pos="0 0 .1" size=".075"/></body></body></body>"""
         turn = "-85 60" if y < 0 else "-60 85"
-        shoulder = (joint(f"{side}_shoulder1", f"2 {-y} 1", turn, 1, 1, 0.0068)
-                    + joint(f"{side}_shoulder2", f"0 {y} 1", turn, 1, 1, 0.0051))
+        shoulder = joint(f"{side}_shoulder1", f"2 {-y} 1", turn, 1, 1, 0.0068) + joint(
+            f"{side}_shoulder2", f"0 {y} 1", turn, 1, 1, 0.0051
+        )
         elbow = joint(f"{side}_elbow", f"0 -1 {-y}", "-90 50", 0, 1, 0.0028)
         arms += f"""<body pos="0 {0.17 * y} .06">{shoulder}
           <geom name="arm_{side}" fromto="0 0 0 .16 {0.16 * y} -.16" size=".04"/>
@@ -238,9 +391,12 @@ def humanoid_mjcf() -> str:
         hip = {"hip_x": 100, "hip_z": 100, "hip_y": 300, "knee": 200}
         gears |= {f"{side}_{name}": gear for name, gear in hip.items()}
     for side in "right", "left":
-        gears |= dict.fromkeys([f"{side}_{name}" for name in ("shoulder1", "shoulder2", "elbow")], 25)
-    waist = (joint("abdomen_z", "0 0 1", "-45 45", 20, 5, 0.02, "0 0 .065")
-             + joint("abdomen_y", "0 1 0", "-75 30", 10, 5, 0.02, "0 0 .065"))
+        gears |= dict.fromkeys(
+            [f"{side}_{name}" for name in ("shoulder1", "shoulder2", "elbow")], 25
+        )
+    waist = joint("abdomen_z", "0 0 1", "-45 45", 20, 5, 0.02, "0 0 .065") + joint(
+        "abdomen_y", "0 1 0", "-75 30", 10, 5, 0.02, "0 0 .065"
+    )
     abdomen_x = joint("abdomen_x", "1 0 0", "-35 35", 10, 5, 0.02, "0 0 .1")
     bodies = f"""<geom name="torso" fromto="0 -.07 0 0 .07 0" size=".07"/>
       <geom name="head" type="sphere" pos="0 0 .19" size=".09"/>
@@ -250,362 +406,720 @@ def humanoid_mjcf() -> str:
           <geom name="butt" fromto="-.02 -.07 0 -.02 .07 0" size=".09"/>{legs}</body></body>{arms}"""
     default = '<joint limited="true"/><geom type="capsule" condim="1" margin=".001"/>'
     option = 'timestep=".003" integrator="RK4" solver="PGS" iterations="50"'
-    return MJCF.format(name="humanoid", angle="degree", option=option, default=default, most=0.4, height=1.4,
-                       floor='size="20 20 .125" friction="1 .1 .1"', root=FREE.format(""), bodies=bodies,
-                       motors=make_motors(gears))
+    return MJCF.format(
+        name="humanoid",
+        angle="degree",
+        option=option,
+        default=default,
+        most=0.4,
+        height=1.4,
+        floor='size="20 20 .125" friction="1 .1 .1"',
+        root=FREE.format(""),
+        bodies=bodies,
+        motors=make_motors(gears),
+    )
+
+
+@struct.dataclass
+class Physics:
+    """The smallest state that determines the future; a step computes the rest of mjx.Data anew."""
+
+    qpos: jax.Array  # [nq] m and rad
+    qvel: jax.Array  # [nv] m/s and rad/s
+    qacc_warmstart: jax.Array  # [nv] where the constraint solver starts
+
+
+@struct.dataclass
+class Moment:
+    """What the formulas of a task know of one robot. The arrays are JAX's or NumPy's."""
+
+    qpos: Any  # [nq] m and rad
+    qvel: Any  # [nv] m/s and rad/s
+    x: Any  # [] m, how far the robot is
+    senses: dict[str, Any]  # MuJoCo's fields that are observed besides coordinates, flattened
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What tells one task from another: Gymnasium's numbers, and how it learns best."""
+    """One of Gymnasium's tasks: its numbers, its formulas, and the settings that it learns best by.
+
+    The formulas work on one robot in JAX (xp=jnp) and in C MuJoCo (xp=np).
+    """
+
     mjcf: str
-    healthy: tuple[float, float, float, float]  # z min, z max in m; |pitch| in rad (|w| of a free root); |all but x, z|
     frame_skip: int = 4  # physics steps in one environment step
-    forward_reward: float = 1.0  # weight of the velocity
+    time_limit: int = 1000  # steps
+
+    # The episode goes on while these hold
+    healthy_z: tuple[float, float] = (-math.inf, math.inf)  # m, height of the torso
+    max_pitch: float = math.inf  # rad; of a free root, bound of the quaternion's |w|
+    max_state: float = math.inf  # m, rad, m/s and rad/s: all coordinates and velocities but x and z
+
+    # Reward
+    forward_reward: float = 1.0  # weight of the forward velocity in m/s
     ctrl_cost: float = 1e-3  # weight of the squared action
-    contact_cost: float = 0.0  # weight of the squared contact wrenches; like Humanoid's, it costs 10 at most
-    healthy_reward: float = 1.0  # of each step
-    hidden: int = 1  # coordinates that are not observed: x, and y of a robot in space; the next one is z
-    position: tuple[str | int, ...] = ("qpos", 0)  # MuJoCo's field, and where in it, that says how far the robot is
-    senses: tuple[tuple[str, int], ...] = ()  # MuJoCo's fields that are observed besides coordinates, each from where
+    contact_cost: float = 0.0  # weight of the squared contact wrenches; their cost is 10 at most
+    healthy_reward: float = 1.0  # for each step
+
+    # Observation
+    hidden: int = 1  # first coordinates, not observed: x, and y of a robot in space; z is next
+    position: tuple[str | int, ...] = ("qpos", 0)  # MuJoCo's field and index that tell x
+    sensed: tuple[tuple[str, int], ...] = ()  # MuJoCo's fields, each from this row on
     contact_clip: float = math.inf  # bound of the sensed contact wrenches
     velocity_clip: float = math.inf  # bound of the observed velocities
+
+    # Start of an episode
     reset_noise: float = 5e-3
-    gaussian_velocity: bool = False  # at reset; else uniform
-    time_limit: int = 1000  # steps
-    num_envs: int = Args.num_envs  # what these flags are where they are not given
-    num_steps: int = Args.num_steps
+    gaussian_velocity: bool = False  # else uniform
+
+    # Defaults of these flags
+    num_envs: int = 128
+    num_steps: int = 32
     learning_rate: float = Args.learning_rate
     total_timesteps: int = Args.total_timesteps
 
-UPRIGHT = {"velocity_clip": 10.0, "num_envs": 128, "num_steps": 32}
+    def start(self, key: jax.Array, qpos0: jax.Array, nv: int) -> tuple[jax.Array, jax.Array]:
+        """Coordinates [nq] and velocities [nv] at the start of an episode, with noise.
+
+        key: one PRNG key; qpos0: [nq], the model's own coordinates.
+        """
+        qpos_key, qvel_key = jax.random.split(key)
+        uniform = partial(jax.random.uniform, minval=-self.reset_noise, maxval=self.reset_noise)
+        qpos = qpos0 + uniform(qpos_key, qpos0.shape)
+        if self.gaussian_velocity:
+            qvel = self.reset_noise * jax.random.normal(qvel_key, (nv,))
+        else:
+            qvel = uniform(qvel_key, (nv,))
+        return qpos, qvel
+
+    def sense(self, field, xp=jnp) -> tuple[Any, dict[str, Any]]:
+        """How far the robot is, in m, and what it senses besides coordinates.
+
+        field: a function from a name to MuJoCo's array of that name. As in Gymnasium, the arrays
+        belong to the moment whose forces were computed last: with Runge-Kutta the end of the step
+        as its last stage guesses it, with Euler's method the start of the last physics step.
+        """
+        source, *index = self.position
+        x = field(source)[tuple(index)]
+
+        senses = {name: field(name)[first:].reshape(-1) for name, first in self.sensed}
+        if "cfrc_ext" in senses:  # torque and force of each body's contacts, about the robot's mass
+            wrenches = senses["cfrc_ext"]
+            senses["cfrc_ext"] = xp.clip(wrenches, -self.contact_clip, self.contact_clip)
+        return x, senses
+
+    def observe(self, now: Moment, xp=jnp) -> Any:
+        """Coordinates but those that tell where the robot is, velocities, senses: [O]."""
+        coordinates = now.qpos[self.hidden :]
+        velocities = xp.clip(now.qvel, -self.velocity_clip, self.velocity_clip)
+        senses = [now.senses[name] for name, _ in self.sensed]
+        return xp.concatenate([coordinates, velocities, *senses])
+
+    def is_healthy(self, now: Moment, xp=jnp) -> Any:
+        """Whether the episode goes on: bool []."""
+        min_z, max_z = self.healthy_z
+        z = now.qpos[self.hidden]
+        rest = now.qpos[self.hidden + 1 :]
+
+        at_height = (min_z < z) & (z < max_z)
+        upright = xp.abs(rest[0]) < self.max_pitch
+        bounded = (xp.abs(xp.concatenate([rest, now.qvel])) < self.max_state).all()
+        return at_height & upright & bounded
+
+    def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
+        """The terms of the reward, which is their sum: name -> [].
+
+        x_velocity: [] m/s; action: [A], clipped to the motors' range; healthy: bool [].
+        """
+        terms = {
+            "reward_forward": self.forward_reward * x_velocity,
+            "reward_ctrl": -self.ctrl_cost * xp.square(action).sum(),
+            "reward_survive": self.healthy_reward * healthy,
+        }
+        if self.contact_cost:
+            cost = self.contact_cost * xp.square(now.senses["cfrc_ext"]).sum()
+            terms["reward_contact"] = -xp.minimum(cost, 10.0)
+        return terms
+
+
 TASKS = {
     "HalfCheetah": Task(
-        cheetah_mjcf(), (-math.inf, math.inf, math.inf, math.inf), frame_skip=5, ctrl_cost=0.1, healthy_reward=0.0,
-        reset_noise=0.1, gaussian_velocity=True),
-    "Hopper": Task(healthy=(0.7, math.inf, 0.2, 100.0), **UPRIGHT, mjcf=upright_mjcf(
-        "hopper", [""], """<joint axis="0 -1 0" armature="1" damping="1" limited="true"/>
+        mjcf=cheetah_mjcf(),
+        frame_skip=5,
+        ctrl_cost=0.1,
+        healthy_reward=0.0,
+        reset_noise=0.1,
+        gaussian_velocity=True,
+        num_envs=256,
+        num_steps=16,
+    ),
+    "Hopper": Task(
+        mjcf=upright_mjcf(
+            "hopper",
+            [""],
+            """<joint axis="0 -1 0" armature="1" damping="1" limited="true"/>
     <geom type="capsule" condim="1" margin=".001" friction=".9" solimp=".8 .8 .01"/>""",
-        'size="20 20 .125" friction="1"', 0.13, 'pos="-.065 0 .1" size=".06 .195" friction="2"', 200)),
-    "Walker2d": Task(healthy=(0.8, 2.0, 1.0, math.inf), **UPRIGHT, mjcf=upright_mjcf(
-        "walker2d", ["", "_left"], """<joint axis="0 -1 0" armature=".01" damping=".1" limited="true"/>
+            'size="20 20 .125" friction="1"',
+            0.13,
+            'pos="-.065 0 .1" size=".06 .195" friction="2"',
+            200,
+        ),
+        healthy_z=(0.7, math.inf),
+        max_pitch=0.2,
+        max_state=100.0,
+        velocity_clip=10.0,
+    ),
+    "Walker2d": Task(
+        mjcf=upright_mjcf(
+            "walker2d",
+            ["", "_left"],
+            """<joint axis="0 -1 0" armature=".01" damping=".1" limited="true"/>
     <geom type="capsule" conaffinity="0" friction=".9 .1 .1"/>""",
-        'size="40 40 40" friction=".7 .1 .1"', 0.2, 'pos="-.1 0 .1" size=".06 .1" friction="1.9 .1 .1"', 100)),
+            'size="40 40 40" friction=".7 .1 .1"',
+            0.2,
+            'pos="-.1 0 .1" size=".06 .1" friction="1.9 .1 .1"',
+            100,
+        ),
+        healthy_z=(0.8, 2.0),
+        max_pitch=1.0,
+        velocity_clip=10.0,
+    ),
     "Ant": Task(
-        ant_mjcf(), (0.2, 1.0, math.inf, math.inf), frame_skip=5, ctrl_cost=0.5, contact_cost=5e-4, hidden=2,
-        position=("xpos", 1, 0), senses=(("cfrc_ext", 1),), contact_clip=1.0, reset_noise=0.1, gaussian_velocity=True,
-        num_envs=128, num_steps=32, learning_rate=2e-4, total_timesteps=3_000_000),
+        mjcf=ant_mjcf(),
+        frame_skip=5,
+        healthy_z=(0.2, 1.0),
+        ctrl_cost=0.5,
+        contact_cost=5e-4,
+        hidden=2,
+        position=("xpos", 1, 0),
+        sensed=(("cfrc_ext", 1),),
+        contact_clip=1.0,
+        reset_noise=0.1,
+        gaussian_velocity=True,
+        learning_rate=2e-4,
+        total_timesteps=3_000_000,
+    ),
     "Humanoid": Task(
-        humanoid_mjcf(), (1.0, 2.0, math.inf, math.inf), frame_skip=5, forward_reward=1.25, ctrl_cost=0.1,
-        contact_cost=5e-7, healthy_reward=5.0, hidden=2, position=("subtree_com", 0, 0),
-        senses=(("cinert", 1), ("cvel", 1), ("qfrc_actuator", 6), ("cfrc_ext", 1)), reset_noise=0.01,
-        num_envs=128, num_steps=32, learning_rate=5e-4, total_timesteps=2_000_000),
+        mjcf=humanoid_mjcf(),
+        frame_skip=5,
+        healthy_z=(1.0, 2.0),
+        forward_reward=1.25,
+        ctrl_cost=0.1,
+        contact_cost=5e-7,
+        healthy_reward=5.0,
+        hidden=2,
+        position=("subtree_com", 0, 0),
+        sensed=(("cinert", 1), ("cvel", 1), ("qfrc_actuator", 6), ("cfrc_ext", 1)),
+        reset_noise=0.01,
+        learning_rate=5e-4,
+        total_timesteps=2_000_000,
+    ),
 }
+
 
 def load_model(task: Task) -> mujoco.MjModel:
     """The task's model, Gymnasium's."""
     return mujoco.MjModel.from_xml_string(task.mjcf)
 
-# ---- 3. Environment -------------------------------------------------------------------------------------------------
-@struct.dataclass
-class Physics:
-    """The smallest state that determines the future; each step computes everything else in mjx.Data anew."""
-    qpos: jax.Array  # [nq] m and rad
-    qvel: jax.Array  # [nv] m/s and rad/s
-    qacc_warmstart: jax.Array  # [nv] where the constraint solver starts
 
+# ---- 3. Environment ------------------------------------------------------------------------------
 @struct.dataclass
 class State:
     """One world between two steps; names are MuJoCo Playground's."""
+
     data: Physics
     obs: jax.Array  # [O]
-    reward: jax.Array
-    done: jax.Array  # float, 1 if the episode terminated; the time limit is told apart, in info
+    reward: jax.Array  # []
+    done: jax.Array  # [] float, 1 if the episode terminated; the time limit is in info
     metrics: dict[str, jax.Array]  # the reward's terms
-    info: dict[str, jax.Array]  # elapsed: steps since the reset; truncated: by the time limit; broken: see Env; x in m
+    info: dict[str, jax.Array]
+    # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
+    # x: m, how far the robot is
 
-def sense(task: Task, field, xp=jnp):
-    """How far one robot is, in m, and what it senses besides coordinates, as one vector for each of task.senses. field
-    gives MuJoCo's arrays by name. As in Gymnasium they tell of the moment whose forces were computed last: by
-    Runge-Kutta the end of the step as its last stage guesses it, by Euler's method the start of the last physics step.
-    xp is jax.numpy or numpy."""
-    source, *index = task.position
-    senses = {name: field(name)[first:].reshape(-1) for name, first in task.senses}
-    if "cfrc_ext" in senses:  # of each body, its contacts' torque and force about the robot's centre of mass
-        senses["cfrc_ext"] = xp.clip(senses["cfrc_ext"], -task.contact_clip, task.contact_clip)
-    return field(source)[tuple(index)], senses
-
-def observe(task: Task, qpos, qvel, senses: dict, xp=jnp):
-    """Coordinates but those that tell where the robot is, velocities, senses: [..., nq], [..., nv] -> [..., O]."""
-    velocities = xp.clip(qvel, -task.velocity_clip, task.velocity_clip)
-    return xp.concatenate([qpos[..., task.hidden:], velocities, *(senses[name] for name, _ in task.senses)], axis=-1)
-
-def is_healthy(task: Task, qpos, qvel, xp=jnp):
-    """Whether the episode goes on: [..., nq], [..., nv] -> bool [...]."""
-    (min_z, max_z, max_pitch, bound), z, rest = task.healthy, qpos[..., task.hidden], qpos[..., task.hidden + 1:]
-    bounded = (xp.abs(xp.concatenate([rest, qvel], axis=-1)) < bound).all(axis=-1)
-    return bounded & (min_z < z) & (z < max_z) & (xp.abs(rest[..., :1]) < max_pitch).all(axis=-1)
-
-def reward_terms(task: Task, x_velocity, action, healthy, senses: dict, xp=jnp) -> dict:
-    """The reward is their sum. x_velocity [...] in m/s, action [..., A] after clipping, healthy bool [...]."""
-    terms = {"reward_forward": task.forward_reward * x_velocity,
-             "reward_ctrl": -task.ctrl_cost * xp.square(action).sum(axis=-1),
-             "reward_survive": task.healthy_reward * healthy}
-    if task.contact_cost:
-        cost = task.contact_cost * xp.square(senses["cfrc_ext"]).sum(axis=-1)
-        terms["reward_contact"] = -xp.minimum(cost, 10.0)
-    return terms
 
 # shared: physics
 def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
-    """One step of one world's physics, in full precision (TF32 would be too rough). onekernel's is MJX's with a solver
-    that ends as soon as it has converged, and with C MuJoCo's frame of friction for steep capsules."""
+    """One step of one world's physics.
+
+    onekernel's step is MJX's, but its solver stops as soon as it has converged, and its frame of
+    friction for steep capsules is C MuJoCo's.
+    """
     if onekernel:
         return onekernel.mjx.step(model, data)
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"):  # TF32, a GPU's default, is too coarse
         return mjx.step(model, data)
+
 
 @cache
 def kernel(function):
-    """A function of one world, as one kernel for all worlds: jax.vmap(kernel(env.step))(states, actions)."""
+    """A function of one world as one kernel for all: jax.vmap(kernel(env.step))(states, actions).
+
+    Without onekernel, the function itself, for XLA.
+    """
     return onekernel.compile(function) if onekernel else function
+
+
 # end shared
 
+
 class Env:
-    """One world of a task; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes.
-    A world that is not finite, or faster than MAX_SPEED, is broken: its step ends the episode, earns nothing, and the
-    observation stays."""
+    """One world of a task. `reset` and `step` are pure functions: batch them with jax.vmap.
+
+    A world that is not finite, or faster than MAX_SPEED, is broken: its step ends the episode and
+    earns nothing, and its observation stays as it was.
+    """
+
     MAX_SPEED = 200.0  # m/s and rad/s
+
     def __init__(self, env_id: str):
-        self.task, self.gymnasium_id = TASKS[env_id], env_id + "-v5"
+        self.task = TASKS[env_id]
+        self.gymnasium_id = env_id + "-v5"
+
         model = load_model(self.task)
-        model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # for Humanoid: its solver, PGS, MJX has not
-        self.control_dt = model.opt.timestep * self.task.frame_skip  # s
+        model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # Humanoid asks for PGS, which MJX lacks
         assert model.na == 0, "Physics has no place for the state of actuators"
-        assert np.ptp(model.actuator_ctrlrange * [-1, 1]) == 0, "all motors take actions from -max_action to max_action"
-        self.action_size, self.max_action = model.nu, float(model.actuator_ctrlrange[0, 1])
-        device, self.init_qpos = jax.local_devices()[0], np.array(model.qpos0)
+        lowest, highest = model.actuator_ctrlrange.T
+        assert np.ptp([-lowest, highest]) == 0, "all motors take -max_action to max_action"
+
+        self.control_dt = model.opt.timestep * self.task.frame_skip  # s
+        self.action_size = model.nu
+        self.max_action = float(highest[0])
+        self.init_qpos = np.array(model.qpos0)
+
+        device = jax.local_devices()[0]
         self.model = mjx.put_model(model, device, impl="jax")
         self.template = mjx.make_data(self.model, device)
-        self.observation_size = jax.eval_shape(kernel(self.reset), jax.random.key(0)).obs.size
+        start = jax.eval_shape(kernel(self.reset), jax.random.key(0))
+        self.observation_size = start.obs.size
 
-    def sense(self, full: mjx.Data) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return sense(self.task, (vars(full._impl) | vars(full)).__getitem__)  # MJX keeps some fields in _impl
+    def measure(self, data: Physics, full: mjx.Data) -> Moment:
+        """What the task's formulas need; full: the data that were computed last."""
+        fields = vars(full._impl) | vars(full)  # MJX keeps some fields in _impl
+        x, senses = self.task.sense(fields.__getitem__)
+        return Moment(qpos=data.qpos, qvel=data.qvel, x=x, senses=senses)
 
     def reset(self, key: jax.Array) -> State:
         """A new episode, with Gymnasium's noise. key: one PRNG key."""
-        qpos_key, qvel_key = jax.random.split(key)
-        noise = partial(jax.random.uniform, minval=-self.task.reset_noise, maxval=self.task.reset_noise)
-        qpos = self.init_qpos + noise(qpos_key, (self.model.nq,))
-        gaussian = self.task.reset_noise * jax.random.normal(qvel_key, (self.model.nv,))
-        qvel = gaussian if self.task.gaussian_velocity else noise(qvel_key, (self.model.nv,))
-        data, zero, no = Physics(qpos, qvel, jnp.zeros_like(qvel)), jnp.zeros(()), jnp.array(False)
-        full = smooth.kinematics(self.model, self.template.replace(qpos=qpos, qvel=qvel))  # there are no forces yet
-        x, senses = self.sense(smooth.com_vel(self.model, smooth.com_pos(self.model, full)))
-        metrics = dict.fromkeys(reward_terms(self.task, zero, jnp.zeros(self.action_size), no, senses), zero)
-        info = {"elapsed": jnp.zeros((), jnp.int32), "truncated": no, "broken": no, "x": x}
-        return State(data, observe(self.task, qpos, qvel, senses), reward=zero, done=zero, metrics=metrics, info=info)
+        qpos, qvel = self.task.start(key, self.init_qpos, self.model.nv)
+        data = Physics(qpos=qpos, qvel=qvel, qacc_warmstart=jnp.zeros_like(qvel))
 
-    def advance(self, data: Physics, action: jax.Array) -> tuple[Physics, jax.Array, dict[str, jax.Array]]:
-        """frame_skip steps of physics, and what `sense` tells then."""
+        full = self.template.replace(qpos=qpos, qvel=qvel)  # there are no forces yet
+        full = smooth.kinematics(self.model, full)
+        full = smooth.com_vel(self.model, smooth.com_pos(self.model, full))
+        now = self.measure(data, full)
+
+        zero = jnp.zeros(())
+        no = jnp.array(False)
+        terms = self.task.reward_terms(now, zero, jnp.zeros(self.action_size), no)
+        return State(
+            data=data,
+            obs=self.task.observe(now),
+            reward=zero,
+            done=zero,
+            metrics=dict.fromkeys(terms, zero),
+            info={
+                "elapsed": jnp.zeros((), jnp.int32),
+                "truncated": no,
+                "broken": no,
+                "x": now.x,
+            },
+        )
+
+    def advance(self, data: Physics, action: jax.Array) -> tuple[Physics, Moment]:
+        """frame_skip steps of physics. Returns the state after them, and what is known of it."""
+
         def substep(carry, _):
             data, full = carry
             full = physics_step(self.model, full.replace(**vars(data), ctrl=action))
-            return (Physics(full.qpos, full.qvel, full.qacc_warmstart), full), None
-        (data, full), _ = jax.lax.scan(substep, (data, self.template), None, length=self.task.frame_skip)
-        wrenches = "cfrc_ext" in dict(self.task.senses)
-        return data, *self.sense(smooth.rne_postconstraint(self.model, full) if wrenches else full)
+            data = Physics(full.qpos, full.qvel, full.qacc_warmstart)
+            return (data, full), None
+
+        start = (data, self.template)
+        (data, full), _ = jax.lax.scan(substep, start, None, length=self.task.frame_skip)
+        if "cfrc_ext" in dict(self.task.sensed):
+            full = smooth.rne_postconstraint(self.model, full)
+
+        now = self.measure(data, full)
+        source, *index = self.task.position
+        if source == "qpos":  # `full` has the last evaluation's; this one is the end of the step
+            now = now.replace(x=data.qpos[tuple(index)])
+        return data, now
 
     def step(self, state: State, action: jax.Array) -> State:
-        """One control step. action [A] in [-max_action, max_action]: the motors' torques as shares of their gear."""
-        data, x, senses = self.advance(state.data, action)
-        source, *index = self.task.position
-        if source == "qpos":  # sense has the last evaluation's; this one is known at the end of the step
-            x = data.qpos[tuple(index)]
-        obs = observe(self.task, data.qpos, data.qvel, senses)
-        finite = jnp.isfinite(data.qpos).all() & jnp.isfinite(obs).all()
-        sane = finite & (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN, too
-        healthy = is_healthy(self.task, data.qpos, data.qvel)
-        terms = reward_terms(self.task, (x - state.info["x"]) / self.control_dt, action, healthy, senses)
-        terms = {name: jnp.where(sane, term, 0.0) for name, term in terms.items()}
-        done, elapsed = jnp.where(healthy & sane, 0.0, 1.0), state.info["elapsed"] + 1
-        info = {"elapsed": elapsed, "truncated": elapsed >= self.task.time_limit, "broken": ~sane, "x": x}
-        obs = jnp.where(sane, obs, state.obs)
-        return State(data, obs, reward=sum(terms.values()), done=done, metrics=terms, info=info)
+        """One control step.
 
-# ---- 4. Running statistics ------------------------------------------------------------------------------------------
+        action: [A] in [-max_action, max_action], the motors' torques as shares of their gear.
+        """
+        data, now = self.advance(state.data, action)
+        obs = self.task.observe(now)
+
+        finite = jnp.isfinite(data.qpos).all() & jnp.isfinite(obs).all()
+        slow = (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN as well
+        sane = finite & slow
+
+        healthy = self.task.is_healthy(now)
+        x_velocity = (now.x - state.info["x"]) / self.control_dt
+        terms = self.task.reward_terms(now, x_velocity, action, healthy)
+        terms = {name: jnp.where(sane, term, 0.0) for name, term in terms.items()}
+
+        elapsed = state.info["elapsed"] + 1
+        return State(
+            data=data,
+            obs=jnp.where(sane, obs, state.obs),
+            reward=sum(terms.values()),
+            done=jnp.where(healthy & sane, 0.0, 1.0),
+            metrics=terms,
+            info={
+                "elapsed": elapsed,
+                "truncated": elapsed >= self.task.time_limit,
+                "broken": ~sane,
+                "x": now.x,
+            },
+        )
+
+
+# ---- 4. Running statistics -----------------------------------------------------------------------
 # shared: statistics
 @struct.dataclass
 class RunningStats:
-    """Mean and variance of all that was seen so far."""
-    count: jax.Array
+    """Mean and variance of all samples so far."""
+
+    count: jax.Array  # []
     mean: jax.Array
     var: jax.Array
 
+
 def update_stats(stats: RunningStats, batch: jax.Array) -> RunningStats:
-    """Merge in all devices' batches [T, N, ...]. Source: Chan, Golub and LeVeque's parallel variance."""
+    """Merge in the batches [T, N, ...] of all devices.
+
+    Source: Chan, Golub and LeVeque's parallel variance.
+    """
     count = batch.shape[0] * batch.shape[1] * jax.lax.axis_size("devices")
     mean = jax.lax.pmean(batch.mean(axis=(0, 1)), "devices")
     var = jax.lax.pmean(jnp.square(batch - mean).mean(axis=(0, 1)), "devices")
-    share, delta = count / (stats.count + count), mean - stats.mean
-    merged_var = (1 - share) * stats.var + share * var + share * (1 - share) * jnp.square(delta)
-    return RunningStats(stats.count + count, stats.mean + share * delta, merged_var)
+
+    share = count / (stats.count + count)
+    delta = mean - stats.mean
+    between = share * (1 - share) * jnp.square(delta)  # variance of the two means
+    return RunningStats(
+        count=stats.count + count,
+        mean=stats.mean + share * delta,
+        var=(1 - share) * stats.var + share * var + between,
+    )
+
 
 def normalize(stats: RunningStats, obs: jax.Array) -> jax.Array:
+    """Observations [..., O] with mean 0 and variance 1, clipped to 10 standard deviations."""
     return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+
+
 # end shared
 
-# ---- 5. Networks ----------------------------------------------------------------------------------------------------
+
+# ---- 5. Networks ---------------------------------------------------------------------------------
 class MLP(nn.Module):
-    """Tanh layers with orthogonal weights: [..., O] -> [..., out]. gain scales the weights of the last layer."""
+    """Tanh layers with orthogonal weights: [..., O] -> [..., out]."""
+
     hidden_sizes: tuple[int, ...]
     out: int
-    gain: float
+    gain: float  # scale of the last layer's weights
+
     @nn.compact
     def __call__(self, x):
         for width in self.hidden_sizes:
-            x = jnp.tanh(nn.Dense(width, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))(x))
+            orthogonal = nn.initializers.orthogonal(math.sqrt(2))
+            x = jnp.tanh(nn.Dense(width, kernel_init=orthogonal)(x))
         return nn.Dense(self.out, kernel_init=nn.initializers.orthogonal(self.gain))(x)
 
+
 def make_networks(args: Args, env: Env) -> tuple[MLP, MLP]:
-    """Actor and critic; they share nothing. The actor's first means are near 0, so its first actions are all noise."""
-    return MLP(args.hidden_sizes, env.action_size, gain=0.01), MLP(args.hidden_sizes, 1, gain=1.0)
+    """Actor and critic; they share nothing."""
+    actor = MLP(args.hidden_sizes, env.action_size, gain=0.01)  # the first actions are all noise
+    critic = MLP(args.hidden_sizes, 1, gain=1.0)
+    return actor, critic
 
-def log_prob(mean: jax.Array, log_std: jax.Array, action: jax.Array) -> jax.Array:
-    """Log density of a diagonal Gaussian. mean, action [..., A], log_std [A] -> [...]."""
-    z = (action - mean) * jnp.exp(-log_std)
-    return (-0.5 * jnp.square(z) - log_std - 0.5 * math.log(2 * math.pi)).sum(axis=-1)
 
-# ---- 6. Training state ----------------------------------------------------------------------------------------------
+@struct.dataclass
+class Gaussian:
+    """A normal distribution of actions with independent components."""
+
+    mean: jax.Array  # [..., A], which is the mode as well
+    log_std: jax.Array  # [A]
+
+    def sample(self, keys: jax.Array) -> jax.Array:
+        """Actions [N, A], each from its own key. keys: [N]."""
+        noise = jax.vmap(partial(jax.random.normal, shape=self.log_std.shape))(keys)
+        return self.mean + jnp.exp(self.log_std) * noise
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """Log density: [..., A] -> [...]."""
+        z = (action - self.mean) * jnp.exp(-self.log_std)
+        return (-0.5 * jnp.square(z) - self.log_std - 0.5 * math.log(2 * math.pi)).sum(axis=-1)
+
+    def entropy(self) -> jax.Array:
+        """Differential entropy in nats: [], the same for all means."""
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+
+# ---- 6. Training state ---------------------------------------------------------------------------
 @struct.dataclass
 class Learner:
     """What is learnt; the same on every device."""
-    params: dict  # actor and critic (Flax parameters), log_std [A] (whatever the observation)
+
+    params: dict  # "actor" and "critic": Flax parameters; "log_std": [A]
     opt_state: optax.OptState  # of the parameters as one vector
     obs_stats: RunningStats  # [O]
     return_stats: RunningStats  # [], of the discounted return
     key: jax.Array  # of the shuffles
     iteration: jax.Array  # int32, iterations done
 
+
 @struct.dataclass
 class Worlds:
-    """What belongs to one world: [N, ...], split over the devices; its own key makes it the same on any device."""
+    """What belongs to one world: fields [N, ...], split over the devices.
+
+    Each world draws from its own key, so that it is the same on any number of devices.
+    """
+
     env_state: State
     key: jax.Array
-    discounted_return: jax.Array  # of the rewards so far
+    discounted_return: jax.Array  # of the rewards so far, for their scale
     episode_return: jax.Array
     episode_length: jax.Array  # int32
     broken: jax.Array  # int32, how often this world broke
 
+
 @struct.dataclass
 class TrainState:
-    """All that a run's future depends on; a checkpoint is this and the settings."""
+    """All that a run's future depends on; a checkpoint holds this and the settings."""
+
     learner: Learner
     worlds: Worlds
+
+
 STATE_SPEC = TrainState(learner=P(), worlds=P("devices"))
+
 
 # shared: optimizer
 def shuffle(key: jax.Array, size: int) -> jax.Array:
-    """A random order of `size` things, int32 [size]. It sorts one array of random bits followed by the thing's own
-    number: five times as fast on a CPU as jax.random.permutation, which sorts pairs, twice."""
+    """A random order of `size` items, int32 [size].
+
+    It sorts one array, of random bits followed by the item's own number: five times as fast on a
+    CPU as jax.random.permutation, which sorts pairs, twice.
+    """
     bits = (size - 1).bit_length()
     if bits > 13:  # too few random bits would be left
         return jax.random.permutation(key, size)
     marked = (jax.random.bits(key, (size,)) << bits) | jnp.arange(size, dtype=jnp.uint32)
     return (jnp.sort(marked) & ((1 << bits) - 1)).astype(jnp.int32)
+
+
 # end shared
 
+
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam, on gradients that are scaled down to max_grad_norm. One that is not finite is skipped and counted, as by
-    optax.apply_if_finite, but with one pass over the gradient for both."""
+    """Adam, on gradients that are scaled down to max_grad_norm.
+
+    A gradient that is not finite is skipped and counted, as by optax.apply_if_finite, but with one
+    pass over the gradient for both.
+    """
     adam = optax.scale_by_adam(eps=1e-5)
+
     def init(params) -> optax.ApplyIfFiniteState:
-        return optax.ApplyIfFiniteState(jnp.int32(0), jnp.array(True), jnp.int32(0), adam.init(params))
+        return optax.ApplyIfFiniteState(
+            notfinite_count=jnp.int32(0),
+            last_finite=jnp.array(True),
+            total_notfinite=jnp.int32(0),
+            inner_state=adam.init(params),
+        )
+
     def update(gradient, state: optax.ApplyIfFiniteState, params=None):
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
+
         def step():
             scale = jnp.minimum(1.0, args.max_grad_norm / norm)
-            return adam.update(jax.tree.map(lambda x: scale * x, gradient), state.inner_state)
+            scaled = jax.tree.map(lambda x: scale * x, gradient)
+            return adam.update(scaled, state.inner_state)
+
         def skip():
             return jax.tree.map(jnp.zeros_like, gradient), state.inner_state
+
         direction, inner_state = jax.lax.cond(finite, step, skip)
-        in_a_row, total = jnp.where(finite, 0, state.notfinite_count + 1), state.total_notfinite + ~finite
-        return direction, optax.ApplyIfFiniteState(in_a_row, finite, total, inner_state)
+        next_state = optax.ApplyIfFiniteState(
+            notfinite_count=jnp.where(finite, 0, state.notfinite_count + 1),
+            last_finite=finite,
+            total_notfinite=state.total_notfinite + ~finite,
+            inner_state=inner_state,
+        )
+        return direction, next_state
+
     return optax.GradientTransformation(init, update)
 
+
+def start_stats(shape: tuple[int, ...]) -> RunningStats:
+    """Statistics before the first sample; the small count keeps divisions finite."""
+    return RunningStats(count=jnp.float32(1e-4), mean=jnp.zeros(shape), var=jnp.ones(shape))
+
+
+def start_worlds(env_state: State, keys: jax.Array, broken: jax.Array) -> Worlds:
+    """Worlds [N] at the start of an episode."""
+    return Worlds(
+        env_state=env_state,
+        key=keys,
+        discounted_return=jnp.zeros(keys.shape),
+        episode_return=jnp.zeros(keys.shape),
+        episode_length=jnp.zeros(keys.shape, jnp.int32),
+        broken=broken,
+    )
+
+
 def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
-    actor_key, critic_key, shuffle_key, reset_key, clock_key, world_key = jax.random.split(key, 6)
+    """The state before the first iteration."""
+    keys = jax.random.split(key, 6)
+    actor_key, critic_key, shuffle_key, reset_key, clock_key, world_key = keys
+
     actor, critic = make_networks(args, env)
-    obs, n = jnp.zeros(env.observation_size), args.num_envs
-    params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
-    params["log_std"] = jnp.full(env.action_size, args.init_log_std, jnp.float32)  # with a type, as a checkpoint has it
-    opt_state = make_optimizer(args).init(ravel_pytree(params)[0])
+    obs = jnp.zeros(env.observation_size)
+    params = {
+        "actor": actor.init(actor_key, obs),
+        "critic": critic.init(critic_key, obs),
+        # With a type, as a checkpoint has it.
+        "log_std": jnp.full(env.action_size, args.init_log_std, jnp.float32),
+    }
+    vector, _ = ravel_pytree(params)
+    learner = Learner(
+        params=params,
+        opt_state=make_optimizer(args).init(vector),
+        obs_stats=start_stats(obs.shape),
+        return_stats=start_stats(()),
+        key=shuffle_key,
+        iteration=jnp.zeros((), jnp.int32),
+    )
+
+    n = args.num_envs
     env_state = jax.vmap(kernel(env.reset))(jax.random.split(reset_key, n))
     # The worlds' clocks start at random, so that their time limits do not come all at once.
     env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.task.time_limit)
-    stats = [RunningStats(jnp.float32(1e-4), jnp.zeros(shape), jnp.ones(shape)) for shape in (obs.shape, ())]
-    learner = Learner(params, opt_state, *stats, shuffle_key, jnp.zeros((), jnp.int32))
-    zeros, counts = jnp.zeros(n), jnp.zeros(n, jnp.int32)
-    return TrainState(learner, Worlds(env_state, jax.random.split(world_key, n), zeros, zeros, counts, counts))
+    worlds = start_worlds(env_state, jax.random.split(world_key, n), jnp.zeros(n, jnp.int32))
+    return TrainState(learner=learner, worlds=worlds)
 
-# ---- 7. Rollout -----------------------------------------------------------------------------------------------------
+
+# ---- 7. Rollout ----------------------------------------------------------------------------------
 @struct.dataclass
 class Transition:
-    """One step of the worlds: what was seen and done, and what came of it."""
+    """One step of one world; `end` and the flags are the outcome of `action`."""
+
     obs: jax.Array  # [O]
-    action: jax.Array  # [A], as sampled; the environment gets it clipped to [-1, 1], times its largest action
+    action: jax.Array  # [A], as sampled; the environment gets it clipped and scaled
     logprob: jax.Array
     start: State  # where the step began
-    end: Worlds  # where it ended, before any reset, with its reward, observation, episode return, ...
+    end: Worlds  # where it ended, before any reset: reward, observation, episode's return, ...
     terminated: jax.Array  # bool
     done: jax.Array  # bool: terminated, or at the time limit
-    finished: jax.Array  # bool: done after a whole episode, neither broken nor started on a staggered clock
+    finished: jax.Array  # bool: a whole episode is over, not broken, its clock started at 0
+
+
+def split_keys(keys: jax.Array, n: int) -> jax.Array:
+    """n new keys for each key: [N] -> [n, N]."""
+    return jnp.unstack(jax.vmap(partial(jax.random.split, num=n))(keys), axis=1)
+
+
+def where_done(done: jax.Array, fresh: Worlds, end: Worlds) -> Worlds:
+    """Each world from `fresh` where its episode is done, else from `end`. done: bool [N]."""
+
+    def choose(done, fresh, end):
+        return jax.tree.map(partial(jnp.where, done), fresh, end)
+
+    return jax.vmap(choose)(done, fresh, end)
+
+
+def scale_action(env: Env, action: jax.Array) -> jax.Array:
+    """What the environment gets for an action of the policy [..., A]."""
+    return env.max_action * jnp.clip(action, -1.0, 1.0)
+
 
 def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Worlds, Transition]:
-    """num_steps steps of the policy in all worlds, each episode from a fresh reset. Returns transitions [T, N, ...]."""
-    (actor, _), log_std = make_networks(args, env), learner.params["log_std"]
+    """num_steps steps of the policy in all worlds, with a fresh reset after each episode.
+
+    Returns the worlds [N, ...] and transitions [T, N, ...].
+    """
+    actor, _ = make_networks(args, env)
+
     def step(worlds: Worlds, _):
-        key, action_key, reset_key = jnp.unstack(jax.vmap(partial(jax.random.split, num=3))(worlds.key), axis=1)
-        obs = worlds.env_state.obs
-        mean = actor.apply(learner.params["actor"], normalize(learner.obs_stats, obs))
-        noise = jax.vmap(partial(jax.random.normal, shape=log_std.shape))(action_key)
-        action = mean + jnp.exp(log_std) * noise
-        state = jax.vmap(kernel(env.step))(worlds.env_state, env.max_action * jnp.clip(action, -1.0, 1.0))
-        terminated, broken = state.done > 0, state.info["broken"]
+        key, action_key, reset_key = split_keys(worlds.key, 3)
+        start = worlds.env_state
+
+        obs = normalize(learner.obs_stats, start.obs)
+        policy = Gaussian(actor.apply(learner.params["actor"], obs), learner.params["log_std"])
+        action = policy.sample(action_key)
+        state = jax.vmap(kernel(env.step))(start, scale_action(env, action))
+
+        terminated = state.done > 0
         done = terminated | state.info["truncated"]
+        broken = state.info["broken"]
         end = Worlds(
-            state, key, discounted_return=args.gamma * worlds.discounted_return + state.reward,
-            episode_return=worlds.episode_return + state.reward, episode_length=worlds.episode_length + 1,
-            broken=worlds.broken + broken)
-        finished = done & ~broken & (end.episode_length == state.info["elapsed"])
-        zeros, counts = jnp.zeros_like(end.episode_return), jnp.zeros_like(end.episode_length)
-        fresh = Worlds(jax.vmap(kernel(env.reset))(reset_key), key, zeros, zeros, counts, end.broken)
-        select = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
-        logprob = log_prob(mean, log_std, action)
-        transition = Transition(obs, action, logprob, worlds.env_state, end, terminated, done, finished)
-        return select(done, fresh, end), transition
+            env_state=state,
+            key=key,
+            discounted_return=args.gamma * worlds.discounted_return + state.reward,
+            episode_return=worlds.episode_return + state.reward,
+            episode_length=worlds.episode_length + 1,
+            broken=worlds.broken + broken,
+        )
+        transition = Transition(
+            obs=start.obs,
+            action=action,
+            logprob=policy.log_prob(action),
+            start=start,
+            end=end,
+            terminated=terminated,
+            done=done,
+            finished=done & ~broken & (end.episode_length == state.info["elapsed"]),
+        )
+        fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key, end.broken)
+        return where_done(done, fresh, end), transition
+
     return jax.lax.scan(step, worlds, None, length=args.num_steps)
 
-# ---- 8. Advantages --------------------------------------------------------------------------------------------------
+
+# ---- 8. Advantages -------------------------------------------------------------------------------
 # shared: advantages
-def compute_gae(args: Args, reward, value, next_value, terminated, done) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimates (arXiv:1506.02438, equation 16) and value targets of a rollout; all are [T, N].
-    next_value is that of the state where the step ended, before any reset: after a termination nothing is to come, but
-    an episode that the time limit cuts keeps what that state promised. All but the flags are in scaled reward."""
+def compute_gae(
+    args: Args,
+    reward: jax.Array,
+    value: jax.Array,
+    next_value: jax.Array,
+    terminated: jax.Array,
+    done: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimates and value targets of a rollout, in units of the reward.
+
+    All arguments and results are [T, N]. next_value belongs to the state in which the step ended,
+    before any reset: nothing is to come after a termination, but an episode that the time limit
+    cuts keeps what that state promised.
+    Source: arXiv:1506.02438, equation 16; the time limit's part is ours.
+    """
+
     def backwards(next_advantage, step):
         reward, value, next_value, terminated, done = step
         delta = reward + args.gamma * jnp.where(terminated, 0.0, next_value) - value
-        advantage = delta + args.gamma * args.gae_lambda * jnp.where(done, 0.0, next_advantage)
+        following = jnp.where(done, 0.0, next_advantage)
+        advantage = delta + args.gamma * args.gae_lambda * following
         return advantage, advantage
+
     steps = (reward, value, next_value, terminated, done)
     _, advantage = jax.lax.scan(backwards, jnp.zeros_like(reward[0]), steps, reverse=True)
     return advantage, advantage + value
+
+
 # end shared
 
-# ---- 9. Loss and update ---------------------------------------------------------------------------------------------
+
+# ---- 9. Loss and update --------------------------------------------------------------------------
 @struct.dataclass
 class Batch:
     """What the loss needs of each transition."""
+
     obs: jax.Array  # [O], normalised
     action: jax.Array  # [A]
     logprob: jax.Array  # under the policy that acted
@@ -613,319 +1127,542 @@ class Batch:
     advantage: jax.Array
     target: jax.Array  # of the value
 
-def ppo_loss(args: Args, env: Env, params: dict, mb: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """PPO's loss (arXiv:1707.06347, equations 7 and 9) and metrics; approx_kl: joschu.net/blog/kl-approx.html."""
-    (actor, critic), log_std = make_networks(args, env), params["log_std"]
-    value = critic.apply(params["critic"], mb.obs)[..., 0]
-    logratio = log_prob(actor.apply(params["actor"], mb.obs), log_std, mb.action) - mb.logprob
+
+def ppo_loss(
+    args: Args, env: Env, params: dict, mb: Batch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """PPO's loss of a minibatch [B / M, ...], and its metrics by tag.
+
+    Source: arXiv:1707.06347, equations 7 and 9; approx_kl: joschu.net/blog/kl-approx.html.
+    """
+    actor, critic = make_networks(args, env)
+
+    policy = Gaussian(actor.apply(params["actor"], mb.obs), params["log_std"])
+    logratio = policy.log_prob(mb.action) - mb.logprob
     ratio = jnp.exp(logratio)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio).mean()
+
+    value = critic.apply(params["critic"], mb.obs)[..., 0]
     value_error = jnp.square(value - mb.target)
     if args.clip_vloss:
         clipped_value = mb.value + jnp.clip(value - mb.value, -args.clip_coef, args.clip_coef)
         value_error = jnp.maximum(value_error, jnp.square(clipped_value - mb.target))
     value_loss = 0.5 * value_error.mean()
-    entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-    return loss, {
-        "losses/loss": loss, "losses/policy_loss": policy_loss, "losses/value_loss": value_loss,
-        "losses/entropy": entropy, "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
-        "losses/old_approx_kl": -logratio.mean(), "losses/approx_kl": (ratio - 1 - logratio).mean()}
 
-def update_epochs(args: Args, env: Env, learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
-    """All epochs over a batch [B, ...], each device on its share. Metrics are means over all minibatches in use."""
-    learning_rate = args.learning_rate * (1 - learner.iteration / float(args.num_iterations) if args.anneal_lr else 1.0)
-    # As one vector the gradient takes one exchange between devices, not one a layer: 5x on two CPU cores.
+    entropy = policy.entropy()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    metrics = {
+        "losses/loss": loss,
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
+        "losses/old_approx_kl": -logratio.mean(),
+        "losses/approx_kl": (ratio - 1 - logratio).mean(),
+    }
+    return loss, metrics
+
+
+def current_learning_rate(args: Args, iteration: jax.Array) -> float | jax.Array:
+    if not args.anneal_lr:
+        return args.learning_rate
+    return args.learning_rate * (1 - iteration / float(args.num_iterations))
+
+
+def update_epochs(
+    args: Args, env: Env, learner: Learner, batch: Batch
+) -> tuple[Learner, dict[str, jax.Array]]:
+    """All epochs over a batch [B, ...], each device with its own share of it.
+
+    Returns the learner after them, and metrics by tag: means over all minibatches in use.
+    """
+    learning_rate = current_learning_rate(args, learner.iteration)
+    optimizer = make_optimizer(args)
+    # The gradient as one vector takes one exchange between devices, not one for each layer: five
+    # times as fast on two CPU cores.
     vector, unravel = ravel_pytree(learner.params)
+
     def minibatch_step(carry, mb: Batch):
         vector, opt_state, stopped = carry
-        gradient, metrics = jax.grad(ppo_loss, argnums=2, has_aux=True)(args, env, unravel(vector), mb)
+        gradient, metrics = jax.grad(ppo_loss, argnums=2, has_aux=True)(
+            args, env, unravel(vector), mb
+        )
         gradient = jax.lax.pmean(ravel_pytree(gradient)[0], "devices")
-        direction, next_opt_state = make_optimizer(args).update(gradient, opt_state)
+        direction, next_opt_state = optimizer.update(gradient, opt_state)
+
         updated = (vector - learning_rate * direction, next_opt_state)
         if args.target_kl is not None:
             updated = jax.tree.map(partial(jnp.where, stopped), (vector, opt_state), updated)
+
         metrics |= {"losses/grad_norm": jnp.linalg.norm(gradient)}
         return (*updated, stopped), (metrics, ~stopped, next_opt_state.notfinite_count)
+
     def epoch(carry, key):
         order = shuffle(key, len(batch.obs))
-        shuffled = jax.tree.map(lambda x: x[order].reshape(args.num_minibatches, -1, *x.shape[1:]), batch)
-        (vector, opt_state, stopped), (metrics, *rest) = jax.lax.scan(minibatch_step, carry, shuffled)
-        if args.target_kl is not None:
-            stopped |= jax.lax.pmean(metrics["losses/approx_kl"].mean(), "devices") > args.target_kl
-        return (vector, opt_state, stopped), (metrics, *rest)
-    key = jax.random.fold_in(jax.random.fold_in(learner.key, learner.iteration), jax.lax.axis_index("devices"))
-    carry, keys = (vector, learner.opt_state, jnp.array(False)), jax.random.split(key, args.update_epochs)
-    (vector, opt_state, _), (metrics, used, skipped) = jax.lax.scan(epoch, carry, keys)
-    metrics = {tag: (values * used).sum() / used.sum() for tag, values in metrics.items()} | {
-        "charts/learning_rate": jnp.asarray(learning_rate), "charts/skipped_in_a_row": skipped.max(),
-        "charts/skipped_updates": opt_state.total_notfinite}
-    return learner.replace(params=unravel(vector), opt_state=opt_state, iteration=learner.iteration + 1), metrics
+        minibatches = jax.tree.map(
+            lambda x: x[order].reshape(args.num_minibatches, -1, *x.shape[1:]), batch
+        )
+        carry, (metrics, *rest) = jax.lax.scan(minibatch_step, carry, minibatches)
 
-# ---- 10. One training iteration -------------------------------------------------------------------------------------
+        vector, opt_state, stopped = carry
+        if args.target_kl is not None:
+            approx_kl = jax.lax.pmean(metrics["losses/approx_kl"].mean(), "devices")
+            stopped |= approx_kl > args.target_kl
+        return (vector, opt_state, stopped), (metrics, *rest)
+
+    key = jax.random.fold_in(learner.key, learner.iteration)
+    key = jax.random.fold_in(key, jax.lax.axis_index("devices"))
+    carry = (vector, learner.opt_state, jnp.array(False))
+    keys = jax.random.split(key, args.update_epochs)
+    (vector, opt_state, _), (metrics, used, skipped) = jax.lax.scan(epoch, carry, keys)
+
+    metrics = {tag: (values * used).sum() / used.sum() for tag, values in metrics.items()}
+    metrics |= {
+        "charts/learning_rate": jnp.asarray(learning_rate),
+        "charts/skipped_in_a_row": skipped.max(),
+        "charts/skipped_updates": opt_state.total_notfinite,
+    }
+    learner = learner.replace(
+        params=unravel(vector), opt_state=opt_state, iteration=learner.iteration + 1
+    )
+    return learner, metrics
+
+
+# ---- 10. One training iteration ------------------------------------------------------------------
 # shared: black_box
 def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
-    """What the first world to break went through, for `dump`: of all worlds [T, N, ...] -> [1, T, ...], so that the
-    first axis is that of the devices."""
+    """What the first world to break went through, for `dump`.
+
+    Of all worlds [T, N, ...] -> [1, T, ...], so that the first axis is that of the devices.
+    """
     world = jnp.unravel_index(jnp.argmax(broken), broken.shape)[1]
-    return jax.tree.map(lambda x: x[None, :, world], {"start": start, "action": action, "broken": broken})
+    steps = {"start": start, "action": action, "broken": broken}
+    return jax.tree.map(lambda x: x[None, :, world], steps)
+
+
 # end shared
 
+
+def mean_over_devices(x):
+    return jax.lax.pmean(x, "devices")
+
+
+def make_batch(
+    args: Args, env: Env, learner: Learner, steps: Transition, reward: jax.Array
+) -> tuple[Batch, jax.Array]:
+    """The batch [B, ...] to learn from, of transitions [T, N, ...] and scaled rewards [T, N].
+
+    Returns with it the critic's explained variance: 1 if it foresaw all value targets.
+    """
+    _, critic = make_networks(args, env)
+    both = jnp.stack([steps.obs, steps.end.env_state.obs])  # [2, T, N, O]
+    both = normalize(learner.obs_stats, both)
+    value, next_value = critic.apply(learner.params["critic"], both)[..., 0]
+    advantage, target = compute_gae(args, reward, value, next_value, steps.terminated, steps.done)
+
+    target_mean = mean_over_devices(target.mean())
+    target_var = mean_over_devices(jnp.square(target - target_mean).mean())
+    error = mean_over_devices(jnp.square(target - value).mean())
+    explained_variance = 1 - error / (target_var + 1e-8)
+
+    if args.norm_adv:
+        advantage -= mean_over_devices(advantage.mean())
+        advantage /= jnp.sqrt(mean_over_devices(jnp.square(advantage).mean())) + 1e-8
+
+    batch = Batch(
+        obs=both[0],
+        action=steps.action,
+        logprob=steps.logprob,
+        value=value,
+        advantage=advantage,
+        target=target,
+    )
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)  # [T, N, ...] -> [B, ...]
+    return batch, explained_variance
+
+
+def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
+    """Of the episodes that finished in a rollout, over all devices."""
+    sums = {
+        "episodes": steps.finished.sum(),
+        "returns": (steps.finished * steps.end.episode_return).sum(),
+        "lengths": (steps.finished * steps.end.episode_length).sum(),
+        "broken": worlds.broken.sum(),
+    }
+    sums = jax.lax.psum(sums, "devices")
+    return {
+        # NaN, and not logged, where no episode has finished.
+        "charts/episodic_return": sums["returns"] / sums["episodes"],
+        "charts/episodic_length": sums["lengths"] / sums["episodes"],
+        "charts/episodes_finished": sums["episodes"],
+        "charts/nan_resets": sums["broken"],
+    }
+
+
 def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict, dict]:
-    """Rollout, advantages and update with one device's worlds. Returns metrics over all devices, by tag, and this
-    one's black box."""
-    learner, pmean = state.learner, partial(jax.lax.pmean, axis_name="devices")
+    """Rollout, advantages and update with one device's worlds.
+
+    Returns the next state, metrics over all devices by tag, and this device's black box.
+    """
+    learner = state.learner
     worlds, steps = rollout(args, env, learner, state.worlds)
-    reward, return_stats = steps.end.env_state.reward, learner.return_stats
+
+    reward = steps.end.env_state.reward
+    return_stats = learner.return_stats
     if args.norm_reward:
         return_stats = update_stats(return_stats, steps.end.discounted_return)
         reward = jnp.clip(reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
-    _, critic = make_networks(args, env)
-    obs, end_obs = normalize(learner.obs_stats, jnp.stack([steps.obs, steps.end.env_state.obs]))
-    value, next_value = critic.apply(learner.params["critic"], jnp.stack([obs, end_obs]))[..., 0]
-    advantage, target = compute_gae(args, reward, value, next_value, steps.terminated, steps.done)
-    target_var = pmean(jnp.square(target - pmean(target.mean())).mean())
-    explained_variance = 1 - pmean(jnp.square(target - value).mean()) / (target_var + 1e-8)
-    if args.norm_adv:
-        advantage -= pmean(advantage.mean())
-        advantage /= jnp.sqrt(pmean(jnp.square(advantage).mean())) + 1e-8
-    batch = Batch(obs, steps.action, steps.logprob, value, advantage, target)
-    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)  # [T, N, ...] -> [B, ...]
+
+    batch, explained_variance = make_batch(args, env, learner, steps, reward)
     learner, metrics = update_epochs(args, env, learner, batch)
-    # Only now, since the policy that acted and the one that learns must see the same normalised observations.
-    obs_stats = update_stats(learner.obs_stats, steps.obs) if args.norm_obs else learner.obs_stats
-    metrics |= {name.replace("_", "/", 1): term.mean() for name, term in steps.end.env_state.metrics.items()}
-    returns, lengths = steps.finished * steps.end.episode_return, steps.finished * steps.end.episode_length
-    sums = (steps.finished.sum(), returns.sum(), lengths.sum(), worlds.broken.sum())
-    episodes, returns, lengths, broken = jax.lax.psum(sums, "devices")
-    metrics = pmean(metrics) | {
-        "losses/explained_variance": explained_variance, "charts/nan_resets": broken,
-        "charts/episodic_return": returns / episodes,  # NaN, and not logged, where no episode has finished
-        "charts/episodic_length": lengths / episodes, "charts/episodes_finished": episodes}
-    box = black_box(steps.start, env.max_action * jnp.clip(steps.action, -1.0, 1.0), steps.end.env_state.info["broken"])
-    return TrainState(learner.replace(obs_stats=obs_stats, return_stats=return_stats), worlds), metrics, box
+
+    # Only now, since the policy that acted and the one that learns must see the same normalised
+    # observations.
+    obs_stats = learner.obs_stats
+    if args.norm_obs:
+        obs_stats = update_stats(obs_stats, steps.obs)
+    learner = learner.replace(obs_stats=obs_stats, return_stats=return_stats)
+
+    terms = steps.end.env_state.metrics.items()
+    metrics |= {name.replace("_", "/", 1): term.mean() for name, term in terms}
+    metrics = mean_over_devices(metrics)
+    metrics |= {"losses/explained_variance": explained_variance}
+    metrics |= episode_metrics(worlds, steps)
+
+    broken = steps.end.env_state.info["broken"]
+    box = black_box(steps.start, scale_action(env, steps.action), broken)
+    return TrainState(learner=learner, worlds=worlds), metrics, box
+
 
 @partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state")
-def train_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One iteration as one program over the mesh's devices; `state` is donated, its memory is used again."""
-    run = jax.shard_map(partial(device_iteration, args, env), mesh=mesh, in_specs=(STATE_SPEC,),
-                        out_specs=(STATE_SPEC, P(), P("devices")), check_vma=False)
+def train_iteration(
+    args: Args, env: Env, mesh: Mesh, state: TrainState
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One iteration as one program over the mesh's devices.
+
+    `state` is donated: its memory is used again. Returns the next state and metrics by tag, with
+    the devices' black boxes.
+    """
+    run = jax.shard_map(
+        partial(device_iteration, args, env),
+        mesh=mesh,
+        in_specs=(STATE_SPEC,),
+        out_specs=(STATE_SPEC, P(), P("devices")),
+        check_vma=False,
+    )
     state, metrics, box = run(state)
     return state, metrics | {"black_box": box}
 
-# ---- 11. Evaluation -------------------------------------------------------------------------------------------------
+
+# ---- You may stop reading here: what follows is evaluation, files and the command line -----------
+
+
+# ---- 11. Evaluation ------------------------------------------------------------------------------
 def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
-    """All that the deterministic policy needs: the largest action, the normaliser, layers w0, b0, w1, ..."""
-    policy = {"max_action": np.float32(env.max_action), "obs_mean": learner.obs_stats.mean}
-    policy["obs_var"] = learner.obs_stats.var
+    """All that the deterministic policy needs: largest action, normaliser, layers w0, b0, w1, ..."""
+    policy = {
+        "max_action": np.float32(env.max_action),
+        "obs_mean": learner.obs_stats.mean,
+        "obs_var": learner.obs_stats.var,
+    }
     for name, layer in learner.params["actor"]["params"].items():  # Dense_0, Dense_1, ...
-        policy |= {name.replace("Dense_", "w"): layer["kernel"], name.replace("Dense_", "b"): layer["bias"]}
+        number = name.removeprefix("Dense_")
+        policy["w" + number] = layer["kernel"]
+        policy["b" + number] = layer["bias"]
     return jax.device_get(policy)
 
+
 def act(policy: dict, obs, xp=np):
-    """The policy's mean action for raw observations: [..., O] -> [..., A]. NumPy is enough to run it."""
+    """The policy's mean action for raw observations: [..., O] -> [..., A]. NumPy suffices."""
     x = xp.clip((obs - policy["obs_mean"]) / xp.sqrt(policy["obs_var"] + 1e-8), -10.0, 10.0)
-    last = len(policy) // 2 - 2
+    last = sum(name.startswith("w") for name in policy) - 1
     for i in range(last):
         x = xp.tanh(x @ policy[f"w{i}"] + policy[f"b{i}"])
-    return policy["max_action"] * xp.clip(x @ policy[f"w{last}"] + policy[f"b{last}"], -1.0, 1.0)
+    action = x @ policy[f"w{last}"] + policy[f"b{last}"]
+    return policy["max_action"] * xp.clip(action, -1.0, 1.0)
+
 
 class CMujocoEnv:
-    """The task in C MuJoCo, on the original model, with the interface of Gymnasium."""
+    """The task in C MuJoCo, on the original model, with Gymnasium's interface."""
+
     def __init__(self, env: Env):
-        self.env, self.task, self.model = env, env.task, load_model(env.task)
-        self.data, self.elapsed, self.start = mujoco.MjData(self.model), 0, jax.jit(kernel(env.reset))
+        self.env = env
+        self.task = env.task
+        self.model = load_model(env.task)
+        self.data = mujoco.MjData(self.model)
+        self.elapsed = 0  # steps since the reset
+        self.start = jax.jit(kernel(env.reset))
         self.observe()
 
     def reset(self, seed: int):
         start = jax.device_get(self.start(jax.random.key(seed)).data)
         mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos, self.data.qvel, self.elapsed = start.qpos, start.qvel, 0
+        self.data.qpos = start.qpos
+        self.data.qvel = start.qvel
+        self.elapsed = 0
         mujoco.mj_forward(self.model, self.data)
         return self.observe(), {}
 
     def observe(self) -> np.ndarray:
-        self.x, self.senses = sense(self.task, partial(getattr, self.data), np)
-        return observe(self.task, self.data.qpos, self.data.qvel, self.senses, np)
+        x, senses = self.task.sense(partial(getattr, self.data), np)
+        self.now = Moment(qpos=self.data.qpos, qvel=self.data.qvel, x=x, senses=senses)
+        return self.task.observe(self.now, np)
 
     def step(self, action):
-        task, data, x = self.task, self.data, self.x
-        data.ctrl, self.elapsed = action, self.elapsed + 1
-        mujoco.mj_step(self.model, data, nstep=task.frame_skip)
-        mujoco.mj_rnePostConstraint(self.model, data)  # for the wrenches
-        obs, healthy = self.observe(), is_healthy(task, data.qpos, data.qvel, np)
-        terms = reward_terms(task, (self.x - x) / self.env.control_dt, action, healthy, self.senses, np)
-        return obs, sum(terms.values()), not healthy, self.elapsed >= task.time_limit, {}
+        x_before = self.now.x
+        self.data.ctrl = action
+        mujoco.mj_step(self.model, self.data, nstep=self.task.frame_skip)
+        mujoco.mj_rnePostConstraint(self.model, self.data)  # for the wrenches
+        self.elapsed += 1
+
+        obs = self.observe()
+        healthy = self.task.is_healthy(self.now, np)
+        x_velocity = (self.now.x - x_before) / self.env.control_dt
+        terms = self.task.reward_terms(self.now, x_velocity, action, healthy, np)
+        truncated = self.elapsed >= self.task.time_limit
+        return obs, sum(terms.values()), not healthy, truncated, {}
+
 
 # shared: evaluation
 @partial(jax.jit, static_argnames="env")
 def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
-    """Returns of one episode for each key, in MJX with the physics of `env`: [E] keys -> [E]."""
+    """Returns of one deterministic episode for each key, in MJX: [E] keys -> [E]."""
+
     def step(carry, _):
         state, alive, total = carry
         state = jax.vmap(kernel(env.step))(state, act(policy, state.obs, jnp))
-        return (state, alive & (state.done == 0), total + alive * state.reward), None
-    start = (jax.vmap(kernel(env.reset))(keys), jnp.full(len(keys), True), jnp.zeros(len(keys)))
-    return jax.lax.scan(step, start, None, length=env.task.time_limit)[0][2]
+        total += alive * state.reward
+        alive &= state.done == 0
+        return (state, alive, total), None
 
-def evaluate_on_host(env, policy: dict, episodes: int, seed: int, on_step=lambda: None) -> np.ndarray:
-    """Returns of deterministic episodes [E], in an environment with the interface of Gymnasium."""
+    state = jax.vmap(kernel(env.reset))(keys)
+    start = (state, jnp.full(len(keys), True), jnp.zeros(len(keys)))
+    (_, _, total), _ = jax.lax.scan(step, start, None, length=env.task.time_limit)
+    return total
+
+
+def evaluate_on_host(
+    env, policy: dict, episodes: int, seed: int, on_step=lambda: None
+) -> np.ndarray:
+    """Returns of deterministic episodes [E], in an environment with Gymnasium's interface.
+
+    on_step is called after each step.
+    """
     returns = np.zeros(episodes)
     for episode in range(episodes):
-        (obs, _), over = env.reset(seed=seed + episode), False
+        obs, _ = env.reset(seed=seed + episode)
+        over = False
         while not over:
             obs, reward, terminated, truncated, _ = env.step(act(policy, obs))
-            returns[episode], over = returns[episode] + reward, terminated or truncated
+            returns[episode] += reward
+            over = terminated or truncated
             on_step()
     return returns
 
+
 def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
-    """Evaluate in each simulator at hand; print mean, std, min and max of the returns, and return them."""
-    keys, table = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes)), {}
-    returns = {"MJX": np.asarray(evaluate_mjx(env, policy, keys))}  # from the same starts as C MuJoCo
-    returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, args.eval_episodes, args.seed)
-    name, installed = env.gymnasium_id, importlib.util.find_spec("gymnasium")
-    if installed and name in (gymnasium := importlib.import_module("gymnasium")).registry:
-        returns["Gymnasium"] = evaluate_on_host(gymnasium.make(name), policy, args.eval_episodes, args.seed)
-    print(f"return of {args.eval_episodes:3} episodes     mean      std      min      max")
+    """Evaluate in each simulator at hand.
+
+    Prints mean, std, min and max of the returns, and returns them by simulator.
+    """
+    episodes = args.eval_episodes
+    keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(episodes))
+    returns = {}
+    returns["MJX"] = np.asarray(evaluate_mjx(env, policy, keys))  # the starts of C MuJoCo's
+    returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, episodes, args.seed)
+    if importlib.util.find_spec("gymnasium"):
+        gymnasium = importlib.import_module("gymnasium")
+        if env.gymnasium_id in gymnasium.registry:
+            theirs = gymnasium.make(env.gymnasium_id)
+            returns["Gymnasium"] = evaluate_on_host(theirs, policy, episodes, args.seed)
+
+    print(f"return of {episodes:3} episodes     mean      std      min      max")
+    table = {}
     for name, values in returns.items():
         table[name] = {key: float(getattr(values, key)()) for key in ("mean", "std", "min", "max")}
         print(f"{name:<22}" + "".join(f"{value:9.1f}" for value in table[name].values()))
     return table
+
+
 # end shared
+
 
 # shared: renderer
 def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
-    """By MUJOCO_GL; without it by EGL on Linux, which needs no display."""
-    with or_fail("--capture-video: no OpenGL; on Linux install libegl1, or libosmesa6 and set MUJOCO_GL=osmesa"):
+    """A renderer by MUJOCO_GL; without it by EGL on Linux, which needs no display."""
+    advice = "on Linux install libegl1, or libosmesa6 and set MUJOCO_GL=osmesa"
+    with or_fail(f"--capture-video: no OpenGL; {advice}"):
         if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
             gl_context.GLContext = importlib.import_module("mujoco.egl").GLContext
         return mujoco.Renderer(model, height=480, width=640)
+
+
 # end shared
+
 
 def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
-    """Film one episode in C MuJoCo at its real speed, with 20 (HalfCheetah, Ant) to 67 frames a second."""
-    original, path = CMujocoEnv(env), []
+    """Film one episode in C MuJoCo at its real speed, with 20 (HalfCheetah) to 67 frames a second."""
+    original = CMujocoEnv(env)
+    path = []
     evaluate_on_host(original, policy, 1, seed, lambda: path.append(original.data.qpos.copy()))
+
     imageio = importlib.import_module("imageio")
-    renderer, every = make_renderer(original.model), max(1, round(0.02 / env.control_dt))
-    file.parent.mkdir(exist_ok=True)
-    with warnings.catch_warnings(action="ignore"), imageio.get_writer(file, fps=1 / (every * env.control_dt)) as video:
-        for original.data.qpos in path[::every]:
-            mujoco.mj_forward(original.model, original.data)
-            renderer.update_scene(original.data, camera="track")
-            video.append_data(renderer.render())
+    renderer = make_renderer(original.model)
+    every = max(1, round(0.02 / env.control_dt))  # steps of one frame
+    frames_per_second = 1 / (every * env.control_dt)
+    with writing(file):
+        file.parent.mkdir(exist_ok=True)
+        with warnings.catch_warnings(action="ignore"):
+            with imageio.get_writer(file, fps=frames_per_second) as video:
+                for qpos in path[::every]:
+                    original.data.qpos = qpos
+                    mujoco.mj_forward(original.model, original.data)
+                    renderer.update_scene(original.data, camera="track")
+                    video.append_data(renderer.render())
     print(f"video: {file}")
 
-# shared: replay
-def replay_nan(file: Path, make_env, make_original) -> None:
-    """Step what nan_dump.npz holds in MJX and in C MuJoCo side by side, each from its own states, and tell where they
-    part, by more than a hundredth of the largest speed."""
-    with or_fail(f"--replay-nan {file}"), np.load(file, allow_pickle=False) as arrays:
-        saved = dict(arrays)
-        env, broken, actions = make_env(read_args(str(saved["args"]))), saved["['broken']"], saved["['action']"]
-        start = jax.jit(jax.vmap(kernel(env.reset)))(jax.random.split(jax.random.key(0), len(broken)))
-        start, last = from_arrays(saved, {"start": start})["start"], int(broken.argmax())
-    first = max(0, last - int(start.info["elapsed"][last]))  # no reset lies between
-    state = jax.tree.map(lambda x: x[first], start)
-    original, parted, step = make_original(env, state), None, jax.jit(kernel(env.step))
-    for name, value in vars(state.data).items():
-        setattr(original.data, name, value)
-    print("step  largest speed in MJX  in C MuJoCo  largest difference")
-    for t, action in enumerate(actions[first:last + 1], first - last):
-        state, _ = step(state, action), original.step(action)
-        mine, theirs = np.asarray(state.data.qvel), original.data.qvel
-        parted = t if parted is None and not np.abs(mine - theirs).max() <= 0.01 * np.abs(theirs).max() else parted
-        print(f"{t:4} {np.abs(mine).max():22.3g} {np.abs(theirs).max():12.3g} {np.abs(mine - theirs).max():19.3g}")
-    resets = sum(original.data.warning[kind].number for kind in (
-        mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC))
-    print(f"In step 0 the world broke in training. They part {'nowhere' if parted is None else f'in step {parted}'}. "
-          f"C MuJoCo {'breaks too' if resets else 'does not break'}.")
-# end shared
 
-# ---- 12. Log and files ----------------------------------------------------------------------------------------------
-# shared: bookkeeping
+# ---- 12. Log and files ---------------------------------------------------------------------------
+# shared: log
 def say(text: str) -> None:
+    """Print a line with the seconds since the start; of several processes only the first does."""
     if jax.process_index() == 0:
         print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
 
-# TensorBoard's events go to their file at once: the library's thread loses its queue when the process is killed, and a
-# full disk ends it unseen. Closing the file, at the latest when Python ends, does not tell of a full disk once more.
+
+# TensorBoard's events go to their file at once: the library's thread loses its queue when the
+# process is killed, and a full disk ends it unseen. Closing the file, at the latest when Python
+# ends, does not report a full disk once more.
 def write_event(self: EventFileWriter, event) -> None:
     self._ev_writer.write_event(event)
+
+
 def close_file(self: EventFileWriter, close=EventFileWriter.close) -> None:
     with contextlib.suppress(OSError):
         close(self)
-EventFileWriter.add_event, EventFileWriter.close = write_event, close_file
+
+
+EventFileWriter.add_event = write_event
+EventFileWriter.close = close_file
+
 
 class Log:
-    """TensorBoard, and a progress bar or, without a terminal, plain lines. Of several processes the first writes."""
+    """TensorBoard, and a progress bar or, without a terminal, plain lines.
+
+    Of several processes only the first writes.
+    """
+
     def __init__(self, args: Args, run_dir: Path, first: int):
-        self.args, self.start, self.shown, self.first_step = args, time.time(), "-", first * args.steps_per_iteration
-        self.run_dir, self.dumped, quiet = run_dir, False, jax.process_index() > 0
+        """first: iterations done before."""
+        self.args = args
+        self.run_dir = run_dir
+        self.start = time.time()
+        self.first_step = first * args.steps_per_iteration
+        self.shown = "-"  # the last return
+        self.dumped = False  # a broken world
+
+        quiet = jax.process_index() > 0
+        purge = self.first_step + 1 if first else 0  # what an interrupted run wrote from there on
+        rows = [f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items()]
         with writing(run_dir / "events*"):
-            purge = self.first_step + 1 if first else 0  # TensorBoard forgets what an interrupted run wrote from there
             self.writer = SummaryWriter(str(run_dir), purge_step=purge, write_to_disk=not quiet)
-            rows = "".join(f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-            self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows, self.first_step)
-        total = args.num_iterations * args.steps_per_iteration
-        self.bar = tqdm(total=total, initial=self.first_step, unit=" steps", unit_scale=True, disable=quiet or None)
+            table = "|param|value|\n|-|-|" + "".join(rows)
+            self.writer.add_text("hyperparameters", table, self.first_step)
+        self.bar = tqdm(
+            total=args.num_iterations * args.steps_per_iteration,
+            initial=self.first_step,
+            unit=" steps",
+            unit_scale=True,
+            disable=quiet or None,  # None: without a terminal
+        )
 
     def scalars(self, step: int, values: dict) -> None:
+        """Write all values that are finite, by tag, in one event: ten times as fast as one each."""
         with writing(self.run_dir / "events*"):
-            rows = [Summary.Value(tag=tag, simple_value=float(x)) for tag, x in values.items() if math.isfinite(x)]
-            self.writer.file_writer.add_summary(Summary(value=rows), step)  # in one event: ten times as fast
+            rows = [
+                Summary.Value(tag=tag, simple_value=float(value))
+                for tag, value in values.items()
+                if math.isfinite(value)
+            ]
+            self.writer.file_writer.add_summary(Summary(value=rows), step)
             self.writer.flush()
 
     def write(self, iteration: int, metrics: dict) -> dict:
-        box, step = metrics.pop("black_box"), iteration * self.args.steps_per_iteration
+        """Log the metrics of an iteration, with its black box. Returns them as numbers."""
+        box = metrics.pop("black_box")
+        step = iteration * self.args.steps_per_iteration
         values = jax.device_get(metrics)
-        sps = values["charts/SPS"] = (step - self.first_step) / (time.time() - self.start)
+        sps = (step - self.first_step) / (time.time() - self.start)
+        values["charts/SPS"] = sps
         self.scalars(step, values)
+
         if values["charts/nan_resets"] and not self.dumped:
             self.dumped = dump(self.args, self.run_dir / "nan_dump.npz", box)
         skipped = values["charts/skipped_in_a_row"]  # NaN before the first update
-        require(not skipped >= 10, f"{self.run_dir}: step {step}: {skipped:.0f} gradients in a row are not finite", 1)
-        self.shown = f"{values['charts/episodic_return']:.0f}" if values["charts/episodes_finished"] else self.shown
+        message = f"{self.run_dir}: step {step}: {skipped:.0f} gradients in a row are not finite"
+        require(not skipped >= 10, message, 1)
+
+        if values["charts/episodes_finished"]:
+            self.shown = f"{values['charts/episodic_return']:.0f}"
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"return {self.shown}")
         if self.bar.disable and (iteration % 10 == 0 or step == self.bar.total):
-            say(f"step {step}  return {self.shown}  SPS {sps:.0f}  time left {(self.bar.total - step) / sps:.0f} s")
+            left = (self.bar.total - step) / sps
+            say(f"step {step}  return {self.shown}  SPS {sps:.0f}  time left {left:.0f} s")
         return values
 
+
+# end shared
+
+
+# shared: files
 def count_bytes(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
+
 def bare(x):
-    """Keys as their numbers."""
+    """The array itself, or the numbers of PRNG keys."""
     return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
 
 def to_arrays(tree) -> dict[str, np.ndarray]:
     """All arrays of a tree by their names, with the shares of all processes."""
     tree = multihost_utils.process_allgather(jax.tree.map(bare, tree), tiled=True)
     return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
+
 def from_arrays(arrays: dict[str, np.ndarray], like):
-    """The tree that `to_arrays` took apart, in the place of the tree `like`, of the same shapes, which it deletes."""
+    """The tree that `to_arrays` took apart.
+
+    It takes the place of the tree `like`, of the same shapes, whose arrays are deleted.
+    """
+
     def place(path, old):
-        name, form = jax.tree_util.keystr(path), jax.eval_shape(bare, old)
+        name = jax.tree_util.keystr(path)
         new = arrays[name]
+        form = jax.eval_shape(bare, old)
         if (new.shape, new.dtype) != (form.shape, form.dtype):
-            raise ValueError(f"{name} is {new.dtype} {new.shape}, not {form.dtype} {form.shape}")
+            theirs = f"{new.dtype} {new.shape}"
+            raise ValueError(f"{name} is {theirs}, not {form.dtype} {form.shape}")
         if isinstance(old, np.ndarray):
             return new
+
         old.delete()
         new = jax.make_array_from_callback(new.shape, old.sharding, lambda index: new[index])
         return jax.random.wrap_key_data(new) if form.dtype != old.dtype else new
+
     return jax.tree.map_with_path(place, like)
 
+
 def writing(file: Path):
+    """For what may find a full disk."""
     return or_fail(f"cannot write {file}; what was saved before is whole", 1, OSError)
+
 
 @contextlib.contextmanager
 def replacing(file: Path):
-    """A stream for what is to be in the file; it is there as a whole or not at all."""
+    """A stream for the file's new content; the file is replaced as a whole or not at all."""
     part = file.with_suffix(".part")
     with writing(file):
         part.unlink(missing_ok=True)
@@ -935,83 +1672,114 @@ def replacing(file: Path):
             os.fsync(stream.fileno())
         os.replace(part, file)
 
+
 def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
     with replacing(file) as stream:  # NumPy's format holds a checksum of each array, and no code
         np.savez(stream, **arrays)
 
+
 def dump(args: Args, file: Path, black_box: dict) -> bool:
-    """Write what --replay-nan reads, of the first world in the run that broke: [D, T, ...] -> [T, ...], for D devices.
-    Returns whether one broke."""
+    """Write the steps of the first world in the run that broke, for tools/replay_nan.py.
+
+    black_box: [D, T, ...], for D devices. Returns whether a world broke.
+    """
     arrays = to_arrays(black_box)
-    broken = arrays["['broken']"]
+    broken = arrays["['broken']"]  # [D, T]
     if broken.any() and jax.process_index() == 0 and not file.exists():
         device = broken.T.argmax() % len(broken)  # where it was first
         arrays = {name: array[device] for name, array in arrays.items()}
-        write_npz(file, arrays | {"args": json.dumps(dataclasses.asdict(args))})
-        say(f"a world broke; to see how: {shlex.join(['python', sys.argv[0], '--replay-nan', str(file)])}")
+        arrays["args"] = json.dumps(dataclasses.asdict(args))
+        arrays["script"] = Path(__file__).name
+        write_npz(file, arrays)
+        say(f"a world broke; to see how: python tools/replay_nan.py {shlex.quote(str(file))}")
     return bool(broken.any())
+
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The newest first."""
     return sorted((run_dir / "checkpoints").glob("[0-9]*.npz"), reverse=True)
 
+
 def save(args: Args, run_dir: Path, state: TrainState, policy: dict) -> None:
     """Write a checkpoint (the whole state, and the settings) and policy.npz."""
-    arrays = to_arrays(state) | {"args": json.dumps(dataclasses.asdict(args))}
+    arrays = to_arrays(state)
+    arrays["args"] = json.dumps(dataclasses.asdict(args))
     if jax.process_index() > 0:
         return
     folder = run_dir / "checkpoints"
     with writing(folder):
         folder.mkdir(exist_ok=True)
-        write_npz(run_dir / "policy.npz", policy)  # first, since a resumed run starts after its checkpoint
+        write_npz(run_dir / "policy.npz", policy)  # first: a resumed run starts at the checkpoint
         write_npz(folder / f"{int(state.learner.iteration):09}.npz", arrays)
         for old in [*checkpoints(run_dir)[3:], *folder.glob("*.part")]:
             old.unlink()
 
+
 def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
-    """The newest whole checkpoint, in the place of `state`; or `state`, if the run was stopped before the first."""
+    """The newest whole checkpoint, in the place of `state`.
+
+    `state` itself, if the run was stopped before its first checkpoint.
+    """
     for file in checkpoints(run_dir):
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 saved = dict(arrays)  # which reads all, and compares the checksums
-            ours, theirs = json.loads(json.dumps(dataclasses.asdict(args))), json.loads(str(saved["args"]))
+            theirs = json.loads(str(saved["args"]))
         except Exception as error:  # there is no end to what may be wrong with a file
-            say(f"--resume: {file} is broken ({type(error).__name__}: {error!s:.80}); trying the one before")
+            problem = f"{type(error).__name__}: {error!s:.80}"
+            say(f"--resume: {file} is broken ({problem}); trying the one before")
             continue
-        differ = ", ".join(sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)))
-        require(not differ, f"--resume: {file} differs from run.json in {differ:.200}")
+
+        ours = json.loads(json.dumps(dataclasses.asdict(args)))  # with lists for tuples, as theirs
+        names = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        message = f"--resume: {file} differs from run.json in {', '.join(names):.200}"
+        require(not names, message)
         with or_fail(f"--resume: {file} was written by other code"):
             return from_arrays(saved, state)
+
     require(not checkpoints(run_dir), f"--resume: {run_dir} holds no whole checkpoint")
     return state
+
 
 def write_run(run_dir: Path, content: dict) -> None:
     if jax.process_index() == 0:
         with replacing(run_dir / "run.json") as stream:
             stream.write(json.dumps(content, indent=2).encode() + b"\n")
 
+
 def read_args(text: str) -> Args:
     """The settings in a JSON text, checked as those of the command line are."""
-    args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(text).items()})
+    values = json.loads(text)
+    args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
     every = typeguard.CollectionCheckStrategy.ALL_ITEMS
     for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
         with or_fail(f"setting {field.name}"):
-            typeguard.check_type(getattr(args, field.name), field.type, collection_check_strategy=every)
+            typeguard.check_type(value, field.type, collection_check_strategy=every)
     check_args(args)
     return args
 
+
 def read_run(run_dir: Path) -> Args:
     with or_fail(f"{run_dir} is no run folder of this script"):
-        return read_args(json.dumps(json.loads((run_dir / "run.json").read_text())["args"]))
+        run = json.loads((run_dir / "run.json").read_text())
+        return read_args(json.dumps(run["args"]))
 
-# ---- 13. Command line -----------------------------------------------------------------------------------------------
+
+# end shared
+
+
+# ---- 13. Command line ----------------------------------------------------------------------------
+# shared: command_line
 def require(condition, message: str, code: int = 2) -> None:
-    """Where the condition does not hold, end with one line and an exit code: 2 for bad input."""
-    if not condition:
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-        if jax.distributed.is_initialized():
-            os._exit(code)  # a polite end would wait for the other processes, and they for this one
-        raise SystemExit(code)
+    """Unless the condition holds, end with one line and an exit code: 2 for bad input."""
+    if condition:
+        return
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        os._exit(code)  # a polite end would wait for the other processes, and they for this one
+    raise SystemExit(code)
+
 
 @contextlib.contextmanager
 def or_fail(message: str, code: int = 2, kind: type[Exception] = Exception):
@@ -1021,257 +1789,453 @@ def or_fail(message: str, code: int = 2, kind: type[Exception] = Exception):
     except kind as error:
         require(False, f"{message} ({type(error).__name__}: {error!s:.200})", code)
 
+
 def parse_args(argv: list[str], default: Args = Args()) -> Args:
-    text = io.StringIO()  # tyro draws a box around its errors; the first paragraph tells
+    text = io.StringIO()
     try:
         with contextlib.redirect_stderr(text):
             return tyro.cli(Args, args=argv, default=default)
     except SystemExit as stop:
-        require(not stop.code, text.getvalue().split("\n", 1)[-1].split("──")[0].replace("│", ""))
+        # tyro draws a box around its errors; the first paragraph is what counts.
+        error = text.getvalue().split("\n", 1)[-1].split("──")[0].replace("│", "")
+        require(not stop.code, error)
         raise
 
+
 # Flags of one call, which run.json does not keep.
-CALL_FLAGS = "resume evaluate replay_nan smoke compile_cache coordinator_address num_processes process_id".split()
+CALL_FLAGS = (
+    "resume",
+    "evaluate",
+    "smoke",
+    "compile_cache",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+)
+
+
+def call_flags(args) -> dict:
+    return {name: getattr(args, name) for name in CALL_FLAGS}
+
 
 def start_jax(args: Args) -> None:
-    """Settle what cannot change once JAX runs: its cache, the devices that a CPU is split into, other processes."""
-    require(args.exp_name == Path(args.exp_name).name, f"--exp-name {args.exp_name}: must be a plain name")
-    alone = args.coordinator_address is None and (args.num_processes, args.process_id) != (None, None)
-    require(not alone, "--num-processes, --process-id: tell them --coordinator-address as well")
+    """Settle what cannot change once JAX runs: its cache, its CPU devices, other processes."""
+    plain = args.exp_name == Path(args.exp_name).name
+    require(plain, f"--exp-name {args.exp_name}: must be a plain name")
+    numbered = (args.num_processes, args.process_id) != (None, None)
+    message = "--num-processes, --process-id: need --coordinator-address as well"
+    require(args.coordinator_address or not numbered, message)
+
     jax.config.update("jax_enable_compilation_cache", args.compile_cache)
     if not args.compile_cache:
         os.environ["ONEKERNEL_CACHE"] = "0"
-    if args.compile_cache and not jax.config.jax_compilation_cache_dir:
+    elif not jax.config.jax_compilation_cache_dir:
         try:
             folder = Path.home() / ".cache" / "mjx-rl"
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)  # who can write there can run code here; fails if the folder is another user's
+            # Who can write there can run code here. It fails if the folder is another user's.
+            folder.chmod(0o700)
             jax.config.update("jax_compilation_cache_dir", str(folder))
         except (OSError, RuntimeError) as error:
             print(f"compiled programs are not kept, as there is no folder for them: {error}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices that it has
-        each = (args.num_devices or cores) // (args.num_processes or 1)
-        jax.config.update("jax_num_cpu_devices", min(max(each, 1), 64))  # one would leave the other cores idle
+
+    split_cpu(args)
     if args.coordinator_address:
-        with or_fail("--coordinator-address, --num-processes, --process-id"):
-            jax.distributed.initialize(  # what is None, it asks SLURM or Open MPI
-                None if args.coordinator_address == "auto" else args.coordinator_address, args.num_processes,
-                args.process_id, heartbeat_timeout_seconds=20, shutdown_timeout_seconds=3600)
-            multihost_utils.sync_global_devices("start")  # they meet now, as on CPUs Gloo waits for no more than 30 s
+        join_processes(args)
+
+
+def split_cpu(args: Args) -> None:
+    """Make a CPU as many devices as it has cores; as one, it would leave most of them idle."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    each = (args.num_devices or cores) // (args.num_processes or 1)
+    with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
+        jax.config.update("jax_num_cpu_devices", min(max(each, 1), 64))
+
+
+def join_processes(args: Args) -> None:
+    """Meet the other processes. What is None, JAX asks SLURM or Open MPI for."""
+    auto = args.coordinator_address == "auto"
+    with or_fail("--coordinator-address, --num-processes, --process-id"):
+        jax.distributed.initialize(
+            coordinator_address=None if auto else args.coordinator_address,
+            num_processes=args.num_processes,
+            process_id=args.process_id,
+            heartbeat_timeout_seconds=20,
+            shutdown_timeout_seconds=3600,
+        )
+        multihost_utils.sync_global_devices("start")  # now: on CPUs Gloo waits for 30 s at most
+
 
 def on_signals(handler) -> None:
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+
 
 def listen() -> list[int]:
-    """The signals that have asked to stop. The first ends the loop after its iteration, a second one the process."""
+    """The signals that have asked to stop, a list that grows.
+
+    The first ends the loop after its iteration, a second one the process.
+    """
     stops = []
+
     def stop(number, _):
         stops.append(number)
         on_signals(signal.SIG_DFL)
+
     if jax.process_count() == 1:
         on_signals(stop)
     else:  # JAX listens to SIGTERM itself, for `stop_wanted`
         signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     return stops
 
+
 def stop_wanted(stops: list[int], iteration: int) -> bool:
-    """Whether to stop before this iteration. Of several processes all do if one is asked to; `stops` tells them."""
+    """Whether to stop before this iteration; if one process is asked to, all do."""
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(iteration):
         stops.append(signal.SIGTERM)
     return len(stops) > 0
 
+
 def make_mesh(wanted: int | None, *parts: int) -> Mesh:
-    """The devices that share the work: as many as wanted, or else as can be, of which each of `parts` is a multiple.
-    Where there are several processes, all devices of all of them."""
+    """The devices that share the work; of several processes, all devices of all of them.
+
+    wanted: how many; None for as many as possible. Each of `parts` must be a multiple of it.
+    """
     devices = jax.devices()
     least = len(devices) if jax.process_count() > 1 else 1
-    fits = [n for n in range(least, len(devices) + 1) if all(part % n == 0 for part in parts)]
-    message = f"--num-devices {wanted or len(devices)}: must divide {parts}; with these devices, {fits or 'none'} do"
-    require(fits and (not wanted or wanted in fits), message)
-    return Mesh(np.array(devices[:wanted or fits[-1]]), ("devices",))
+    numbers = range(least, len(devices) + 1)
+    fits = [n for n in numbers if all(part % n == 0 for part in parts)]
+    possible = fits and (not wanted or wanted in fits)
+    flag = f"--num-devices {wanted or len(devices)}"
+    require(possible, f"{flag}: must divide {parts}; with these devices, {fits or 'none'} do")
+    return Mesh(np.array(devices[: wanted or fits[-1]]), ("devices",))
+
 
 def check_memory(mesh: Mesh | None, size: int, flag: str = "--num-envs") -> None:
-    """Refuse what takes more bytes than the devices of the mesh have together, or without a mesh, the host."""
+    """Refuse what takes more bytes than the mesh's devices have, or without a mesh, the host."""
     stats = jax.local_devices()[0].memory_stats() if mesh else None  # None for a CPU
-    room = stats["bytes_limit"] * mesh.size if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    require(size < 0.95 * room, f"{flag}: this takes {size} bytes of the {room} that there are; try less")
+    if stats:
+        room = stats["bytes_limit"] * mesh.size
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    message = f"{flag}: this takes {size} bytes of the {room} that there are; try less"
+    require(size < 0.95 * room, message)
+
+
 # end shared
+
 
 def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is built."""
-    bounds = {field.name: (1, 1e9) for field in dataclasses.fields(args) if field.type in (int, int | None)}
-    zero_up = "seed process_id eval_every learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl"
-    bounds |= dict.fromkeys(zero_up.split(), (0, 1e9)) | dict.fromkeys(["gamma", "gae_lambda"], (0, 1))
-    bounds |= {"init_log_std": (-20, 20), "total_timesteps": (1, 2**62)}
-    bounds |= {"eval_episodes": (1, 1e4), "update_epochs": (1, 1e3)}
-    for name, (least, most) in bounds.items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        require(value is None or least <= value <= most, f"{flag} {value}: must be between {least} and {most}")
-    widths = args.hidden_sizes and min(args.hidden_sizes) > 0 and max(args.hidden_sizes) <= 4096
-    require(widths, f"--hidden-sizes {args.hidden_sizes}: must be widths up to 4096, like 64 64")
-    require(args.env_id in TASKS, f"--env-id {args.env_id}: no such task")
-    steps = args.steps_per_iteration
-    require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: less than a rollout of {steps}")
-    require(steps % args.num_minibatches == 0, f"--num-minibatches {args.num_minibatches}: must divide {steps}")
-    require(not args.track or importlib.util.find_spec("wandb"), "--track: wandb is missing; pip install wandb")
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        for allowed in getattr(field.type, "__metadata__", ()):
+            low, high = allowed.least, allowed.most
+            fits = value is None or low <= value <= high  # False for NaN
+            require(fits, f"{flag} {value}: must be between {low} and {high}")
 
-# ---- 14. Main and smoke test ----------------------------------------------------------------------------------------
-def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
-    """Train from the start, or on from the newest checkpoint of run_dir. Returns the run's folder and its policy."""
-    start, resuming, stops = time.time(), run_dir is not None, listen()
-    if args.capture_video:
-        make_renderer(load_model(TASKS[args.env_id])).close()  # better to fail now than after training
-    mesh = make_mesh(args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches)
-    args = dataclasses.replace(args, num_devices=mesh.size, **{x: getattr(Args, x) for x in CALL_FLAGS})
-    run_dir = run_dir or Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start)}"
+    widths = args.hidden_sizes
+    good = widths and min(widths) > 0 and max(widths) <= 4096
+    require(good, f"--hidden-sizes {widths}: must be widths up to 4096, like 64 64")
+    require(args.env_id in TASKS, f"--env-id {args.env_id}: no such task")
+
+    steps = args.steps_per_iteration
+    message = f"--total-timesteps {args.total_timesteps}: less than a rollout of {steps}"
+    require(args.num_iterations, message)
+    message = f"--num-minibatches {args.num_minibatches}: must divide {steps}"
+    require(steps % args.num_minibatches == 0, message)
+
+    wandb = not args.track or importlib.util.find_spec("wandb")
+    require(wandb, "--track: wandb is missing; pip install wandb")
+
+
+# ---- 14. Main ------------------------------------------------------------------------------------
+def open_run_dir(args: Args, run_dir: Path | None) -> Path:
+    """The folder of a new run, or that of the run to continue. Fails if nothing can be written."""
+    resuming = run_dir is not None
+    if not resuming:
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        run_dir = Path(args.runs_dir) / name
     if jax.process_index() == 0:
         with or_fail(f"--runs-dir {args.runs_dir}"):
             run_dir.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()  # better to fail now
-    slowly = "" if onekernel else "; physics by XLA, slowly, as the folder onekernel is not beside this file"
+            tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()
+    return run_dir
+
+
+@dataclasses.dataclass
+class Programs:
+    """What `train` runs, compiled."""
+
+    env: Env
+    state: TrainState  # before the first iteration
+    iterate: Any  # state -> state, metrics
+    evaluate: Any  # the policy -> [E] returns in MJX
+    facts: dict  # of the compilation and the memory, for run.json
+
+
+def build(args: Args, mesh: Mesh) -> Programs:
+    """Compile all programs of a run, and run the first: the state before training."""
+    slowly = "" if onekernel else "; without the folder onekernel beside it, XLA's slow physics"
     say(f"building {args.env_id} for {mesh.size} x {mesh.devices[0].device_kind}{slowly}")
-    env, key = Env(args.env_id), jax.random.key(args.seed)
+    env = Env(args.env_id)
+    key = jax.random.key(args.seed)
+    eval_keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
+
     shardings = jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
-    init = jax.jit(init_train_state, static_argnames=("args", "env"), out_shardings=shardings).lower(args, env, key)
-    shapes = jax.tree.map(
-        lambda sharding, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part),
-        shardings, init.out_info)
+    init = jax.jit(init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
+    init = init.lower(args, env, key)
+
+    def shape(sharding, tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    shapes = jax.tree.map(shape, shardings, init.out_info)
     check_memory(mesh, count_bytes(shapes))
-    events, compile_start = [], time.perf_counter()
-    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+
     say("compiling the training iteration")
+    start = time.perf_counter()
+    events = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     with ThreadPoolExecutor() as pool:  # XLA compiles one program while JAX traces the next
         init = pool.submit(init.compile)
-        compiling = pool.submit(train_iteration.lower(args, env, mesh, shapes).compile)
+        iterate = pool.submit(train_iteration.lower(args, env, mesh, shapes).compile)
         state = init.result()(key)
-        keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
-        evaluate = evaluate_mjx.lower(env, export_policy(env, state.learner), keys).compile()
-        compiled = compiling.result()
-    seconds, memory = time.perf_counter() - compile_start, compiled.memory_analysis()  # of one device
-    state = restore(args, run_dir, state) if resuming else state
-    first = iteration = saved = int(state.learner.iteration)
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    run = {
-        "compile_s": round(seconds, 2), "compile_cache": "hit" if any("cache_hits" in e for e in events) else "miss",
+        policy = export_policy(env, state.learner)
+        evaluate = evaluate_mjx.lower(env, policy, eval_keys).compile()
+        iterate = iterate.result()
+
+    memory = iterate.memory_analysis()  # of one device
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    facts = {
+        "compile_s": round(time.perf_counter() - start, 2),
+        "compile_cache": "hit" if any("cache_hits" in event for event in events) else "miss",
         "bytes_per_world": count_bytes(state.worlds) // args.num_envs,
-        "peak_bytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) * mesh.size}
-    check_memory(mesh, run["peak_bytes"])
-    say("compiled: " + ", ".join(f"{name} {value}" for name, value in run.items()))
-    packages, kinds = ("jax", "mujoco", "mujoco-mjx", "flax", "optax"), [device.device_kind for device in mesh.devices]
-    run |= {"args": dataclasses.asdict(args), "commit": git.stdout.strip(), "devices": kinds,
-            "versions": {name: importlib.metadata.version(name) for name in packages}}
+        "peak_bytes": peak * mesh.size,
+    }
+    check_memory(mesh, facts["peak_bytes"])
+    say("compiled: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+    return Programs(
+        env=env,
+        state=state,
+        iterate=iterate,
+        evaluate=lambda policy: evaluate(policy, eval_keys),
+        facts=facts,
+    )
+
+
+def describe_run(args: Args, mesh: Mesh) -> dict:
+    """What run.json says of how to repeat the run."""
+    git = ["git", "rev-parse", "HEAD"]
+    commit = ""
+    with contextlib.suppress(OSError):  # git is not installed
+        here = Path(__file__).parent
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
+    packages = ("jax", "mujoco", "mujoco-mjx", "flax", "optax")
+    return {
+        "args": dataclasses.asdict(args),
+        "commit": commit,
+        "devices": [device.device_kind for device in mesh.devices],
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def train_loop(
+    args: Args, run_dir: Path, programs: Programs, log: Log, stops: list[int]
+) -> tuple[int, TrainState]:
+    """Train until the last iteration, or until a signal asks to stop. Saves the result.
+
+    Returns the iterations done in all, and the state.
+    """
+    state = programs.state
+    iteration = int(state.learner.iteration)
+    saved = iteration
+    pending = None  # an iteration and its metrics, read one iteration late: no device waits
+    while iteration < args.num_iterations and not stop_wanted(stops, iteration):
+        state, metrics = programs.iterate(state)
+        iteration += 1
+        if pending:
+            log.write(*pending)
+        pending = (iteration, metrics)
+
+        if args.eval_every and iteration % args.eval_every == 0:
+            returns = programs.evaluate(export_policy(programs.env, state.learner))
+            step = iteration * args.steps_per_iteration
+            log.scalars(step, {"eval/episodic_return": returns.mean()})
+        if iteration % args.checkpoint_every == 0:
+            log.write(*pending)  # so that the curves reach as far as the checkpoint
+            pending = None
+            save(args, run_dir, state, export_policy(programs.env, state.learner))
+            saved = iteration
+
+    if pending:
+        log.write(*pending)
+    log.bar.close()
+    if saved < iteration:
+        save(args, run_dir, state, export_policy(programs.env, state.learner))
+    return iteration, state
+
+
+def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
+    """Train from the start, or from the newest checkpoint of run_dir.
+
+    Returns the run's folder and its policy.
+    """
+    stops = listen()
+    resuming = run_dir is not None
+    if args.capture_video:  # better to fail now than after training
+        make_renderer(load_model(TASKS[args.env_id])).close()
+    mesh = make_mesh(
+        args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches
+    )
+    args = dataclasses.replace(args, num_devices=mesh.size, **call_flags(Args))
+    run_dir = open_run_dir(args, run_dir)
+
+    programs = build(args, mesh)
+    env = programs.env
+    if resuming:
+        programs.state = restore(args, run_dir, programs.state)
+    first = int(programs.state.learner.iteration)
+
+    run = programs.facts | describe_run(args, mesh)
     if jax.process_index() == 0:
         with or_fail(f"--runs-dir, --exp-name: {run_dir}"):
             run_dir.mkdir(exist_ok=resuming)
     write_run(run_dir, run)
     if args.track and jax.process_index() == 0:
-        wandb = importlib.import_module("wandb")
-        wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
-    steps, log, pending = args.steps_per_iteration, Log(args, run_dir, first), None
-    say(f"{args.num_iterations} * {steps} steps, {args.total_timesteps % steps} unused: {run_dir}")
-    with or_fail("the processes differ in their flags, or in the checkpoint that they found", kind=AssertionError):
+        importlib.import_module("wandb").init(
+            id=run_dir.name,
+            name=run_dir.name,
+            config=run["args"],
+            sync_tensorboard=True,
+            resume="allow",
+        )
+
+    steps = args.steps_per_iteration
+    unused = args.total_timesteps % steps
+    log = Log(args, run_dir, first)
+    say(f"{args.num_iterations} * {steps} steps, {unused} unused: {run_dir}")
+    message = "the processes differ in their flags, or in the checkpoint that they found"
+    with or_fail(message, kind=AssertionError):
         multihost_utils.sync_global_devices(f"{args} {first}")
-    while iteration < args.num_iterations and not stop_wanted(stops, iteration):
-        state, metrics = compiled(state)
-        iteration += 1
-        if pending:  # read one iteration late, so that the device never waits for Python
-            log.write(*pending)
-        pending = (iteration, metrics)
-        if args.eval_every and iteration % args.eval_every == 0:
-            value = evaluate(export_policy(env, state.learner), keys).mean()
-            log.scalars(iteration * steps, {"eval/episodic_return": value})
-        if iteration % args.checkpoint_every == 0:
-            log.write(*pending)  # so that the curves reach as far as the checkpoint
-            pending, saved = None, iteration
-            save(args, run_dir, state, export_policy(env, state.learner))
-    if pending:
-        log.write(*pending)
-    log.bar.close()
-    run["train_s"], policy = time.time() - log.start, export_policy(env, state.learner)
-    if saved < iteration:
-        save(args, run_dir, state, policy)
+
+    iteration, state = train_loop(args, run_dir, programs, log, stops)
+    run["train_s"] = time.time() - log.start
+    policy = export_policy(env, state.learner)
     if stops:
         log.writer.close()
         again = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-        say(f"stopped after iteration {iteration}; to go on: {again}")
+        say(f"stopped after iteration {iteration}; to continue: {again}")
         raise SystemExit(128 + stops[0])
     on_signals(signal.SIG_DFL)
-    if jax.process_index() > 0:
-        return run_dir, policy  # the first one does the rest
-    say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
-    run["evaluation"] = judge(args, env, policy)
-    end = iteration * steps + 1  # one later than all others, so that a run that is resumed once more replaces it
-    log.scalars(end, {"eval/c_mujoco_return": run["evaluation"]["C MuJoCo"]["mean"]})
-    log.writer.close()
-    write_run(run_dir, run)
-    if args.capture_video:
-        with writing(run_dir / "videos"):
+
+    if jax.process_index() == 0:
+        say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
+        run["evaluation"] = judge(args, env, policy)
+        mean = run["evaluation"]["C MuJoCo"]["mean"]
+        # One step after all others, so that a run that is resumed once more replaces it.
+        log.scalars(iteration * steps + 1, {"eval/c_mujoco_return": mean})
+        log.writer.close()
+        write_run(run_dir, run)
+        if args.capture_video:
             write_video(env, policy, args.seed, run_dir / "videos" / "c_mujoco.mp4")
     return run_dir, policy
 
+
+def evaluate_run(args: Args, run_dir: Path) -> None:
+    """What --evaluate does."""
+    env = Env(read_run(run_dir).env_id)
+    with or_fail(f"--evaluate {run_dir}: no policy"):
+        with np.load(run_dir / "policy.npz", allow_pickle=False) as file:
+            policy = dict(file)
+    judge(args, env, policy)
+    if args.capture_video:
+        write_video(env, policy, args.seed, run_dir / "videos" / "c_mujoco.mp4")
+
+
+def smoke(args: Args) -> int:
+    """Train, resume and evaluate briefly, and report what works. Returns the exit code."""
+    failed = []
+
+    def verdict(name: str, passed, note: str) -> None:
+        print(f"{'pass' if passed else 'FAIL'}  {name}: {note}", flush=True)
+        if not passed:
+            failed.append(name)
+
+    versions = {importlib.metadata.version(name) for name in ("mujoco", "mujoco-mjx")}
+    devices = make_mesh(args.num_devices).devices
+    note = f"jax {jax.__version__} on {devices}, mujoco and mjx {versions}"
+    verdict("versions", len(versions) == 1, note)  # pip alone takes a mujoco that does not fit
+
+    env = Env(args.env_id)
+    original = CMujocoEnv(env)
+    original.reset(args.seed)
+    action = np.full(env.action_size, 0.5 * env.max_action)
+    original.step(action)
+    state = kernel(env.reset)(jax.random.key(args.seed))
+    state = kernel(env.step)(state, action)
+    error = np.abs(state.data.qpos - original.data.qpos).max()
+    verdict("environment", error < 0.01, f"a step in MJX differs from C MuJoCo's by {error:.1e}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        short = dataclasses.replace(
+            args,
+            num_envs=64,
+            num_steps=8,
+            num_minibatches=4,
+            total_timesteps=2048,
+            eval_episodes=2,
+            eval_every=2,
+            checkpoint_every=2,
+            runs_dir=folder,
+        )
+        run_dir, policy = train(short)
+        finite = all(np.isfinite(x).all() for x in policy.values())
+        verdict("training", finite, "after 4 iterations the policy is finite")
+
+        checkpoints(run_dir)[0].unlink()
+        _, resumed = train(read_run(run_dir), run_dir)
+    same = all((resumed[name] == policy[name]).all() for name in policy)
+    verdict("resume", same, "the same policy, to the bit")
+
+    print("FAIL: " + ", ".join(failed) if failed else "all is well")
+    return int(bool(failed))
+
+
 def main(argv: list[str]) -> None:
     task = TASKS[parse_args(argv).env_id]
-    defaults = ("num_envs", "num_steps", "learning_rate", "total_timesteps")
-    args = parse_args(argv, Args(**{name: getattr(task, name) for name in defaults}))
+    default = Args(
+        num_envs=task.num_envs,
+        num_steps=task.num_steps,
+        learning_rate=task.learning_rate,
+        total_timesteps=task.total_timesteps,
+    )
+    args = parse_args(argv, default)
     check_args(args)
     if args.resume:
-        saved = dataclasses.replace(read_run(Path(args.resume)), **{x: getattr(args, x) for x in CALL_FLAGS})
+        saved = dataclasses.replace(read_run(Path(args.resume)), **call_flags(args))
         unchanged = parse_args(argv, saved) == saved
-        require(unchanged, "--resume: the run keeps its own settings; leave the other flags out, or start a new run")
+        advice = "leave the other flags out, or start a new run"
+        require(unchanged, f"--resume: the run keeps its own settings; {advice}")
         args = saved
     start_jax(args)
+
     if args.smoke:
         raise SystemExit(smoke(args))
-    if args.replay_nan:
-        return replay_nan(
-            Path(args.replay_nan), lambda args: Env(args.env_id), lambda env, _: CMujocoEnv(env))
     if args.evaluate:
-        run_dir, env = Path(args.evaluate), Env(read_run(Path(args.evaluate)).env_id)
-        with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
-            policy = dict(file)
-        judge(args, env, policy)
-        if args.capture_video:
-            with writing(run_dir / "videos"):
-                write_video(env, policy, args.seed, run_dir / "videos" / "c_mujoco.mp4")
-        return None
+        evaluate_run(args, Path(args.evaluate))
+        return
     run_dir = Path(args.resume) if args.resume else None
     if not args.coordinator_address:
         train(args, run_dir)
-    else:  # where one fails, all end at once
-        with or_fail("this or another process has failed; start all of them again, with --resume", 1):
-            train(args, run_dir)
+        return
+    # Where one process fails, all end at once.
+    message = "this or another process has failed; start all of them again, with --resume"
+    with or_fail(message, 1):
+        train(args, run_dir)
 
-def smoke(args: Args) -> int:
-    """Go through all that a run does, in short, with a verdict for each stage. Returns the exit code."""
-    failed, versions = [], [importlib.metadata.version(name) for name in ("mujoco", "mujoco-mjx")]
-    def verdict(name: str, passed, note: str) -> None:
-        failed.extend([] if passed else [name])
-        print(f"{'pass' if passed else 'FAIL'}  {name}: {note}", flush=True)
-    note = f"jax {jax.__version__} on {make_mesh(args.num_devices).devices}, mujoco and mjx {versions}"
-    verdict("versions", versions[0] == versions[1], note)  # pip alone takes a mujoco that does not fit
-    x = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
-    error = np.abs(jnp.matmul(x, x, precision="highest") - x.astype(float) @ x).max()
-    verdict("precision", error < 1e-3, f"a float32 product of two 256 x 256 matrices is off by {error:.1e} at most")
-    env = Env(args.env_id)
-    original, action = CMujocoEnv(env), np.full(env.action_size, 0.5 * env.max_action)
-    original.reset(args.seed)
-    reached = kernel(env.step)(kernel(env.reset)(jax.random.key(args.seed)), action)
-    error = reached.obs - original.step(action)[0]
-    error = np.abs(error[:env.model.nq - env.task.hidden + env.model.nv]).max()  # not of forces, which are large
-    verdict("environment", error < 0.01, f"a step in MJX is off C MuJoCo's by {error:.1e}")
-    with tempfile.TemporaryDirectory() as folder:
-        short = {"num_envs": 64, "num_steps": 8, "num_minibatches": 4, "total_timesteps": 2048, "eval_episodes": 2}
-        run_dir, policy = train(dataclasses.replace(args, **short, checkpoint_every=2, eval_every=2, runs_dir=folder))
-        verdict("training", all(np.isfinite(x).all() for x in policy.values()), "4 iterations, the policy is finite")
-        checkpoints(run_dir)[0].unlink()
-        _, resumed = train(read_run(run_dir), run_dir)
-    verdict("resume", all((resumed[name] == policy[name]).all() for name in policy), "the same policy, to the bit")
-    returns = evaluate_on_host(original, policy, 2, args.seed).round(1)
-    verdict("C MuJoCo", np.isfinite(returns).all(), f"returns {returns} on the original model")
-    print("FAIL: " + ", ".join(failed) if failed else "all is well")
-    return int(bool(failed))
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -90,7 +90,6 @@ class Args:
     compile_cache: bool = True  # keep compiled programs in the user's cache folder, for a quicker start next time
     resume: str | None = None  # run folder to go on with, by the settings that it was started with
     evaluate: str | None = None  # run folder whose policy to judge; nothing is trained
-    replay_nan: str | None = None  # nan_dump.npz of a run, to step through in MJX and in C MuJoCo side by side
     coordinator_address: str | None = None  # host:port of process 0, if several train together; auto: ask the cluster
     num_processes: int | None = None  # that train together, each with its own devices
     process_id: int | None = None  # of this one, from 0
@@ -199,17 +198,26 @@ def reward_terms(qpos, qvel, torque, xp=jnp) -> dict:
 
 # shared: physics
 def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
-    """One step of one world's physics, in full precision (TF32 would be too rough). onekernel's is MJX's with a solver
-    that ends as soon as it has converged, and with C MuJoCo's frame of friction for steep capsules."""
+    """One step of one world's physics.
+
+    onekernel's step is MJX's, but its solver stops as soon as it has converged, and its frame of
+    friction for steep capsules is C MuJoCo's.
+    """
     if onekernel:
         return onekernel.mjx.step(model, data)
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"):  # TF32, a GPU's default, is too coarse
         return mjx.step(model, data)
+
 
 @cache
 def kernel(function):
-    """A function of one world, as one kernel for all worlds: jax.vmap(kernel(env.step))(states, actions)."""
+    """A function of one world as one kernel for all: jax.vmap(kernel(env.step))(states, actions).
+
+    Without onekernel, the function itself, for XLA.
+    """
     return onekernel.compile(function) if onekernel else function
+
+
 # end shared
 
 class Env:
@@ -479,10 +487,15 @@ def learn(args: Args, env: Env, learner: Learner, mbs: Transition) -> tuple[Lear
 
 # shared: black_box
 def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
-    """What the first world to break went through, for `dump`: of all worlds [T, N, ...] -> [1, T, ...], so that the
-    first axis is that of the devices."""
+    """What the first world to break went through, for `dump`.
+
+    Of all worlds [T, N, ...] -> [1, T, ...], so that the first axis is that of the devices.
+    """
     world = jnp.unravel_index(jnp.argmax(broken), broken.shape)[1]
-    return jax.tree.map(lambda x: x[None, :, world], {"start": start, "action": action, "broken": broken})
+    steps = {"start": start, "action": action, "broken": broken}
+    return jax.tree.map(lambda x: x[None, :, world], steps)
+
+
 # end shared
 
 def summarize(metrics: dict[str, jax.Array], told: dict[str, jax.Array], learner: Learner, worlds: Worlds) -> dict:
@@ -587,148 +600,205 @@ class CMujocoEnv:
 # shared: evaluation
 @partial(jax.jit, static_argnames="env")
 def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
-    """Returns of one episode for each key, in MJX with the physics of `env`: [E] keys -> [E]."""
+    """Returns of one deterministic episode for each key, in MJX: [E] keys -> [E]."""
+
     def step(carry, _):
         state, alive, total = carry
         state = jax.vmap(kernel(env.step))(state, act(policy, state.obs, jnp))
-        return (state, alive & (state.done == 0), total + alive * state.reward), None
-    start = (jax.vmap(kernel(env.reset))(keys), jnp.full(len(keys), True), jnp.zeros(len(keys)))
-    return jax.lax.scan(step, start, None, length=env.task.time_limit)[0][2]
+        total += alive * state.reward
+        alive &= state.done == 0
+        return (state, alive, total), None
 
-def evaluate_on_host(env, policy: dict, episodes: int, seed: int, on_step=lambda: None) -> np.ndarray:
-    """Returns of deterministic episodes [E], in an environment with the interface of Gymnasium."""
+    state = jax.vmap(kernel(env.reset))(keys)
+    start = (state, jnp.full(len(keys), True), jnp.zeros(len(keys)))
+    (_, _, total), _ = jax.lax.scan(step, start, None, length=env.task.time_limit)
+    return total
+
+
+def evaluate_on_host(
+    env, policy: dict, episodes: int, seed: int, on_step=lambda: None
+) -> np.ndarray:
+    """Returns of deterministic episodes [E], in an environment with Gymnasium's interface.
+
+    on_step is called after each step.
+    """
     returns = np.zeros(episodes)
     for episode in range(episodes):
-        (obs, _), over = env.reset(seed=seed + episode), False
+        obs, _ = env.reset(seed=seed + episode)
+        over = False
         while not over:
             obs, reward, terminated, truncated, _ = env.step(act(policy, obs))
-            returns[episode], over = returns[episode] + reward, terminated or truncated
+            returns[episode] += reward
+            over = terminated or truncated
             on_step()
     return returns
 
+
 def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
-    """Evaluate in each simulator at hand; print mean, std, min and max of the returns, and return them."""
-    keys, table = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes)), {}
-    returns = {"MJX": np.asarray(evaluate_mjx(env, policy, keys))}  # from the same starts as C MuJoCo
-    returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, args.eval_episodes, args.seed)
-    name, installed = env.gymnasium_id, importlib.util.find_spec("gymnasium")
-    if installed and name in (gymnasium := importlib.import_module("gymnasium")).registry:
-        returns["Gymnasium"] = evaluate_on_host(gymnasium.make(name), policy, args.eval_episodes, args.seed)
-    print(f"return of {args.eval_episodes:3} episodes     mean      std      min      max")
+    """Evaluate in each simulator at hand.
+
+    Prints mean, std, min and max of the returns, and returns them by simulator.
+    """
+    episodes = args.eval_episodes
+    keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(episodes))
+    returns = {}
+    returns["MJX"] = np.asarray(evaluate_mjx(env, policy, keys))  # the starts of C MuJoCo's
+    returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, episodes, args.seed)
+    if importlib.util.find_spec("gymnasium"):
+        gymnasium = importlib.import_module("gymnasium")
+        if env.gymnasium_id in gymnasium.registry:
+            theirs = gymnasium.make(env.gymnasium_id)
+            returns["Gymnasium"] = evaluate_on_host(theirs, policy, episodes, args.seed)
+
+    print(f"return of {episodes:3} episodes     mean      std      min      max")
+    table = {}
     for name, values in returns.items():
         table[name] = {key: float(getattr(values, key)()) for key in ("mean", "std", "min", "max")}
         print(f"{name:<22}" + "".join(f"{value:9.1f}" for value in table[name].values()))
     return table
-# end shared
 
-# shared: replay
-def replay_nan(file: Path, make_env, make_original) -> None:
-    """Step what nan_dump.npz holds in MJX and in C MuJoCo side by side, each from its own states, and tell where they
-    part, by more than a hundredth of the largest speed."""
-    with or_fail(f"--replay-nan {file}"), np.load(file, allow_pickle=False) as arrays:
-        saved = dict(arrays)
-        env, broken, actions = make_env(read_args(str(saved["args"]))), saved["['broken']"], saved["['action']"]
-        start = jax.jit(jax.vmap(kernel(env.reset)))(jax.random.split(jax.random.key(0), len(broken)))
-        start, last = from_arrays(saved, {"start": start})["start"], int(broken.argmax())
-    first = max(0, last - int(start.info["elapsed"][last]))  # no reset lies between
-    state = jax.tree.map(lambda x: x[first], start)
-    original, parted, step = make_original(env, state), None, jax.jit(kernel(env.step))
-    for name, value in vars(state.data).items():
-        setattr(original.data, name, value)
-    print("step  largest speed in MJX  in C MuJoCo  largest difference")
-    for t, action in enumerate(actions[first:last + 1], first - last):
-        state, _ = step(state, action), original.step(action)
-        mine, theirs = np.asarray(state.data.qvel), original.data.qvel
-        parted = t if parted is None and not np.abs(mine - theirs).max() <= 0.01 * np.abs(theirs).max() else parted
-        print(f"{t:4} {np.abs(mine).max():22.3g} {np.abs(theirs).max():12.3g} {np.abs(mine - theirs).max():19.3g}")
-    resets = sum(original.data.warning[kind].number for kind in (
-        mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC))
-    print(f"In step 0 the world broke in training. They part {'nowhere' if parted is None else f'in step {parted}'}. "
-          f"C MuJoCo {'breaks too' if resets else 'does not break'}.")
+
 # end shared
 
 # ---- 12. Log and files ----------------------------------------------------------------------------------------------
-# shared: bookkeeping
+# shared: log
 def say(text: str) -> None:
+    """Print a line with the seconds since the start; of several processes only the first does."""
     if jax.process_index() == 0:
         print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
 
-# TensorBoard's events go to their file at once: the library's thread loses its queue when the process is killed, and a
-# full disk ends it unseen. Closing the file, at the latest when Python ends, does not tell of a full disk once more.
+
+# TensorBoard's events go to their file at once: the library's thread loses its queue when the
+# process is killed, and a full disk ends it unseen. Closing the file, at the latest when Python
+# ends, does not report a full disk once more.
 def write_event(self: EventFileWriter, event) -> None:
     self._ev_writer.write_event(event)
+
+
 def close_file(self: EventFileWriter, close=EventFileWriter.close) -> None:
     with contextlib.suppress(OSError):
         close(self)
-EventFileWriter.add_event, EventFileWriter.close = write_event, close_file
+
+
+EventFileWriter.add_event = write_event
+EventFileWriter.close = close_file
+
 
 class Log:
-    """TensorBoard, and a progress bar or, without a terminal, plain lines. Of several processes the first writes."""
+    """TensorBoard, and a progress bar or, without a terminal, plain lines.
+
+    Of several processes only the first writes.
+    """
+
     def __init__(self, args: Args, run_dir: Path, first: int):
-        self.args, self.start, self.shown, self.first_step = args, time.time(), "-", first * args.steps_per_iteration
-        self.run_dir, self.dumped, quiet = run_dir, False, jax.process_index() > 0
+        """first: iterations done before."""
+        self.args = args
+        self.run_dir = run_dir
+        self.start = time.time()
+        self.first_step = first * args.steps_per_iteration
+        self.shown = "-"  # the last return
+        self.dumped = False  # a broken world
+
+        quiet = jax.process_index() > 0
+        purge = self.first_step + 1 if first else 0  # what an interrupted run wrote from there on
+        rows = [f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items()]
         with writing(run_dir / "events*"):
-            purge = self.first_step + 1 if first else 0  # TensorBoard forgets what an interrupted run wrote from there
             self.writer = SummaryWriter(str(run_dir), purge_step=purge, write_to_disk=not quiet)
-            rows = "".join(f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-            self.writer.add_text("hyperparameters", "|param|value|\n|-|-|" + rows, self.first_step)
-        total = args.num_iterations * args.steps_per_iteration
-        self.bar = tqdm(total=total, initial=self.first_step, unit=" steps", unit_scale=True, disable=quiet or None)
+            table = "|param|value|\n|-|-|" + "".join(rows)
+            self.writer.add_text("hyperparameters", table, self.first_step)
+        self.bar = tqdm(
+            total=args.num_iterations * args.steps_per_iteration,
+            initial=self.first_step,
+            unit=" steps",
+            unit_scale=True,
+            disable=quiet or None,  # None: without a terminal
+        )
 
     def scalars(self, step: int, values: dict) -> None:
+        """Write all values that are finite, by tag, in one event: ten times as fast as one each."""
         with writing(self.run_dir / "events*"):
-            rows = [Summary.Value(tag=tag, simple_value=float(x)) for tag, x in values.items() if math.isfinite(x)]
-            self.writer.file_writer.add_summary(Summary(value=rows), step)  # in one event: ten times as fast
+            rows = [
+                Summary.Value(tag=tag, simple_value=float(value))
+                for tag, value in values.items()
+                if math.isfinite(value)
+            ]
+            self.writer.file_writer.add_summary(Summary(value=rows), step)
             self.writer.flush()
 
     def write(self, iteration: int, metrics: dict) -> dict:
-        box, step = metrics.pop("black_box"), iteration * self.args.steps_per_iteration
+        """Log the metrics of an iteration, with its black box. Returns them as numbers."""
+        box = metrics.pop("black_box")
+        step = iteration * self.args.steps_per_iteration
         values = jax.device_get(metrics)
-        sps = values["charts/SPS"] = (step - self.first_step) / (time.time() - self.start)
+        sps = (step - self.first_step) / (time.time() - self.start)
+        values["charts/SPS"] = sps
         self.scalars(step, values)
+
         if values["charts/nan_resets"] and not self.dumped:
             self.dumped = dump(self.args, self.run_dir / "nan_dump.npz", box)
         skipped = values["charts/skipped_in_a_row"]  # NaN before the first update
-        require(not skipped >= 10, f"{self.run_dir}: step {step}: {skipped:.0f} gradients in a row are not finite", 1)
-        self.shown = f"{values['charts/episodic_return']:.0f}" if values["charts/episodes_finished"] else self.shown
+        message = f"{self.run_dir}: step {step}: {skipped:.0f} gradients in a row are not finite"
+        require(not skipped >= 10, message, 1)
+
+        if values["charts/episodes_finished"]:
+            self.shown = f"{values['charts/episodic_return']:.0f}"
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"return {self.shown}")
         if self.bar.disable and (iteration % 10 == 0 or step == self.bar.total):
-            say(f"step {step}  return {self.shown}  SPS {sps:.0f}  time left {(self.bar.total - step) / sps:.0f} s")
+            left = (self.bar.total - step) / sps
+            say(f"step {step}  return {self.shown}  SPS {sps:.0f}  time left {left:.0f} s")
         return values
 
+
+# end shared
+
+# shared: files
 def count_bytes(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
+
 def bare(x):
-    """Keys as their numbers."""
+    """The array itself, or the numbers of PRNG keys."""
     return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
 
 def to_arrays(tree) -> dict[str, np.ndarray]:
     """All arrays of a tree by their names, with the shares of all processes."""
     tree = multihost_utils.process_allgather(jax.tree.map(bare, tree), tiled=True)
     return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
+
 def from_arrays(arrays: dict[str, np.ndarray], like):
-    """The tree that `to_arrays` took apart, in the place of the tree `like`, of the same shapes, which it deletes."""
+    """The tree that `to_arrays` took apart.
+
+    It takes the place of the tree `like`, of the same shapes, whose arrays are deleted.
+    """
+
     def place(path, old):
-        name, form = jax.tree_util.keystr(path), jax.eval_shape(bare, old)
+        name = jax.tree_util.keystr(path)
         new = arrays[name]
+        form = jax.eval_shape(bare, old)
         if (new.shape, new.dtype) != (form.shape, form.dtype):
-            raise ValueError(f"{name} is {new.dtype} {new.shape}, not {form.dtype} {form.shape}")
+            theirs = f"{new.dtype} {new.shape}"
+            raise ValueError(f"{name} is {theirs}, not {form.dtype} {form.shape}")
         if isinstance(old, np.ndarray):
             return new
+
         old.delete()
         new = jax.make_array_from_callback(new.shape, old.sharding, lambda index: new[index])
         return jax.random.wrap_key_data(new) if form.dtype != old.dtype else new
+
     return jax.tree.map_with_path(place, like)
 
+
 def writing(file: Path):
+    """For what may find a full disk."""
     return or_fail(f"cannot write {file}; what was saved before is whole", 1, OSError)
+
 
 @contextlib.contextmanager
 def replacing(file: Path):
-    """A stream for what is to be in the file; it is there as a whole or not at all."""
+    """A stream for the file's new content; the file is replaced as a whole or not at all."""
     part = file.with_suffix(".part")
     with writing(file):
         part.unlink(missing_ok=True)
@@ -738,83 +808,113 @@ def replacing(file: Path):
             os.fsync(stream.fileno())
         os.replace(part, file)
 
+
 def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
     with replacing(file) as stream:  # NumPy's format holds a checksum of each array, and no code
         np.savez(stream, **arrays)
 
+
 def dump(args: Args, file: Path, black_box: dict) -> bool:
-    """Write what --replay-nan reads, of the first world in the run that broke: [D, T, ...] -> [T, ...], for D devices.
-    Returns whether one broke."""
+    """Write the steps of the first world in the run that broke, for tools/replay_nan.py.
+
+    black_box: [D, T, ...], for D devices. Returns whether a world broke.
+    """
     arrays = to_arrays(black_box)
-    broken = arrays["['broken']"]
+    broken = arrays["['broken']"]  # [D, T]
     if broken.any() and jax.process_index() == 0 and not file.exists():
         device = broken.T.argmax() % len(broken)  # where it was first
         arrays = {name: array[device] for name, array in arrays.items()}
-        write_npz(file, arrays | {"args": json.dumps(dataclasses.asdict(args))})
-        say(f"a world broke; to see how: {shlex.join(['python', sys.argv[0], '--replay-nan', str(file)])}")
+        arrays["args"] = json.dumps(dataclasses.asdict(args))
+        arrays["script"] = Path(__file__).name
+        write_npz(file, arrays)
+        say(f"a world broke; to see how: python tools/replay_nan.py {shlex.quote(str(file))}")
     return bool(broken.any())
+
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The newest first."""
     return sorted((run_dir / "checkpoints").glob("[0-9]*.npz"), reverse=True)
 
+
 def save(args: Args, run_dir: Path, state: TrainState, policy: dict) -> None:
     """Write a checkpoint (the whole state, and the settings) and policy.npz."""
-    arrays = to_arrays(state) | {"args": json.dumps(dataclasses.asdict(args))}
+    arrays = to_arrays(state)
+    arrays["args"] = json.dumps(dataclasses.asdict(args))
     if jax.process_index() > 0:
         return
     folder = run_dir / "checkpoints"
     with writing(folder):
         folder.mkdir(exist_ok=True)
-        write_npz(run_dir / "policy.npz", policy)  # first, since a resumed run starts after its checkpoint
+        write_npz(run_dir / "policy.npz", policy)  # first: a resumed run starts at the checkpoint
         write_npz(folder / f"{int(state.learner.iteration):09}.npz", arrays)
         for old in [*checkpoints(run_dir)[3:], *folder.glob("*.part")]:
             old.unlink()
 
+
 def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
-    """The newest whole checkpoint, in the place of `state`; or `state`, if the run was stopped before the first."""
+    """The newest whole checkpoint, in the place of `state`.
+
+    `state` itself, if the run was stopped before its first checkpoint.
+    """
     for file in checkpoints(run_dir):
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 saved = dict(arrays)  # which reads all, and compares the checksums
-            ours, theirs = json.loads(json.dumps(dataclasses.asdict(args))), json.loads(str(saved["args"]))
+            theirs = json.loads(str(saved["args"]))
         except Exception as error:  # there is no end to what may be wrong with a file
-            say(f"--resume: {file} is broken ({type(error).__name__}: {error!s:.80}); trying the one before")
+            problem = f"{type(error).__name__}: {error!s:.80}"
+            say(f"--resume: {file} is broken ({problem}); trying the one before")
             continue
-        differ = ", ".join(sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)))
-        require(not differ, f"--resume: {file} differs from run.json in {differ:.200}")
+
+        ours = json.loads(json.dumps(dataclasses.asdict(args)))  # with lists for tuples, as theirs
+        names = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        message = f"--resume: {file} differs from run.json in {', '.join(names):.200}"
+        require(not names, message)
         with or_fail(f"--resume: {file} was written by other code"):
             return from_arrays(saved, state)
+
     require(not checkpoints(run_dir), f"--resume: {run_dir} holds no whole checkpoint")
     return state
+
 
 def write_run(run_dir: Path, content: dict) -> None:
     if jax.process_index() == 0:
         with replacing(run_dir / "run.json") as stream:
             stream.write(json.dumps(content, indent=2).encode() + b"\n")
 
+
 def read_args(text: str) -> Args:
     """The settings in a JSON text, checked as those of the command line are."""
-    args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(text).items()})
+    values = json.loads(text)
+    args = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
     every = typeguard.CollectionCheckStrategy.ALL_ITEMS
     for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
         with or_fail(f"setting {field.name}"):
-            typeguard.check_type(getattr(args, field.name), field.type, collection_check_strategy=every)
+            typeguard.check_type(value, field.type, collection_check_strategy=every)
     check_args(args)
     return args
 
+
 def read_run(run_dir: Path) -> Args:
     with or_fail(f"{run_dir} is no run folder of this script"):
-        return read_args(json.dumps(json.loads((run_dir / "run.json").read_text())["args"]))
+        run = json.loads((run_dir / "run.json").read_text())
+        return read_args(json.dumps(run["args"]))
+
+
+# end shared
 
 # ---- 13. Command line -----------------------------------------------------------------------------------------------
+# shared: command_line
 def require(condition, message: str, code: int = 2) -> None:
-    """Where the condition does not hold, end with one line and an exit code: 2 for bad input."""
-    if not condition:
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-        if jax.distributed.is_initialized():
-            os._exit(code)  # a polite end would wait for the other processes, and they for this one
-        raise SystemExit(code)
+    """Unless the condition holds, end with one line and an exit code: 2 for bad input."""
+    if condition:
+        return
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        os._exit(code)  # a polite end would wait for the other processes, and they for this one
+    raise SystemExit(code)
+
 
 @contextlib.contextmanager
 def or_fail(message: str, code: int = 2, kind: type[Exception] = Exception):
@@ -824,82 +924,139 @@ def or_fail(message: str, code: int = 2, kind: type[Exception] = Exception):
     except kind as error:
         require(False, f"{message} ({type(error).__name__}: {error!s:.200})", code)
 
+
 def parse_args(argv: list[str], default: Args = Args()) -> Args:
-    text = io.StringIO()  # tyro draws a box around its errors; the first paragraph tells
+    text = io.StringIO()
     try:
         with contextlib.redirect_stderr(text):
             return tyro.cli(Args, args=argv, default=default)
     except SystemExit as stop:
-        require(not stop.code, text.getvalue().split("\n", 1)[-1].split("──")[0].replace("│", ""))
+        # tyro draws a box around its errors; the first paragraph is what counts.
+        error = text.getvalue().split("\n", 1)[-1].split("──")[0].replace("│", "")
+        require(not stop.code, error)
         raise
 
+
 # Flags of one call, which run.json does not keep.
-CALL_FLAGS = "resume evaluate replay_nan smoke compile_cache coordinator_address num_processes process_id".split()
+CALL_FLAGS = (
+    "resume",
+    "evaluate",
+    "smoke",
+    "compile_cache",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+)
+
+
+def call_flags(args) -> dict:
+    return {name: getattr(args, name) for name in CALL_FLAGS}
+
 
 def start_jax(args: Args) -> None:
-    """Settle what cannot change once JAX runs: its cache, the devices that a CPU is split into, other processes."""
-    require(args.exp_name == Path(args.exp_name).name, f"--exp-name {args.exp_name}: must be a plain name")
-    alone = args.coordinator_address is None and (args.num_processes, args.process_id) != (None, None)
-    require(not alone, "--num-processes, --process-id: tell them --coordinator-address as well")
+    """Settle what cannot change once JAX runs: its cache, its CPU devices, other processes."""
+    plain = args.exp_name == Path(args.exp_name).name
+    require(plain, f"--exp-name {args.exp_name}: must be a plain name")
+    numbered = (args.num_processes, args.process_id) != (None, None)
+    message = "--num-processes, --process-id: need --coordinator-address as well"
+    require(args.coordinator_address or not numbered, message)
+
     jax.config.update("jax_enable_compilation_cache", args.compile_cache)
     if not args.compile_cache:
         os.environ["ONEKERNEL_CACHE"] = "0"
-    if args.compile_cache and not jax.config.jax_compilation_cache_dir:
+    elif not jax.config.jax_compilation_cache_dir:
         try:
             folder = Path.home() / ".cache" / "mjx-rl"
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)  # who can write there can run code here; fails if the folder is another user's
+            # Who can write there can run code here. It fails if the folder is another user's.
+            folder.chmod(0o700)
             jax.config.update("jax_compilation_cache_dir", str(folder))
         except (OSError, RuntimeError) as error:
             print(f"compiled programs are not kept, as there is no folder for them: {error}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices that it has
-        each = (args.num_devices or cores) // (args.num_processes or 1)
-        jax.config.update("jax_num_cpu_devices", min(max(each, 1), 64))  # one would leave the other cores idle
+
+    split_cpu(args)
     if args.coordinator_address:
-        with or_fail("--coordinator-address, --num-processes, --process-id"):
-            jax.distributed.initialize(  # what is None, it asks SLURM or Open MPI
-                None if args.coordinator_address == "auto" else args.coordinator_address, args.num_processes,
-                args.process_id, heartbeat_timeout_seconds=20, shutdown_timeout_seconds=3600)
-            multihost_utils.sync_global_devices("start")  # they meet now, as on CPUs Gloo waits for no more than 30 s
+        join_processes(args)
+
+
+def split_cpu(args: Args) -> None:
+    """Make a CPU as many devices as it has cores; as one, it would leave most of them idle."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    each = (args.num_devices or cores) // (args.num_processes or 1)
+    with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
+        jax.config.update("jax_num_cpu_devices", min(max(each, 1), 64))
+
+
+def join_processes(args: Args) -> None:
+    """Meet the other processes. What is None, JAX asks SLURM or Open MPI for."""
+    auto = args.coordinator_address == "auto"
+    with or_fail("--coordinator-address, --num-processes, --process-id"):
+        jax.distributed.initialize(
+            coordinator_address=None if auto else args.coordinator_address,
+            num_processes=args.num_processes,
+            process_id=args.process_id,
+            heartbeat_timeout_seconds=20,
+            shutdown_timeout_seconds=3600,
+        )
+        multihost_utils.sync_global_devices("start")  # now: on CPUs Gloo waits for 30 s at most
+
 
 def on_signals(handler) -> None:
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+
 
 def listen() -> list[int]:
-    """The signals that have asked to stop. The first ends the loop after its iteration, a second one the process."""
+    """The signals that have asked to stop, a list that grows.
+
+    The first ends the loop after its iteration, a second one the process.
+    """
     stops = []
+
     def stop(number, _):
         stops.append(number)
         on_signals(signal.SIG_DFL)
+
     if jax.process_count() == 1:
         on_signals(stop)
     else:  # JAX listens to SIGTERM itself, for `stop_wanted`
         signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     return stops
 
+
 def stop_wanted(stops: list[int], iteration: int) -> bool:
-    """Whether to stop before this iteration. Of several processes all do if one is asked to; `stops` tells them."""
+    """Whether to stop before this iteration; if one process is asked to, all do."""
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(iteration):
         stops.append(signal.SIGTERM)
     return len(stops) > 0
 
+
 def make_mesh(wanted: int | None, *parts: int) -> Mesh:
-    """The devices that share the work: as many as wanted, or else as can be, of which each of `parts` is a multiple.
-    Where there are several processes, all devices of all of them."""
+    """The devices that share the work; of several processes, all devices of all of them.
+
+    wanted: how many; None for as many as possible. Each of `parts` must be a multiple of it.
+    """
     devices = jax.devices()
     least = len(devices) if jax.process_count() > 1 else 1
-    fits = [n for n in range(least, len(devices) + 1) if all(part % n == 0 for part in parts)]
-    message = f"--num-devices {wanted or len(devices)}: must divide {parts}; with these devices, {fits or 'none'} do"
-    require(fits and (not wanted or wanted in fits), message)
-    return Mesh(np.array(devices[:wanted or fits[-1]]), ("devices",))
+    numbers = range(least, len(devices) + 1)
+    fits = [n for n in numbers if all(part % n == 0 for part in parts)]
+    possible = fits and (not wanted or wanted in fits)
+    flag = f"--num-devices {wanted or len(devices)}"
+    require(possible, f"{flag}: must divide {parts}; with these devices, {fits or 'none'} do")
+    return Mesh(np.array(devices[: wanted or fits[-1]]), ("devices",))
+
 
 def check_memory(mesh: Mesh | None, size: int, flag: str = "--num-envs") -> None:
-    """Refuse what takes more bytes than the devices of the mesh have together, or without a mesh, the host."""
+    """Refuse what takes more bytes than the mesh's devices have, or without a mesh, the host."""
     stats = jax.local_devices()[0].memory_stats() if mesh else None  # None for a CPU
-    room = stats["bytes_limit"] * mesh.size if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    require(size < 0.95 * room, f"{flag}: this takes {size} bytes of the {room} that there are; try less")
+    if stats:
+        room = stats["bytes_limit"] * mesh.size
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    message = f"{flag}: this takes {size} bytes of the {room} that there are; try less"
+    require(size < 0.95 * room, message)
+
+
 # end shared
 
 def check_args(args: Args) -> None:
@@ -1111,8 +1268,6 @@ def main(argv: list[str]) -> None:
     start_jax(args)
     if args.smoke:
         raise SystemExit(smoke(args))
-    if args.replay_nan:
-        return replay_nan(Path(args.replay_nan), Env, lambda env, _: CMujocoEnv(env))
     if args.evaluate:
         run_dir, env = Path(args.evaluate), Env(read_run(Path(args.evaluate)))
         with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:

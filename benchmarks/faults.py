@@ -355,10 +355,11 @@ def nan(args: Args, script: str, folder: Path):
     resets = curves(run_dir).get("charts/nan_resets", [(0, 0)])[-1][1]
     finite = all(np.isfinite(x).all() for x in read(run_dir / "policy.npz").values())
     dump = run_dir / "nan_dump.npz"
-    done = call(command(script, "--replay-nan", str(dump), change=change), cwd=folder)
+    replay = f"import dataclasses, {script} as m\n{change}\nfrom tools import replay_nan\nreplay_nan.main([{str(dump)!r}])"
+    done = call([sys.executable, "-c", replay], cwd=folder)
     told = [line for line in done.stdout.splitlines() if line.startswith("In step 0")]
     passed = resets > 0 and finite and dump.exists() and done.returncode == 0 and told
-    seen = f"{resets:.0f} resets, the policy is {'' if finite else 'not '}finite; --replay-nan: "
+    seen = f"{resets:.0f} resets, the policy is {'' if finite else 'not '}finite; tools/replay_nan.py: "
     seen += (told or [done.stderr[-200:]])[0]
     rows = [row("a model that explodes", script, 1, int(bool(passed)), seen)]
     flags = [*flags_of(script, 60), "--runs-dir", str(folder / "loss")]

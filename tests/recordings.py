@@ -45,7 +45,7 @@ def record(task_id: str) -> Recording:
             # float32 values, so that all precisions get the same action
             action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32).astype(float)
             before = [x.copy() for x in (env.data.qpos, env.data.qvel, env.data.qacc_warmstart)]
-            before.append(ppo_mjx.sense(task, functools.partial(getattr, env.data), np)[0])
+            before.append(task.sense(functools.partial(getattr, env.data), np)[0])
             obs, reward, terminated, _, _ = env.step(action)
             rows.append((*before, action, env.data.qpos.copy(), obs, reward, terminated))
     return Recording(*(np.array(x).reshape(WORLDS, STEPS, *np.shape(x[0])) for x in zip(*rows, strict=True)))

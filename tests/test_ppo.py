@@ -114,7 +114,8 @@ def test_clipped_samples_have_no_gradient():
     def gradient(ratio, advantage):
         actor, _ = ppo_mjx.make_networks(args, TINY)
         params, obs, action = tiny_params(), jnp.ones((1, 1)), jnp.full((1, 1), 0.7)
-        logprob = ppo_mjx.log_prob(actor.apply(params["actor"], obs), params["log_std"], action) - jnp.log(ratio)
+        policy = ppo_mjx.Gaussian(actor.apply(params["actor"], obs), params["log_std"])
+        logprob = policy.log_prob(action) - jnp.log(ratio)
         batch = ppo_mjx.Batch(obs, action, logprob, jnp.zeros(1), jnp.array([advantage]), jnp.zeros(1))
         grads, _ = jax.grad(ppo_mjx.ppo_loss, argnums=2, has_aux=True)(args, TINY, params, batch)
         return abs(float(grads["actor"]["params"]["Dense_1"]["bias"][0]))
@@ -130,7 +131,8 @@ def run_update(make_mesh, args: ppo_mjx.Args, iteration: int = 0):
     learner = ppo_mjx.Learner(params, opt_state, None, None, jax.random.key(0), jnp.array(iteration))
     obs, action = rng.standard_normal((2, 16, 1)).astype(np.float32)
     actor, _ = ppo_mjx.make_networks(args, TINY)
-    logprob = ppo_mjx.log_prob(actor.apply(params["actor"], obs), params["log_std"], action)
+    policy = ppo_mjx.Gaussian(actor.apply(params["actor"], obs), params["log_std"])
+    logprob = policy.log_prob(action)
     batch = ppo_mjx.Batch(obs, action, logprob, *rng.standard_normal((3, 16)).astype(np.float32))
     update = partial(ppo_mjx.update_epochs, args, TINY)
     return jax.jit(jax.shard_map(

@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ppo_mjx
 import ppo_mjx_unitree as unitree
 import sac_mjx_pendulum as sac
+from tools import replay_nan
 
 ROOT = Path(ppo_mjx.__file__).parent
 spec = importlib.util.spec_from_file_location("faults", ROOT / "benchmarks" / "faults.py")
@@ -185,7 +186,8 @@ def test_disk_that_is_full_ends_the_run_with_a_line(tmp_path):
 
 @pytest.mark.parametrize("script", [ppo_mjx, sac])  # the benchmark has the third
 def test_exploding_world_is_reset_and_can_be_replayed(script, tmp_path, monkeypatch, capsys):
-    """Worlds that break are counted, the first one's steps are kept, training goes on; --replay-nan shows the break."""
+    """Worlds that break are counted, the first one's steps are kept, training goes on; tools/replay_nan.py shows the
+    break."""
     monkeypatch.chdir(tmp_path)
     if script is ppo_mjx:
         task = ppo_mjx.TASKS["Hopper"]
@@ -198,13 +200,13 @@ def test_exploding_world_is_reset_and_can_be_replayed(script, tmp_path, monkeypa
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     assert log.Scalars("charts/nan_resets")[-1].value > 0
     dump = folder / "nan_dump.npz"
-    assert f"--replay-nan {dump}" in capsys.readouterr().out
+    assert f"tools/replay_nan.py {dump}" in capsys.readouterr().out
     box = dict(np.load(dump, allow_pickle=False))
     steps = SMALL[script]["num_steps"]
     assert box["['broken']"].shape == (steps,) and box["['broken']"].any()
     assert len(box["['action']"]) == len(box["['start'].data.qpos"]) == steps
     assert np.isfinite(box["['start'].data.qvel"]).all()  # before the step
-    script.main(["--replay-nan", str(dump)])
+    replay_nan.main([str(dump)])
     *_, last, verdict = capsys.readouterr().out.splitlines()
     assert verdict.startswith("In step 0 the world broke in training. They part") and last.split()[0] == "0"
     if script is not sac:  # which limits the speed
@@ -359,7 +361,9 @@ def test_no_file_can_execute_code(script, tmp_path, monkeypatch, capsys):
     script.write_run(tmp_path, {"args": dataclasses.asdict(script.Args())})
     np.savez(tmp_path / "policy.npz", w0=np.array([Bomb()], object))
     assert "policy" in refused(capsys, partial(script.main, ["--evaluate", str(tmp_path)]))
-    assert "replay" in refused(capsys, partial(script.main, ["--replay-nan", str(tmp_path / "policy.npz")]))
+    with pytest.raises(SystemExit) as stop:
+        replay_nan.main([str(tmp_path / "policy.npz")])
+    assert stop.value.code == 2 and "no nan_dump.npz" in capsys.readouterr().err
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(tmp_path / "policy.npz", tmp_path / "checkpoints" / "000000001.npz")
     assert "no whole checkpoint" in refused(capsys, lambda: script.restore(script.Args(), tmp_path, None))

@@ -1219,18 +1219,6 @@ def test_robot_names_are_in_the_table_only():
     assert not [token.line for token in words if re.search(r"(?i)\b(g1|h1|h1_2|go2)\b", token.string)]
     assert set(unitree.ROBOTS) >= {"g1"}
 
-def shared_blocks(file: Path) -> dict[str, str]:
-    """The text between each `# shared: NAME` and its end."""
-    return dict(re.findall(r"(?ms)^# shared: (\w+)\n(.*?)^# end shared$", file.read_text()))
-
-def test_shared_blocks_are_shared():
-    """What ppo_mjx.py has too is equal to the letter."""
-    ours, theirs = shared_blocks(SCRIPT), shared_blocks(SCRIPT.with_name("ppo_mjx.py"))
-    common = ours.keys() & theirs.keys()
-    assert len(common) >= 4
-    for name in common:  # but for the sections' numbers
-        assert re.sub(r"(?m)^# ---- \d+", "", ours[name]) == re.sub(r"(?m)^# ---- \d+", "", theirs[name]), name
-
 def test_dependencies_are_pinned_alike():
     """Each package of the script's inline metadata (PEP 723) stands in requirements.txt with the same pin."""
     (block,) = re.findall(r"(?ms)^# /// script\n(.*?)^# ///$", SCRIPT.read_text())
