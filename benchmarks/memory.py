@@ -27,7 +27,15 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from common import hardly_optimise, keep_nothing_compiled, make_mesh, ppo_args, run_child, table, write
+from common import (
+    hardly_optimise,
+    keep_nothing_compiled,
+    make_mesh,
+    ppo_args,
+    run_child,
+    table,
+    write,
+)
 
 GIB = 2**30
 NO_ROOM = "resource_exhausted", "out of memory", "out_of_memory"  # in the text of an error
