@@ -881,7 +881,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
         )
 
     def update(gradient, state: optax.ApplyIfFiniteState, params=None):
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
 
         def step():

@@ -660,7 +660,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     def init(params) -> optax.ApplyIfFiniteState:
         return optax.ApplyIfFiniteState(jnp.int32(0), jnp.array(True), jnp.int32(0), adam.init(params))
     def update(gradient, state: optax.ApplyIfFiniteState, params=None):
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
         def step():
             scale = jnp.minimum(1.0, args.max_grad_norm / norm)

@@ -10,13 +10,14 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of child processes
-sys.path.insert(0, str(ROOT))  # the training scripts
+sys.path.insert(0, str(ROOT))  # the training scripts, and `onekernel`, else this folder's script of the same name
 PACKAGES = ("jax", "llvmlite", "mujoco", "mujoco-mjx", "flax", "optax", "gymnasium", "brax", "stable-baselines3",
             "sbx-rl", "torch")  # fmt: skip
 
@@ -54,15 +55,15 @@ def ppo_args(env_id: str, **changes):
     return ppo.Args(env_id=env_id, **{name: getattr(ppo.TASKS[env_id], name) for name in names} | changes)
 
 
-def compile_sharded(mesh, function, *operands, options: dict | None = None):
+def compile_sharded(mesh, function, *operands):
     """`function` over the mesh, its operands split along the first axis: a call without arguments that waits for the
-    result and returns it, the seconds of compiling, and the compiled program. options: the compiler's."""
+    result and returns it, the seconds of compiling, and the compiled program."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec as P
 
     start = time.perf_counter()
     run = jax.shard_map(function, mesh=mesh, in_specs=P("devices"), out_specs=P("devices"), check_vma=False)
-    compiled = jax.jit(run).lower(*operands).compile(options)
+    compiled = jax.jit(run).lower(*operands).compile()
     seconds = time.perf_counter() - start
     placed = jax.device_put(operands, NamedSharding(mesh, P("devices")))
     return lambda: jax.block_until_ready(compiled(*placed)), seconds, compiled
@@ -71,6 +72,26 @@ def compile_sharded(mesh, function, *operands, options: dict | None = None):
 def hardly_optimise() -> None:
     """Let XLA compile quickly what then runs slowly, here and in child processes: for short versions."""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
+
+def caches(folder: str | Path) -> dict[str, str]:
+    """Environment variables of a process that is to keep and find compiled programs in this folder alone."""
+    return dict.fromkeys(("JAX_COMPILATION_CACHE_DIR", "ONEKERNEL_CACHE_DIR"), str(folder))
+
+
+def keep_nothing_compiled() -> None:
+    """Let this process compile all that it runs."""
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    os.environ["ONEKERNEL_CACHE"] = "0"
+
+
+def refuse_fallbacks() -> None:
+    """Let it be an error where onekernel cannot compile a function: else XLA's speed would be taken for onekernel's."""
+    import onekernel
+
+    warnings.simplefilter("error", onekernel.Fallback)
 
 
 def take_turns(programs: dict, repeats: int, warmups: int = 1) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ at its end. SB3 and SBX have RL-Zoo's tuned settings for HalfCheetah, Brax and o
 tuned for this task.
 lines: all lines, blank ones and comments too, of the files of the package in which a function is called in a short
 training. For SBX those are SBX and SB3. Ours holds the environment; for the peers no environment is counted but
-brax_own's. Writes benchmarks/results/NAME.json after each run.
+brax_own's. JAX, MuJoCo and onekernel are counted for no one. Writes benchmarks/results/NAME.json after each run.
 """
 
 import time
@@ -105,7 +105,7 @@ def train_ours(args: Args, watch: Watch, block: int, blocks: int) -> None:
     import ppo_mjx as ppo
 
     ours = settings(args, block, blocks)
-    mesh, env = ppo.make_mesh(ours.num_devices, ours.num_envs), ppo.Env(ours.env_id, ours.physics)
+    mesh, env = ppo.make_mesh(ours.num_devices, ours.num_envs), ppo.Env(ours.env_id)
     shardings = jax.tree.map(partial(jax.sharding.NamedSharding, mesh), ppo.STATE_SPEC)
     init = jax.jit(ppo.init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
     state = init(ours, env, jax.random.key(ours.seed))
@@ -122,19 +122,21 @@ def train_ours(args: Args, watch: Watch, block: int, blocks: int) -> None:
 
 
 def adapt(env):
-    """Our environment with Brax's interface."""
+    """Our environment with Brax's interface, as kernels by onekernel, as in our training."""
     import jax.numpy as jnp
     from brax.envs import Env, State
+
+    from ppo_mjx import kernel
 
     class Adapted(Env):
         observation_size, action_size, backend = env.observation_size, env.action_size, "ppo_mjx"
 
         def reset(self, rng):
-            state = env.reset(rng)
+            state = kernel(env.reset)(rng)
             return State(state, state.obs, state.reward, state.done, state.metrics)
 
         def step(self, state, action):
-            new = env.step(state.pipeline_state, jnp.clip(action, -1.0, 1.0))  # Brax's Gaussian knows no bounds
+            new = kernel(env.step)(state.pipeline_state, jnp.clip(action, -1.0, 1.0))  # Brax's Gaussian knows no bounds
             return state.replace(
                 pipeline_state=new, obs=new.obs, reward=new.reward, done=new.done, metrics=new.metrics)  # fmt: skip
 
@@ -153,7 +155,7 @@ def train_brax(args: Args, watch: Watch, block: int, blocks: int) -> None:
     if args.child == "brax_own":
         env = envs.get_environment("halfcheetah", backend=args.brax_backend)
     else:
-        env = adapt(ppo.Env(ours.env_id, ours.physics))
+        env = adapt(ppo.Env(ours.env_id))
 
     def keep(steps: int, make_policy, params) -> None:
         def snapshot():
@@ -395,7 +397,7 @@ def main(args: Args) -> None:
             with tempfile.TemporaryDirectory() as empty:
                 cache = shared if args.smoke else empty
                 try:
-                    row = common.run_child([*command, "--seeds", str(seed)], JAX_COMPILATION_CACHE_DIR=cache)
+                    row = common.run_child([*command, "--seeds", str(seed)], **common.caches(cache))
                 except RuntimeError as error:
                     failed.append({"mode": mode, "name": name, "turn": turn, "error": str(error)})
                     print(f"FAIL {mode} {name} {turn}: {error}", file=sys.stderr, flush=True)

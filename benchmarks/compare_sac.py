@@ -120,7 +120,7 @@ def run_child(args: Args, name: str, seed: int) -> dict:
                f"--episodes={args.episodes}", f"--threshold={args.threshold}", f"--flags={flags}",
                f"--torch-threads={args.torch_threads}"]  # fmt: skip
     with tempfile.TemporaryDirectory() as cache:
-        row = {"seed": seed} | common.run_child(command, JAX_COMPILATION_CACHE_DIR=cache)
+        row = {"seed": seed} | common.run_child(command, **common.caches(cache))
     print(name, {key: round(x, 2) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
     return row
 

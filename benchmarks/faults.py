@@ -356,8 +356,8 @@ def nan(args: Args, script: str, folder: Path):
     resets = curves(run_dir).get("charts/nan_resets", [(0, 0)])[-1][1]
     finite = all(np.isfinite(x).all() for x in read(run_dir / "policy.npz").values())
     dump = run_dir / "nan_dump.npz"
-    replay = f"from tools import replay_nan\nreplay_nan.main([{str(dump)!r}])"
-    replay = f"import dataclasses, {script} as m\n{change}\n{replay}"
+    replay = f"import dataclasses, {script} as m\n{change}\n"
+    replay += f"from tools import replay_nan\nreplay_nan.main([{str(dump)!r}])"
     done = call([sys.executable, "-c", replay], cwd=folder)
     told = [line for line in done.stdout.splitlines() if line.startswith("In step 0")]
     passed = resets > 0 and finite and dump.exists() and done.returncode == 0 and told

@@ -13,7 +13,7 @@ smoke=() pieces=()
 for word in "$@"; do
   if [ "$word" = --smoke ]; then smoke=(--smoke); else pieces+=("$word"); fi
 done
-all=(ppo g1 xla_options throughput scan_arms memory unitree_physics stages reproducibility validate sac)
+all=(ppo g1 onekernel throughput memory reproducibility validate sac)
 [ ${#pieces[@]} -gt 0 ] || pieces=("${all[@]}")
 for name in "${pieces[@]}"; do
   [[ " ${all[*]} " == *" $name "* ]] || { echo "gpu.sh: no piece $name; there are: ${all[*]}"; exit 2; }
@@ -45,12 +45,11 @@ run() {
         piece "throughput_$task" python benchmarks/throughput.py --tasks "$task" --name "throughput_$task" \
           --num-envs 1 128 1024 4096 8192 16384 32768 "${smoke[@]}"
       done ;;
-    scan_arms) piece scan_arms python benchmarks/scan_arms.py --num-envs 4096 --no-train "${smoke[@]}" ;;
     memory) piece memory python benchmarks/memory.py "${smoke[@]}" ;;
-    xla_options)
+    onekernel)
       for task in HalfCheetah g1; do
-        piece "xla_options_$task" python benchmarks/xla_options.py --task "$task" --num-envs 2048 \
-          --name "xla_options_$task" "${smoke[@]}"
+        piece "onekernel_$task" python benchmarks/onekernel.py --tasks "$task" --name "onekernel_$task" --steps 16 \
+          --num-envs 2048 4096 8192 16384 65536 "${smoke[@]}"
       done ;;
     ppo)
       piece ppo_defaults python benchmarks/time_to_return.py --env-ids HalfCheetah --seeds 1 --name ppo_defaults "${smoke[@]}"
@@ -60,8 +59,6 @@ run() {
       done ;;
     g1) piece g1 python benchmarks/time_to_walk.py --name g1 --total-timesteps 45000000 --checkpoint-every 120 \
           --flags="--num-envs 2048" "${smoke[@]}" ;;
-    unitree_physics) piece unitree_physics python benchmarks/unitree_physics.py --policy docs/g1_policy.npz "${smoke[@]}" ;;
-    stages) piece stages python benchmarks/stages.py --num-envs 4096 "${smoke[@]}" ;;
     reproducibility) piece reproducibility python benchmarks/reproducibility.py "${smoke[@]}" ;;
     validate) piece validate python benchmarks/validate.py "${smoke[@]}" ;;
     sac) piece sac python benchmarks/sac_throughput.py "${smoke[@]}" ;;

@@ -27,7 +27,15 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from common import hardly_optimise, make_mesh, ppo_args, run_child, table, write
+from common import (
+    hardly_optimise,
+    keep_nothing_compiled,
+    make_mesh,
+    ppo_args,
+    run_child,
+    table,
+    write,
+)
 
 GIB = 2**30
 NO_ROOM = "resource_exhausted", "out of memory", "out_of_memory"  # in the text of an error
@@ -64,7 +72,7 @@ def build(program: str, num_envs: int):
     steps = num_envs * args.num_steps  # an iteration, of which there has to be one
     args = dataclasses.replace(args, num_envs=num_envs, total_timesteps=max(args.total_timesteps, steps))
     script.check_args(args)
-    env = script.Env(args) if program in ("SAC", "G1") else script.Env(args.env_id, args.physics)
+    env = script.Env(args) if program in ("SAC", "G1") else script.Env(args.env_id)
     shardings = jax.tree.map(partial(NamedSharding, mesh), script.STATE_SPEC)
     operands = (args, env, mesh) if program == "SAC" else (args, env)
     return script, args, env, mesh, jax.jit(partial(script.init_train_state, *operands), out_shardings=shardings)
@@ -107,7 +115,7 @@ def run_once(compiled, init, key) -> dict:
 def measure(program: str, num_envs: int, run: bool) -> dict:
     import jax
 
-    jax.config.update("jax_enable_compilation_cache", False)  # what comes from the cache may not tell all
+    keep_nothing_compiled()  # what comes from the cache may not tell all
     script, args, env, mesh, init = build(program, num_envs)
     key, device = jax.random.key(1), mesh.devices[0]
     form = form_of(script, mesh, init, key)

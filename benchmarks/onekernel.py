@@ -4,24 +4,22 @@
 
 An environment step is the task's number of physics steps with the same ctrl, from (qpos, qvel,
 qacc_warmstart) to the next. A call is --steps of them for all worlds, over all devices. Models are
-the original ones: Gymnasium's integrator, time step, contacts and solver iterations. The G1 with 12
-joints is what ppo_mjx_unitree.py trains on, with servos; both G1s take 4 steps of 5 ms and may take
-MuJoCo's own 100 iterations.
+Gymnasium's, with its integrator, time step, contacts and solver iterations. The G1 with 12 joints is
+what ppo_mjx_unitree.py trains on, with servos; both G1s take 4 steps of 5 ms and may take MuJoCo's
+own 100 iterations.
 
 Arms, timed in turn, from the same states with the same actions:
   onekernel                 onekernel.compile of onekernel.mjx.step in a scan
   C MuJoCo                  mujoco.batch, one thread for each core (not on a GPU). Humanoid's solver
                             is PGS there, Newton's method elsewhere, as MJX has no PGS
   XLA                       --xla: the function that onekernel compiles, by jax.vmap and XLA
-  XLA, script's physics     --xla, not on a GPU: the training script's own, of its simplified model
-  onekernel, script's model onekernel.mjx.step on that model, if it is another than the original
   onekernel, MJX's solver   --mjx-solver, some tasks: onekernel.compile of mujoco.mjx.step in a scan
 
 States: after 50 random actions in C MuJoCo; worlds that fall start again. 1024, repeated for more.
 Speed: medians; "onekernel's over it" is the median of the turns' ratios.
 Error: a world's is the largest difference of its qpos and qvel (m, rad, m/s, rad/s) after the first
-environment step from C MuJoCo in double precision, original model, solver's tolerance 1e-12; here
-are the largest and the median over at most 1024 worlds. A simplified model differs by intention.
+environment step from C MuJoCo in double precision, solver's tolerance 1e-12; here are the largest
+and the median over at most 1024 worlds.
 Compiling, in seconds: trace_s, JAX traces MJX; build_s, the graph is made of that; llvm_s, LLVM
 compiles it (for a GPU, to PTX); compile_s, build_s + llvm_s; program_s, from the call of jit to a
 program that runs, with everything in it; cached_s, the same in a second process, which finds what
@@ -46,7 +44,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -70,8 +67,6 @@ from ppo_mjx import mjx
 ONE = "onekernel"
 C = "C MuJoCo"
 XLA = "XLA"
-XLA_SCRIPT = "XLA, script's physics"
-ONE_SCRIPT = "onekernel, script's model"
 ONE_MJX = "onekernel, MJX's solver"
 
 TASKS = ("HalfCheetah", "g1", "g1_29dof", "Hopper", "Walker2d", "Ant", "Humanoid")
@@ -107,36 +102,38 @@ class Task:
     """A model, and where its worlds are. qpos [N, nq], qvel [N, nv]"""
 
     name: str
-    original: mujoco.MjModel  # for C MuJoCo
-    exact: mujoco.MjModel  # the same for MJX
+    c_model: mujoco.MjModel  # for C MuJoCo
+    model: mujoco.MjModel  # the same for MJX
     substeps: int  # physics steps of an environment step
     start: np.ndarray  # qpos at a reset, without noise
     noise: float  # largest, in qpos and qvel, at a reset
     ctrl_center: np.ndarray  # [nu] of the random actions
     ctrl_scale: float
     fallen: Callable  # qpos, qvel -> bool [N]
-    options: dict | None = None  # XLA's, as the training script has them
 
 
 def make_task(name: str) -> Task:
     if name in ppo.TASKS:
         task = ppo.TASKS[name]
-        original = ppo.load_model(task)
+        c_model = ppo.load_model(task)
+        model = copy.copy(c_model)
+        model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # as ppo.Env has it, for Humanoid
         return Task(
             name=name,
-            original=original,
-            exact=ppo.load_model(task, "exact"),
+            c_model=c_model,
+            model=model,
             substeps=task.frame_skip,
-            start=original.qpos0,
+            start=model.qpos0,
             noise=task.reset_noise,
-            ctrl_center=np.zeros(original.nu),
-            ctrl_scale=original.actuator_ctrlrange[0, 1],
+            ctrl_center=np.zeros(model.nu),
+            ctrl_scale=model.actuator_ctrlrange[0, 1],
             fallen=lambda qpos, qvel: ~ppo.is_healthy(task, qpos, qvel, np),
         )
     robot = unitree.ROBOTS["g1"]
     if name == "g1":
         substeps = unitree.Args().decimation
-        model = servo(unitree.training_model(robot, substeps), robot)
+        model = unitree.load_model(robot, unitree.CONTROL_DT / substeps, drawn=False)
+        model = servo(model, robot)
         center = unitree.controller(robot)[0]
         start = np.concatenate([[0, 0, robot.stand_height, 1, 0, 0, 0], center])
     else:
@@ -144,40 +141,39 @@ def make_task(name: str) -> Task:
         model = mujoco.MjModel.from_xml_path(str(common.ROOT / "robots" / f"{name}.xml"))
         center = model.key("stand").ctrl
         start = model.key("stand").qpos
-    # MuJoCo's own limits: with those for training neither solver gets to the end.
-    model.opt.iterations = 100
-    model.opt.ls_iterations = 50
+        # MuJoCo's own limits: with the file's neither solver gets to the end.
+        model.opt.iterations = 100
+        model.opt.ls_iterations = 50
     return Task(
         name=name,
-        original=model,
-        exact=model,
+        c_model=model,
+        model=model,
         substeps=substeps,
         start=start,
         noise=0.01,
         ctrl_center=center,
         ctrl_scale=robot.action_scale,
         fallen=lambda qpos, _: unitree.has_fallen(robot, qpos, np),
-        options=unitree.WIDE,
     )
 
 
 def draw_controls(task: Task, random: np.random.Generator, *shape: int) -> np.ndarray:
     """[*shape, nu]"""
-    action = random.uniform(-1, 1, (*shape, task.original.nu))
+    action = random.uniform(-1, 1, (*shape, task.c_model.nu))
     return (task.ctrl_center + task.ctrl_scale * action).astype(np.float32)
 
 
 def warm_up(task: Task, worlds: int, seed: int) -> dict[str, np.ndarray]:
     """States [worlds, n] amid random actions."""
     random = np.random.default_rng(seed)
-    batch = mujoco.batch.Batch(task.original, nsim=worlds, nthread=common.count_cores())
+    batch = mujoco.batch.Batch(task.c_model, nsim=worlds, nthread=common.count_cores())
 
     def restart(chosen: np.ndarray) -> None:
         def noise(size: int) -> np.ndarray:
             return task.noise * random.uniform(-1, 1, (chosen.sum(), size))
 
-        batch.qpos[chosen] = task.start + noise(task.original.nq)
-        batch.qvel[chosen] = noise(task.original.nv)
+        batch.qpos[chosen] = task.start + noise(task.c_model.nq)
+        batch.qvel[chosen] = noise(task.c_model.nv)
         batch.qacc_warmstart[chosen] = 0
 
     restart(np.full(worlds, True))
@@ -216,51 +212,21 @@ def plain_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
         return mjx.step(model, data)
 
 
-def unitree_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
-    """MJX as ppo_mjx_unitree.py has it."""
-    with (
-        mock.patch.object(unitree.solver, "solve", unitree.solve_constraints),
-        mock.patch.object(unitree.mjx_math, "rotate", unitree.rotate),
-    ):
-        return plain_step(model, data)
-
-
-def script_physics(task: Task) -> Callable:
-    """An environment step of one world as the task's training script takes it; as `physics`."""
-    if task.name not in ppo.TASKS:
-        return physics(task.exact, task.substeps, unitree_step)
-    env = ppo.Env(task.name)
-
-    def env_step(state: dict, ctrl: jax.Array) -> dict:
-        with ppo.our_algebra(constraints=True):
-            data, *_ = env.advance(ppo.Physics(**state), ctrl)
-        return vars(data)
-
-    return env_step
-
-
 def make_steps(args: Args, task: Task) -> dict[str, Callable]:
     """An environment step of one world for each arm but C's."""
-    lean_physics = physics(task.exact, task.substeps, lean.step)
+    lean_physics = physics(task.model, task.substeps, lean.step)
     steps = {ONE: onekernel.compile(lean_physics)}
     if args.xla:
         steps[XLA] = lean_physics
-    if args.xla and jax.default_backend() != "gpu":
-        steps[XLA_SCRIPT] = script_physics(task)
-        if task.name in ppo.TASKS:
-            row = ppo.TASKS[task.name]
-            fast = ppo.load_model(row, "fast")
-            fast_steps = row.fast_steps or row.frame_skip
-            steps[ONE_SCRIPT] = onekernel.compile(physics(fast, fast_steps, lean.step))
     if args.mjx_solver and task.name in MJX_SOLVER_TASKS:
-        steps[ONE_MJX] = onekernel.compile(physics(task.exact, task.substeps, plain_step))
+        steps[ONE_MJX] = onekernel.compile(physics(task.model, task.substeps, plain_step))
     return steps
 
 
-def compile_program(step: Callable, options: dict | None, state: dict, controls: np.ndarray):
+def compile_program(step: Callable, state: dict, controls: np.ndarray):
     """A call that takes all worlds through the controls [N, T, nu], and the seconds of compiling.
 
-    options: XLA's. The call returns the states after the first environment step and after the last.
+    The call returns the states after the first environment step and after the last.
     """
 
     def run(state, controls):
@@ -272,7 +238,7 @@ def compile_program(step: Callable, options: dict | None, state: dict, controls:
         return jax.tree.map(lambda values: values[0], path), last
 
     mesh = common.make_mesh(None, len(controls))
-    call, seconds, _ = common.compile_sharded(mesh, run, state, controls, options=options)
+    call, seconds, _ = common.compile_sharded(mesh, run, state, controls)
     return call, seconds
 
 
@@ -340,8 +306,7 @@ def compile_again(args: Args, task: Task, num_envs: int, cache: str) -> dict:
     command += [f"--num-envs={num_envs}", f"--steps={args.steps}"]
     return common.run_child(
         command,
-        ONEKERNEL_CACHE_DIR=cache,
-        JAX_COMPILATION_CACHE_DIR=cache,
+        **common.caches(cache),
         XLA_PYTHON_CLIENT_PREALLOCATE="false",  # this process has most of a GPU's memory
     )
 
@@ -351,19 +316,19 @@ def child(args: Args) -> None:
     kernel. Worlds may be in any state for that."""
     task = make_task(args.tasks[0])
     num_envs = args.num_envs[0]
-    model = task.exact
+    model = task.model
     sizes = {"qpos": model.nq, "qvel": model.nv, "qacc_warmstart": model.nv}
     state = {name: np.zeros((num_envs, size), np.float32) for name, size in sizes.items()}
     controls = np.zeros((num_envs, args.steps, model.nu), np.float32)
     step = make_steps(args, task)[ONE]
-    _, seconds = compile_program(step, task.options, state, controls)
+    _, seconds = compile_program(step, state, controls)
     (kernel,) = step.kernels.values()
     print("\n" + json.dumps({"cached_s": seconds, "kernel_found": kernel.closed is None}))
 
 
 def exact_states(task: Task, state: dict, controls: np.ndarray) -> dict[str, np.ndarray]:
     """The states after one environment step in double precision, constraints solved to the end."""
-    model = copy.copy(task.exact)
+    model = copy.copy(task.model)
     model.opt.tolerance = 1e-12
     model.opt.iterations = 200
     model.opt.ls_iterations = 200
@@ -398,7 +363,7 @@ def measure(
         watch = contextlib.nullcontext({}) if compiling or arm != ONE else watch_compiler()
         try:
             with watch as figures:
-                call, seconds = compile_program(step, task.options, state, controls)
+                call, seconds = compile_program(step, state, controls)
             after_first, _ = call()
             turns[arm] = Turns(call, args.min_seconds)
         except Exception:  # the other arms are still of use; main tells and fails
@@ -408,7 +373,7 @@ def measure(
         if figures:
             compiling |= figures | {"program_s": seconds}
     if jax.default_backend() != "gpu":
-        call = CMuJoCo(task.original, task.substeps, state, controls)
+        call = CMuJoCo(task.c_model, task.substeps, state, controls)
         rows[C] = errors(call(1), exact)
         turns[C] = Turns(call, args.min_seconds)
 
@@ -419,8 +384,6 @@ def measure(
         rows[arm]["call_s"] = values
         if ONE in calls:
             rows[arm]["onekernel_over_it"] = common.ratio(values, calls[ONE])
-    if {XLA_SCRIPT, ONE_SCRIPT} <= set(calls):
-        rows[ONE_SCRIPT]["over_script"] = common.ratio(calls[XLA_SCRIPT], calls[ONE_SCRIPT])
     return rows
 
 
@@ -428,10 +391,8 @@ def summarize(compiling: dict, rows: dict[str, dict]) -> dict:
     """A task's figures in one line."""
     row = rows[ONE]
     told = {name: row.get(name) for name in ("env_steps_per_s", "largest_error", "median_error")}
-    names = {C: "over_c", XLA: "over_xla", XLA_SCRIPT: "over_script", ONE_MJX: "over_mjx_solver"}
-    for arm, name in names.items():
+    for arm, name in ((C, "over_c"), (XLA, "over_xla"), (ONE_MJX, "over_mjx_solver")):
         told[name] = rows.get(arm, {}).get("onekernel_over_it")
-    told["over_script_on_its_model"] = rows.get(ONE_SCRIPT, {}).get("over_script")
     return told | compiling
 
 
@@ -450,8 +411,7 @@ def print_tables(results: dict) -> None:
 
 
 def main(args: Args) -> None:
-    # A function that onekernel cannot compile would be timed as XLA runs it.
-    warnings.simplefilter("error", onekernel.Fallback)
+    common.refuse_fallbacks()
     if args.smoke:
         common.hardly_optimise()
         args = dataclasses.replace(args, tasks=args.tasks[:1], num_envs=(32,), steps=2)
@@ -463,7 +423,7 @@ def main(args: Args) -> None:
     results = {}
     failed = []
     with tempfile.TemporaryDirectory() as cache:  # empty: nothing has been compiled before
-        os.environ["ONEKERNEL_CACHE_DIR"] = cache
+        os.environ |= common.caches(cache)
         jax.config.update("jax_compilation_cache_dir", cache)
         for name in args.tasks:
             task = make_task(name)

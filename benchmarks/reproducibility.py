@@ -15,8 +15,8 @@ resets: the same keys give the same starts in another order, on two devices, and
 
 trajectories: MJX against C MuJoCo from the same float64 starts by the same random actions, the largest difference of a
 coordinate (m or rad) after so many environment steps; median, 90 % quantile and maximum over the starts. Nothing ends
-an episode. The reference is C MuJoCo on the original model, for the G1 on its training model with a solver that has
-converged. Beside it stands what becomes of a start that is off by about 1e-7 in C MuJoCo alone.
+an episode. The reference is C MuJoCo on the same model. Beside float32, by onekernel, stand float64, by XLA, since
+onekernel has float32 alone, and what becomes of a start that is off by about 1e-7 in C MuJoCo alone.
 
 The exit code is 1 if what has to be equal to the bit is not. Writes benchmarks/results/NAME.json.
 """
@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import tyro
-from common import PYTHONPATH, hardly_optimise, make_mesh, run_child, table, write
+from common import PYTHONPATH, caches, hardly_optimise, make_mesh, run_child, table, write
 from faults import checkpoints, only_run, read
 from jax.sharding import NamedSharding, PartitionSpec as P
 
@@ -57,7 +57,6 @@ RUNS = {  # script and flags, of three iterations; SAC's first update comes afte
 }  # fmt: skip
 STILL = {"obs_noise": 0.0, "push_speed": 0.0, "friction": (1.0, 1.0), "added_mass": (0.0, 0.0), "shifted_center": 0.0,
          "gain_noise": 0.0, "strength_noise": 0.0, "action_delay": 0.0}  # fmt: skip
-CONVERGED = 50  # iterations, by which a solver has stopped by itself
 QUICK = {"xla_llvm_disable_expensive_passes": True}  # a Runge-Kutta 4 of MJX takes a minute to compile else
 
 
@@ -70,7 +69,7 @@ class Args:
     name: str = "reproducibility"  # of the JSON file
     steps: tuple[int, ...] = (1, 10, 50, 100, 200)  # of the environment, after which states are compared
     seed: int = 1
-    child: str | None = None  # file of starts and actions that a process of this benchmark takes to the exact physics
+    child: str | None = None  # file of starts and actions that a process of this benchmark takes through MJX in float64
     smoke: bool = False  # in short, and without runs unless they are named
 
 
@@ -117,7 +116,7 @@ for call in {calls}:
         if stop.code not in (0, 1):
             raise
 print(json.dumps("done"))"""
-    run_child([sys.executable, "-c", code], PYTHONPATH=PYTHONPATH, JAX_COMPILATION_CACHE_DIR=str(cache))
+    run_child([sys.executable, "-c", code], PYTHONPATH=PYTHONPATH, **caches(cache))
     runs = [only_run(folder) for folder in folders]
     for run in runs:
         assert [int(file.stem) for file in checkpoints(run)] == [3, 2, 1], f"{run}: not all checkpoints are there"
@@ -180,14 +179,15 @@ def measure_resets(args: Args, failures: list[str]) -> list[dict]:
     keys, meshes, rows = jax.random.split(jax.random.key(args.seed), 64), [make_mesh(1)], []
     meshes += [make_mesh(2)] if len(make_mesh().devices) > 1 else []
     for name, env in envs.items():
-        run = jax.jit(jax.vmap(env.reset))
+        reset = ppo_mjx.kernel(env.reset)
+        run = jax.jit(jax.vmap(reset))
         whole = arrays_of(run(keys))
         found = {"other places": {x: y[::-1] for x, y in arrays_of(run(keys[::-1])).items()}}
         for mesh in meshes[1:]:
-            split = jax.jit(jax.shard_map(jax.vmap(env.reset), mesh=mesh, in_specs=P("devices"),
+            split = jax.jit(jax.shard_map(jax.vmap(reset), mesh=mesh, in_specs=P("devices"),
                                           out_specs=P("devices"), check_vma=False))
             found["2 devices"] = arrays_of(split(jax.device_put(keys, NamedSharding(mesh, P("devices")))))
-        alone = jax.jit(env.reset)
+        alone = jax.jit(reset)
         singles = [arrays_of(alone(key)) for key in keys]
         found["one at a time"] = {x: np.stack([single[x] for single in singles]) for x in whole}
         for what, other in found.items():
@@ -201,15 +201,15 @@ def measure_resets(args: Args, failures: list[str]) -> list[dict]:
 
 
 # ---- Trajectories ---------------------------------------------------------------------------------------------------
-def make_env(task: str, physics: str):
+def make_env(task: str):
     """With nothing random in the G1's steps."""
-    return unitree.Env(unitree.Args(**STILL)) if task == "G1" else ppo_mjx.Env(task, physics)
+    return unitree.Env(unitree.Args(**STILL)) if task == "G1" else ppo_mjx.Env(task)
 
 
 def draw(task: str, args: Args):
     """Starts (qpos, qvel) in float64, and actions [S, T, A] that are the same number in all precisions."""
-    env, random = make_env(task, "exact"), np.random.default_rng(args.seed)
-    state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(args.seed), args.starts))
+    env, random = make_env(task), np.random.default_rng(args.seed)
+    state = jax.jit(jax.vmap(ppo_mjx.kernel(env.reset)))(jax.random.split(jax.random.key(args.seed), args.starts))
     actions = random.uniform(-1, 1, (args.starts, max(args.steps), env.action_size)).astype(np.float32)
     return [np.asarray(x, np.float32).astype(float) for x in (state.data.qpos, state.data.qvel)], actions.astype(float)
 
@@ -219,8 +219,7 @@ def in_c(task: str, starts, actions) -> np.ndarray:
     if task == "G1":
         robot = unitree.ROBOTS["g1"]
         (default, stiffness, damping, most), substeps = unitree.controller(robot), unitree.Args.decimation
-        model = unitree.training_model(robot, substeps)
-        model.opt.iterations = model.opt.ls_iterations = CONVERGED
+        model = unitree.load_model(robot, unitree.CONTROL_DT / substeps, drawn=False)
     else:
         model, substeps = ppo_mjx.load_model(ppo_mjx.TASKS[task]), ppo_mjx.TASKS[task].frame_skip
     data, path = mujoco.MjData(model), np.zeros((*actions.shape[:2], model.nq))
@@ -238,24 +237,16 @@ def in_c(task: str, starts, actions) -> np.ndarray:
     return path
 
 
-def in_mjx(task: str, physics: str, starts, actions) -> np.ndarray:
-    """The same by MJX, in JAX's default precision. The G1's exact physics are MJX's own solver, converged."""
-    env, own = make_env(task, physics), task == "G1" and physics == "exact"
-    if own:
-        option = env.model.opt.replace(iterations=CONVERGED, ls_iterations=CONVERGED)
-        env.model = env.model.replace(opt=option)
-
-    def step(state, action):
-        if not own:
-            state = env.step(state, action)
-            return state, state.data.qpos
-        with jax.default_matmul_precision("highest"):
-            data, _ = env.advance(state.data, action, action, state.info["domain"])
-        return state.replace(data=data), data.qpos
+def in_mjx(task: str, starts, actions) -> np.ndarray:
+    """The same by MJX, in JAX's default precision."""
+    env = make_env(task)
+    step = env.step if jax.config.jax_enable_x64 else ppo_mjx.kernel(env.step)
 
     def run(state, actions):
-        path = jax.lax.scan(lambda state, action: jax.vmap(step)(state, action), state, actions.swapaxes(0, 1))[1]
-        return path.swapaxes(0, 1)
+        def one(state, action):
+            state = jax.vmap(step)(state, action)
+            return state, state.data.qpos
+        return jax.lax.scan(one, state, actions.swapaxes(0, 1))[1].swapaxes(0, 1)
 
     count, mesh = len(actions), make_mesh()
     mesh = mesh if count % mesh.size == 0 else make_mesh(1)
@@ -285,10 +276,8 @@ def measure_task(task: str, args: Args) -> dict:
         file = Path(folder) / "in.npz"
         np.savez(file, task=task, qpos=starts[0], qvel=starts[1], actions=actions)
         run_child([sys.executable, str(Path(__file__).resolve()), "--child", str(file)], JAX_ENABLE_X64="1")
-        rows["exact, float64"] = errors(np.load(file.with_suffix(".out.npy")), reference, args.steps)
-    for physics in ("exact", "fast"):
-        rows[f"{physics}, float32"] = errors(in_mjx(task, physics, starts, actions), reference, args.steps)
-    return rows
+        rows["MJX, float64"] = errors(np.load(file.with_suffix(".out.npy")), reference, args.steps)
+    return rows | {"MJX, float32": errors(in_mjx(task, starts, actions), reference, args.steps)}
 
 
 def measure_trajectories(args: Args, failures: list[str]) -> dict:
@@ -314,7 +303,7 @@ def main(args: Args) -> None:
     if args.child:
         make_mesh()
         given = np.load(args.child)
-        path = in_mjx(str(given["task"]), "exact", (given["qpos"], given["qvel"]), given["actions"])
+        path = in_mjx(str(given["task"]), (given["qpos"], given["qvel"]), given["actions"])
         np.save(Path(args.child).with_suffix(".out.npy"), path)
         print(json.dumps("done"))
         return

@@ -130,7 +130,8 @@ def measure(num_envs: int, rounds: int, seconds: float) -> dict:
 
 
 def main(args: Args) -> None:
-    jax.config.update("jax_enable_compilation_cache", False)
+    common.keep_nothing_compiled()
+    common.refuse_fallbacks()
     if args.smoke:
         args = dataclasses.replace(args, num_envs=(64,), rounds=2, seconds=0.1)
     common.make_mesh()  # starts JAX with all cores

@@ -1,24 +1,22 @@
-"""Throughput of the physics over the number of worlds: MJX beside MJX-Warp, C MuJoCo and Gymnasium.
+"""Throughput of the environments over the number of worlds, beside C MuJoCo, Gymnasium and MJX-Warp.
 
     python benchmarks/throughput.py
 
-Arms: the training scripts' `env.step` in a scan over all devices, with `fast` (the one that trains) and `exact`
-physics, and with MJX-Warp on the fast model; C MuJoCo (mujoco.batch, one call for each environment step) on the
-original model, with one thread and with one for each core, and on the fast model with one for each core; Gymnasium's
-vector environments. The C arms do physics only, the others observations and rewards as well; no arm but Gymnasium's
-resets a world. G1: exact and original are the model of `CMujocoEnv` (10 steps of 0.002 s, MuJoCo's own solver), the
-joints' controllers are MuJoCo's actuators in C. SAC's pendulum has one kind of physics. --exact-num-envs: exact
-physics compile slowly, so they are measured for these numbers alone, and only where a turn is not too long.
+Arms: the training scripts' `env.step` in a scan over all devices, as one kernel by onekernel; the same on MJX-Warp, by
+XLA (on a GPU); C MuJoCo (mujoco.batch, one call for each environment step), with one thread and with one for each core;
+Gymnasium's vector environments. All step the same model: Gymnasium's, with its time step, integrator and contacts, and
+for the G1 what ppo_mjx_unitree.py trains on, in C with the joints' controllers as actuators. Humanoid's solver is PGS
+in C, as in Gymnasium, and Newton's method elsewhere. The C arms do physics only, the others observations and rewards as
+well; no arm but Gymnasium's resets a world.
 
 A call is some steps of all worlds, with the same random actions for all arms, from the same states: resets in C
 MuJoCo and 50 random steps of 256 worlds (those that fell started again), repeated for more worlds; a turn is calls
 for a while. Gymnasium's worlds run on from turn to turn and reset themselves. Arms are timed in turn, medians are
 given; a call has up to --steps steps, fewer where one would take longer than --turn-seconds.
 
-Units: an environment step counts as frame_skip physics steps of the original's length in all arms, though in `fast`
-Hopper and Walker2d take it as ONE Runge-Kutta step, Humanoid as two, Ant as 10 Euler steps and the G1 as 4. "/ C" is
-the speed over that of C MuJoCo on all cores, the median over turns. CPU: the process's CPU time over wall time and
-cores, with the threads that only wait busily (- where other processes do the work); GPU: mean of nvidia-smi's samples.
+Units: an environment step is frame_skip physics steps (the G1's: 4 of 5 ms). "/ C" is the speed over that of C MuJoCo
+on all cores, the median over turns. CPU: the process's CPU time over wall time and cores, with the threads that only
+wait busily (- where other processes do the work); GPU: mean of nvidia-smi's samples.
 Writes benchmarks/results/NAME.json after each task.
 """
 
@@ -32,7 +30,6 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
-from unittest import mock
 
 import common
 import gymnasium
@@ -47,23 +44,20 @@ import ppo_mjx as ppo
 import ppo_mjx_unitree as unitree
 import sac_mjx_pendulum as sac
 
-FAST, EXACT, WARP = "MJX fast", "MJX exact", "MJX-Warp"
-C, C_ONE, C_FAST = "C MuJoCo, all cores", "C MuJoCo, 1 thread", "C MuJoCo, all cores, fast model"
+OURS, WARP, C, C_ONE = "env.step, onekernel", "env.step, MJX-Warp", "C MuJoCo, all cores", "C MuJoCo, 1 thread"
 POOL, WARM_UP = 256, 50  # worlds, random steps
 FULL = 32  # worlds from which on time is taken to grow as their number
 COLUMNS = {"env_steps_per_s": "env steps/s", "physics_steps_per_s": "physics steps/s", "speed / C": "/ C",
            "compile_s": "compile s", "cpu_percent": "CPU %", "gpu_percent": "GPU %"}  # fmt: skip
-MJX_SOLVE = ppo.mjx._src.solver.solve
 
 
 @dataclasses.dataclass
 class Args:
     tasks: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "g1", "Pendulum")
     num_envs: tuple[int, ...] = (1, 32, 64, 128, 256, 1024, 4096)
-    exact_num_envs: tuple[int, ...] = (1, 256, 4096)  # for which exact physics are measured as well
     gymnasium_num_envs: int = 32  # for up to so many worlds Gymnasium is measured
     steps: int = 16  # environment steps of a call at most; as many as in a rollout of ppo_mjx.py
-    turn_seconds: float = 1.0  # that a call of MJX fast may take; C on all cores four times as long, others twice
+    turn_seconds: float = 1.0  # that a call of ours may take; C on all cores four times as long, others twice
     min_seconds: float = 0.3  # of a turn at least
     repeats: int = 5
     seed: int = 0
@@ -76,15 +70,12 @@ class Args:
 class Task:
     """What the arms need of one environment."""
 
-    fast: Callable  # makes its Env with fast physics
-    exact: Callable | None
-    original: mujoco.MjModel
-    substeps: int  # of the original in one environment step
-    mjx_model: mujoco.MjModel  # what the fast Env hands to MJX
-    fast_model: mujoco.MjModel  # the same for C MuJoCo
-    fast_substeps: int
+    env: Callable  # makes its Env
+    model: mujoco.MjModel
+    c_model: mujoco.MjModel  # the same for C MuJoCo
+    substeps: int  # in one environment step
     over: Callable  # qpos [N, nq], qvel [N, nv] -> bool [N], whether a world has fallen
-    to_ctrl: Callable = np.asarray  # from actions to those of the C models
+    to_ctrl: Callable = np.asarray  # from actions to ctrl of c_model
     scale: float = 1.0  # of the actions
     gymnasium_id: str | None = None
 
@@ -101,40 +92,35 @@ def servo(model: mujoco.MjModel, robot: unitree.Robot) -> mujoco.MjModel:
 
 def make_task(name: str) -> Task:
     if name in ppo.TASKS:
-        task, env, fast = ppo.TASKS[name], ppo.Env(name), ppo.load_model(ppo.TASKS[name], "fast")
-        return Task(partial(ppo.Env, name), partial(ppo.Env, name, "exact"), ppo.load_model(task), task.frame_skip,
-                    fast, fast, env.substeps, lambda *data: ~ppo.is_healthy(task, *data, np),
+        task, env, model = ppo.TASKS[name], ppo.Env(name), ppo.load_model(ppo.TASKS[name])
+        model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # as Env has it, for Humanoid
+        return Task(partial(ppo.Env, name), model, ppo.load_model(task), task.frame_skip,
+                    lambda *data: ~ppo.is_healthy(task, *data, np),
                     scale=env.max_action, gymnasium_id=env.gymnasium_id)
     if name == "Pendulum":
         args = sac.Args(env_id="Pendulum-v1")
         task, env = sac.TASKS[args.env_id], sac.Env(args)
         model = sac.load_model(task)
-        return Task(partial(sac.Env, args), None, model, 1, model, model, 1,
+        return Task(partial(sac.Env, args), model, model, 1,
                     lambda qpos, qvel: np.zeros(len(qpos), bool), scale=task.max_torque, gymnasium_id=env.gymnasium_id)
-    args, substeps = unitree.Args(robot=name), unitree.CMujocoEnv.SUBSTEPS
-    robot, original = unitree.ROBOTS[name], partial(unitree.load_model, drawn=False)
-    fast = partial(unitree.training_model, robot, args.decimation)
-    dt, default = unitree.CONTROL_DT / substeps, unitree.controller(robot)[0]
-
-    def exact():
-        with mock.patch.object(unitree, "training_model", lambda robot, _: original(robot, dt)):
-            return unitree.Env(dataclasses.replace(args, decimation=substeps))
-    return Task(partial(unitree.Env, args), exact, servo(original(robot, dt), robot), substeps,
-                fast(), servo(fast(), robot), args.decimation,
+    args, robot = unitree.Args(robot=name), unitree.ROBOTS[name]
+    dt, default = unitree.CONTROL_DT / args.decimation, unitree.controller(robot)[0]
+    load = partial(unitree.load_model, robot, dt, drawn=False)
+    return Task(partial(unitree.Env, args), load(), servo(load(), robot), args.decimation,
                 lambda qpos, _: unitree.has_fallen(robot, qpos, np),
                 to_ctrl=lambda action: default + robot.action_scale * action)
 
 
 def draw_actions(task: Task, *shape: int) -> np.ndarray:
     random = np.random.default_rng(len(shape))
-    return task.scale * random.uniform(-1, 1, (*shape, task.original.nu)).astype(np.float32)
+    return task.scale * random.uniform(-1, 1, (*shape, task.c_model.nu)).astype(np.float32)
 
 
 def warm_up(task: Task, env, seed: int):
     """States of POOL worlds amid random actions, and the same for C MuJoCo."""
-    state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(seed), POOL))
+    state = jax.jit(jax.vmap(ppo.kernel(env.reset)))(jax.random.split(jax.random.key(seed), POOL))
     start = {name: np.array(value, float) for name, value in vars(state.data).items()}
-    batch, reset = mujoco.batch.Batch(task.original, nsim=POOL, nthread=common.count_cores()), np.full(POOL, True)
+    batch, reset = mujoco.batch.Batch(task.c_model, nsim=POOL, nthread=common.count_cores()), np.full(POOL, True)
     for action in draw_actions(task, WARM_UP, POOL):
         for name, values in start.items():
             getattr(batch, name)[reset] = values[reset]
@@ -191,43 +177,40 @@ def warp_is_missing() -> str | None:
 
 
 def warp_env(task: Task, num_envs: int):
-    """The fast environment on MJX-Warp, with room for all contacts and rows that MJX has on the original model."""
-    env, full = task.fast(), (task.exact or task.fast)().template._impl
-    contacts, rows = max(1, full.contact.dist.shape[0]), max(1, full.efc_J.shape[0])
-    # MuJoCo Warp's kernels print whenever the solver stops at its last iteration, as it is meant to here.
-    env.model = ppo.mjx.put_model(task.mjx_model, impl="warp").tree_replace({"opt._impl.warn_overflow": 0})
+    """The environment on MJX-Warp, with room for all contacts and rows that MJX has."""
+    env = task.env()
+    contacts, rows = (max(1, len(x)) for x in (env.template._impl.contact.dist, env.template._impl.efc_J))
+    # MuJoCo Warp's kernels print whenever the solver stops at its last iteration.
+    env.model = ppo.mjx.put_model(task.model, impl="warp").tree_replace({"opt._impl.warn_overflow": 0})
     env.template = ppo.mjx.make_data(
-        task.mjx_model, impl="warp", naconmax=num_envs * contacts, naccdmax=num_envs * contacts, njmax=rows)
+        task.model, impl="warp", naconmax=num_envs * contacts, naccdmax=num_envs * contacts, njmax=rows)
     return env
 
 
-def mjx_call(env, state, actions: np.ndarray, exact: bool = False):
-    """A call of an MJX arm, and what compiling it took."""
-    mesh, options = common.make_mesh(None, len(actions[0])), unitree.WIDE if isinstance(env, unitree.Env) else None
+def env_call(env_step: Callable, state, actions: np.ndarray):
+    """A call of an arm whose env_step is one world's, and what compiling it took."""
+    mesh = common.make_mesh(None, len(actions[0]))
 
     def run(state, actions):
         def step(state, action):
-            return jax.vmap(env.step)(state, action), None
+            return jax.vmap(env_step)(state, action), None
         return jax.lax.scan(step, state, actions.swapaxes(0, 1))[0]
 
-    own_solver = mock.patch.object(unitree, "solve_constraints", MJX_SOLVE) if exact else contextlib.nullcontext()
-    with own_solver:
-        call, seconds, compiled = common.compile_sharded(
-            mesh, run, state, jnp.asarray(actions.swapaxes(0, 1)), options=options)
+    call, seconds, compiled = common.compile_sharded(mesh, run, state, jnp.asarray(actions.swapaxes(0, 1)))
     memory = compiled.memory_analysis()
     used = None if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return call, {"devices": mesh.size, "compile_s": seconds, "bytes_of_a_device": used}
 
 
-def c_call(model, substeps: int, threads: int, data: dict, controls: np.ndarray):
-    batch = mujoco.batch.Batch(model, nsim=len(controls[0]), nthread=threads)
+def c_call(task: Task, threads: int, data: dict, controls: np.ndarray):
+    batch = mujoco.batch.Batch(task.c_model, nsim=len(controls[0]), nthread=threads)
 
     def call():
         for name, values in data.items():
             getattr(batch, name)[:] = values
         for control in controls:
             batch.ctrl[:] = control
-            batch.step(nstep=substeps)
+            batch.step(nstep=task.substeps)
     return call, {"threads": threads}
 
 
@@ -256,14 +239,10 @@ def measure(args: Args, task: Task, pool, num_envs: int, steps: int, rates: dict
     if num_envs > args.gymnasium_num_envs:
         no_gymnasium = "more than --gymnasium-num-envs"
     arms = {
-        FAST: (None, lambda: mjx_call(task.fast(), state, actions)),
-        EXACT: (task.exact is None and "there is one kind of physics" or
-                num_envs not in args.exact_num_envs and "not one of --exact-num-envs",
-                lambda: mjx_call(task.exact(), state, actions, exact=True)),
-        WARP: (warp_is_missing(), lambda: mjx_call(warp_env(task, num_envs), state, actions)),
-        C: (None, lambda: c_call(task.original, task.substeps, cores, data, controls)),
-        C_ONE: (None, lambda: c_call(task.original, task.substeps, 1, data, controls)),
-        C_FAST: (None, lambda: c_call(task.fast_model, task.fast_substeps, cores, data, controls)),
+        OURS: (None, lambda: env_call(ppo.kernel(task.env().step), state, actions)),
+        WARP: (warp_is_missing(), lambda: env_call(warp_env(task, num_envs).step, state, actions)),
+        C: (None, lambda: c_call(task, cores, data, controls)),
+        C_ONE: (None, lambda: c_call(task, 1, data, controls)),
     } | {
         f"Gymnasium, {mode}": (no_gymnasium, partial(gymnasium_call, task, mode, actions, args.seed, stack))
         for mode in ("sync", "async")
@@ -272,7 +251,7 @@ def measure(args: Args, task: Task, pool, num_envs: int, steps: int, rates: dict
     with stack, sample_gpus() as samples:
         for arm, (reason, build) in arms.items():
             expected = num_envs * steps / rates.get(arm, np.inf)
-            if arm != FAST and expected > (4 if arm in (C, C_FAST) else 2) * args.turn_seconds:
+            if arm != OURS and expected > (4 if arm == C else 2) * args.turn_seconds:
                 reason = reason or f"a call of {steps} steps would take {expected:.2g} s"
             if reason:
                 rows[arm] = {"skipped": reason}
@@ -302,14 +281,12 @@ def measure(args: Args, task: Task, pool, num_envs: int, steps: int, rates: dict
 def c_rates(task: Task, data: dict) -> dict[str, float]:
     """Environment steps/s of the C arms by one short call, so that none is begun that would take minutes."""
     cores, controls = common.count_cores(), task.to_ctrl(draw_actions(task, 2, POOL))
-    arms = {C: (task.original, task.substeps, cores), C_ONE: (task.original, task.substeps, 1),
-            C_FAST: (task.fast_model, task.fast_substeps, cores)}
-    return {arm: controls[..., 0].size / min(common.take_turns({"": c_call(*how, data, controls)[0]}, 2)[""])
-            for arm, how in arms.items()}
+    return {arm: controls[..., 0].size / min(common.take_turns({"": c_call(task, threads, data, controls)[0]}, 2)[""])
+            for arm, threads in ((C, cores), (C_ONE, 1))}
 
 
 def find_crossing(ratios: dict[int, float]) -> dict:
-    """The smallest number of worlds with which MJX is faster than C MuJoCo, and the best ratio."""
+    """The smallest number of worlds with which ours is faster than C MuJoCo, and the best ratio."""
     best = max(ratios, key=ratios.get, default=None)
     return {"from": next((n for n, value in sorted(ratios.items()) if value > 1), None),
             "best_ratio": ratios.get(best), "best_num_envs": best}
@@ -318,19 +295,21 @@ def find_crossing(ratios: dict[int, float]) -> dict:
 def main(args: Args) -> None:
     if args.smoke:
         common.hardly_optimise()
-        args = dataclasses.replace(args, tasks=("g1", "Pendulum"), num_envs=(4,), exact_num_envs=(4,),
-                                   steps=2, repeats=1, min_seconds=0.05)  # fmt: skip
+        args = dataclasses.replace(args, tasks=("g1", "Pendulum"), num_envs=(4,), steps=2, repeats=1,
+                                   min_seconds=0.05)  # fmt: skip
+    common.refuse_fallbacks()
     common.make_mesh()  # starts JAX with all cores
-    jax.config.update("jax_enable_compilation_cache", args.compile_cache)
+    if not args.compile_cache:
+        common.keep_nothing_compiled()
     result, crossings, failed = {}, {}, []
     for name in args.tasks:
         task, printed, result[name] = make_task(name), [], {}
-        pool = warm_up(task, task.fast(), args.seed)
+        pool = warm_up(task, task.env(), args.seed)
         rates = c_rates(task, pool[1])
         for num_envs in sorted(args.num_envs):
             steps = args.steps
-            if FAST in rates:
-                steps = min(steps, max(2, int(args.turn_seconds * rates[FAST] / num_envs)))
+            if OURS in rates:
+                steps = min(steps, max(2, int(args.turn_seconds * rates[OURS] / num_envs)))
             rows = measure(args, task, pool, num_envs, steps, rates)
             result[name][num_envs] = {"steps": steps, "arms": rows}
             stats = jax.devices()[0].memory_stats()
@@ -349,13 +328,13 @@ def main(args: Args) -> None:
         print(f"\n{name}\n")
         common.table(["worlds", "arm", *COLUMNS.values(), ""], printed)
         crossings[name] = {}
-        for reference in (C, C_ONE, C_FAST):
-            ratios = {n: common.ratio(row["arms"][reference]["call_s"], row["arms"][FAST]["call_s"])
-                      for n, row in result[name].items() if all("call_s" in row["arms"][x] for x in (reference, FAST))}
+        for reference in (C, C_ONE):
+            ratios = {n: common.ratio(row["arms"][reference]["call_s"], row["arms"][OURS]["call_s"])
+                      for n, row in result[name].items() if all("call_s" in row["arms"][x] for x in (reference, OURS))}
             crossings[name][reference] = told = find_crossing(ratios)
             start = f"first with {told['from']} worlds" if told["from"] else "nowhere"
             if told["best_num_envs"]:
-                print(f"{FAST} overtakes {reference}: {start}; {told['best_ratio']:.2f} of its speed at best, "
+                print(f"{OURS} overtakes {reference}: {start}; {told['best_ratio']:.2f} of its speed at best, "
                       f"with {told['best_num_envs']} worlds", flush=True)
         common.write(args.name, args, {"crossings": crossings, "failed": failed, "results": result}, args.smoke)
     if failed:

@@ -4,7 +4,8 @@
 
 Each training is one process that starts with an empty compile cache (--compile-cache: with the user's, as when the
 script is started again). Its policies are copied while it trains and judged when it has ended: deterministic episodes
-in Gymnasium's v5, by NumPy alone. Writes benchmarks/results/NAME.json.
+in Gymnasium's v5, by NumPy alone. first_update_s are the seconds until the first iteration's metrics are in
+TensorBoard's file. Writes benchmarks/results/NAME.json.
 """
 
 import dataclasses
@@ -84,12 +85,14 @@ def last_iteration(folder: Path) -> int:
 
 def watch(command: list[str], folder: Path, evaluate: bool = True) -> tuple[list[dict], dict, float]:
     """Train by a process of its own, with runs in folder / "runs". Returns its policies with the seconds at which each
-    was there, run.json, and all its seconds. evaluate: let it go on when the last policy is there."""
-    policies, seen, start = [], set(), time.perf_counter()
+    was there, run.json and first_update_s, and all its seconds. evaluate: go on when the last policy is there."""
+    policies, seen, first_update, start = [], set(), None, time.perf_counter()
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=common.ROOT, stdout=log, stderr=subprocess.STDOUT)
         while True:
             ended = process.poll() is not None
+            if not first_update and any(b"charts/SPS" in file.read_bytes() for file in folder.glob("runs/*/events*")):
+                first_update = round(time.perf_counter() - start, 2)
             for checkpoint in sorted((folder / "runs").glob("*/checkpoints/*.npz")):
                 if checkpoint.name not in seen:  # its policy.npz has been written before it
                     seen.add(checkpoint.name)
@@ -105,7 +108,7 @@ def watch(command: list[str], folder: Path, evaluate: bool = True) -> tuple[list
             time.sleep(0.05)
     if process.returncode and (evaluate or process.returncode != -signal.SIGKILL):
         raise SystemExit((folder / "log.txt").read_text()[-3000:])
-    run = read_run(folder)
+    run = read_run(folder) | {"first_update_s": first_update}
     del run["args"]["runs_dir"]  # a temporary folder, of no use to a reader
     return policies, run, time.perf_counter() - start
 
@@ -139,7 +142,8 @@ def measure(args: Args, env_id: str, seed: int) -> dict:
         str(goal): next(((point["seconds"], point["steps"]) for point in curve if point["mean"] >= goal), None)
         for goal in THRESHOLDS[env_id]
     }
-    row = {"env_id": env_id, "seed": seed, "process_s": seconds, "passed": passed, "final": curve[-1]}
+    row = {"env_id": env_id, "seed": seed, "process_s": seconds, "first_update_s": run["first_update_s"],
+           "passed": passed, "final": curve[-1]}  # fmt: skip
     return row | {"evaluation": run.get("evaluation"), "run": run, "curve": curve}
 
 
@@ -150,12 +154,13 @@ def main(args: Args) -> None:
     for seed in args.seeds:
         for env_id in args.env_ids:
             rows.append(measure(args, env_id, seed))
-            print(json.dumps({name: rows[-1][name] for name in ("env_id", "seed", "process_s", "passed", "final")}),
+            print(json.dumps({name: rows[-1][name] for name in rows[-1] if name not in ("evaluation", "run", "curve")}),
                   flush=True)  # fmt: skip
     summary = {}
     for env_id in args.env_ids:
         mine = [row for row in rows if row["env_id"] == env_id]
-        summary[env_id] = {"final": statistics.median(row["final"]["mean"] for row in mine)}
+        summary[env_id] = {"final": statistics.median(row["final"]["mean"] for row in mine),
+                           "first_update_s": statistics.median(row["first_update_s"] for row in mine)}  # fmt: skip
         for goal in THRESHOLDS[env_id]:
             times = [row["passed"][str(goal)] for row in mine]
             seconds = sorted(t[0] if t else float("inf") for t in times)

@@ -4,7 +4,8 @@
     python benchmarks/time_to_walk.py --ablations --seeds 1 2 --total-timesteps 4000000 --name g1_ablations
 
 Each training is one process that starts with an empty compile cache (--compile-cache: with the user's). Its policies
-are copied while it trains and put to the script's test when it has ended. Ablations train with one trick left out at a
+are copied while it trains and put to the script's test when it has ended. first_update_s are the seconds until the
+first iteration's metrics are in TensorBoard's file. Ablations train with one trick left out at a
 time. Writes benchmarks/results/NAME.json, and the last policy of the first seed to --policy.
 """
 
@@ -100,8 +101,10 @@ def main(args: Args) -> None:
                 policy |= {key: result[key] for key in ("passed", "falls", "error", "yaw", "drift")}
                 policy.pop("file")
             first = next((policy for policy in policies if policy["passed"]), None)
-            row = {"variant": variant, "seed": seed, "process_s": round(seconds, 1), "first_pass": first,
-                   "passing": sum(policy["passed"] for policy in policies), "final": policies[-1]}  # fmt: skip
+            row = {
+                "variant": variant, "seed": seed, "process_s": round(seconds, 1),
+                "first_update_s": run["first_update_s"], "first_pass": first,
+                "passing": sum(policy["passed"] for policy in policies), "final": policies[-1]}  # fmt: skip
             print(json.dumps(row), flush=True)
             rows.append(row | {"curve": policies, "final_table": results[-1]["table"], "run": run})
             write(args, rows)
@@ -114,6 +117,7 @@ def write(args: Args, rows: list[dict]) -> None:
         mine = [row for row in rows if row["variant"] == variant]
         summary[variant] = {
             key: statistics.median(row["final"][key] for row in mine) for key in ("falls", "error", "yaw", "drift")}
+        summary[variant]["first_update_s"] = statistics.median(row["first_update_s"] for row in mine)
         times = [row["first_pass"]["seconds"] if row["first_pass"] else float("inf") for row in mine]
         summary[variant]["seconds to the first pass"] = statistics.median(times)
     print(json.dumps(summary, indent=2))

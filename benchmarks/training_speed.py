@@ -3,8 +3,8 @@
     python benchmarks/training_speed.py
 
 Three programs take the same worlds equally far, in turn, `--repeats` times over: one training iteration; a scan of the
-script's own `env.step`; and a scan of MuJoCo's `mjx.step` as it is (its own Cholesky and integrator, nothing else) on
-the same model, with the smallest state. Ratios are medians over the turns. Then `ppo_mjx.py` is started with an empty
+script's own `env.step`; and a scan of the physics alone, with the smallest state. Both are kernels by onekernel, as in
+training. Ratios are medians over the turns. Then `ppo_mjx.py` is started with an empty
 and with a filled compile cache, and the seconds to its first update are taken.
 Writes benchmarks/results/NAME.json.
 """
@@ -44,23 +44,24 @@ def shard(mesh: Mesh, function, spec):
 
 def own_steps(env: ppo.Env, steps: int, state: ppo.State) -> ppo.State:
     """A scan of the script's environment."""
-    action = jnp.zeros((len(state.obs), env.action_size))
-    return jax.lax.scan(lambda state, _: (jax.vmap(env.step)(state, action), None), state, None, length=steps)[0]
+    action, step = jnp.zeros((len(state.obs), env.action_size)), ppo.kernel(env.step)
+    return jax.lax.scan(lambda state, _: (jax.vmap(step)(state, action), None), state, None, length=steps)[0]
 
 
 def bare_steps(env: ppo.Env, steps: int, state: ppo.State) -> ppo.State:
-    """A scan of mjx.step, with MuJoCo's own Runge-Kutta where the script takes one step of its own."""
-    model = env.model.replace(opt=env.model.opt.replace(timestep=env.control_dt / env.substeps))
+    """A scan of the physics of as many environment steps."""
+    @ppo.kernel
+    def env_step(data: ppo.Physics) -> ppo.Physics:
+        def substep(data, _):
+            full = ppo.physics_step(env.model, env.template.replace(**vars(data)))
+            return ppo.Physics(full.qpos, full.qvel, full.qacc_warmstart), None
+        return jax.lax.scan(substep, data, None, length=env.task.frame_skip)[0]
 
-    def step(data, _):
-        full = jax.vmap(lambda data: ppo.mjx.step(model, env.template.replace(**vars(data))))(data)
-        return ppo.Physics(full.qpos, full.qvel, full.qacc_warmstart), None
-
-    return state.replace(data=jax.lax.scan(step, state.data, None, length=steps * env.substeps)[0])
+    return state.replace(data=jax.lax.scan(lambda x, _: (jax.vmap(env_step)(x), None), state.data, None, steps)[0])
 
 
 def measure(env_id: str, num_envs: int, warmups: int, repeats: int) -> dict:
-    """Seconds of one training iteration, and of the same steps by the environment and by mjx.step alone."""
+    """Seconds of one training iteration, and of the same steps by the environment and by its physics alone."""
     args = common.ppo_args(env_id, num_envs=num_envs)
     mesh = ppo.make_mesh(args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches)
     env = ppo.Env(env_id)
@@ -74,9 +75,9 @@ def measure(env_id: str, num_envs: int, warmups: int, repeats: int) -> dict:
         state, _ = train(state)
     for program in own, bare:
         jax.block_until_ready(program(state.worlds.env_state))
-    seconds = {"train": [], "env.step": [], "mjx.step": []}
+    seconds = {"train": [], "env.step": [], "physics": []}
     for _ in range(repeats):
-        for name, program in ("env.step", own), ("mjx.step", bare):
+        for name, program in ("env.step", own), ("physics", bare):
             start = time.perf_counter()
             jax.block_until_ready(program(state.worlds.env_state))
             seconds[name].append(time.perf_counter() - start)
@@ -84,7 +85,7 @@ def measure(env_id: str, num_envs: int, warmups: int, repeats: int) -> dict:
         state, _ = jax.block_until_ready(train(state))
         seconds["train"].append(time.perf_counter() - start)
     row = {f"{name} steps/s": args.steps_per_iteration / float(np.median(times)) for name, times in seconds.items()}
-    for name in "env.step", "mjx.step":
+    for name in "env.step", "physics":
         row[f"train / {name}"] = float(np.median(np.array(seconds[name]) / np.array(seconds["train"])))
     return row | {"seconds": seconds}
 
@@ -93,7 +94,7 @@ def first_update(env_id: str, cache: str) -> float:
     """Seconds from the start of the script to the end of its first iteration."""
     with tempfile.TemporaryDirectory() as runs:
         command = [sys.executable, "ppo_mjx.py", "--env-id", env_id, "--total-timesteps", "4096", "--eval-every", "0"]
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+        environment = os.environ | common.caches(cache)
         start = time.perf_counter()
         command += ["--runs-dir", runs]
         process = subprocess.Popen(command, cwd=common.ROOT, env=environment, stdout=subprocess.PIPE,
@@ -115,9 +116,10 @@ def main(args: Args) -> None:
     if args.smoke:
         common.hardly_optimise()
         args = dataclasses.replace(args, env_ids=("Hopper",), num_envs=(8,), warmups=1, repeats=1, starts=1)
+    common.refuse_fallbacks()
     common.make_mesh()  # starts JAX with all cores
     speed, starts = {}, {}
-    print("| task | worlds | train steps/s | env.step | mjx.step | train / env.step | train / mjx.step |")
+    print("| task | worlds | train steps/s | env.step | physics | train / env.step | train / physics |")
     print("|---" * 7 + "|")
     for env_id in args.env_ids:
         for num_envs in args.num_envs:

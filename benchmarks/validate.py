@@ -4,12 +4,12 @@
     python benchmarks/validate.py --modes jit            one of the modes; --smoke: in two minutes or three
 
 smoke: `--smoke` of each script, PPO's for each task, ends with exit code 0. equivalence: one environment step of MJX
-(exact and fast) and of ppo_mjx.CMujocoEnv, from the states of Gymnasium's own random episodes with the same actions;
-then PPO with MJX's rollouts against the same PPO with C MuJoCo's (the original model, stepped by mujoco.batch in a
-Python loop; networks, advantages and update are ppo_mjx.device_iteration's): the reward's scale under the untrained
-policy, and the learning curves. performance: steps/s of both, in turn (MJX's at least half of C MuJoCo's on the same
-CPU, more on a GPU), and how much of the time is `env.step` (training_speed.py has more). jit: the traced program does
-not grow with the sizes, is compiled once, keeps off the host; gradients of a run are finite and bounded.
+and of ppo_mjx.CMujocoEnv, from the states of Gymnasium's own random episodes with the same actions; then PPO with MJX's
+rollouts against the same PPO with C MuJoCo's (stepped by mujoco.batch in a Python loop; networks, advantages and update
+are ppo_mjx.device_iteration's): the reward's scale under the untrained policy, and the learning curves. performance:
+steps/s of both, in turn (MJX has to be the faster one), and how much of the time is `env.step` (training_speed.py has
+more). jit: the traced program does not grow with the sizes, is compiled once, keeps off the host; gradients of a run
+are finite and bounded.
 Writes benchmarks/results/NAME.json, or of some modes NAME_MODES.json, with the raw curves.
 """
 
@@ -39,10 +39,10 @@ Mode = Literal["smoke", "equivalence", "performance", "jit"]
 # in an instant of impact the solvers' last digits decide), of the reward (the same two), then how near its threshold
 # a state is whose termination may differ.
 BOUNDS = {
-    ("HalfCheetah", "exact"): (3e-5, 1e-3, 2e-6, 2e-5, 1e-5), ("HalfCheetah", "fast"): (3e-5, 1e-3, 2e-6, 2e-5, 1e-5),
-    ("Hopper", "exact"): (3e-6, 3e-5, 1e-6, 1e-5, 1e-5), ("Hopper", "fast"): (3e-4, 1.0, 7e-5, 6e-2, 1e-2),
-    ("Walker2d", "exact"): (7e-5, 5e-4, 3e-6, 2e-5, 1e-5), ("Walker2d", "fast"): (3e-2, 10.0, 3e-4, 0.25, 1e-2),
-}  # fmt: skip
+    "HalfCheetah": (3e-5, 1e-3, 2e-6, 2e-5, 1e-5),
+    "Hopper": (2e-6, 2e-5, 5e-7, 1e-5, 1e-5),
+    "Walker2d": (7e-5, 5e-4, 3e-6, 2e-5, 1e-5),
+}
 HOST_PRIMITIVES = ("callback", "infeed", "outfeed", "debug_print")  # as parts of their names
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -116,7 +116,7 @@ def learn(args: ppo.Args, env: ppo.Env, mesh: Mesh, learner: ppo.Learner, worlds
 
 
 class CMujoco:
-    """The script's iteration with rollouts in C MuJoCo, all cores, on the original model."""
+    """The script's iteration with rollouts in C MuJoCo, all cores."""
 
     def __init__(self, args: ppo.Args, env: ppo.Env, mesh: Mesh, seed: int):
         self.args, self.env, self.mesh, self.task = args, env, mesh, env.task
@@ -127,7 +127,7 @@ class CMujoco:
         self.qpos, self.qvel, self.warmstart, self.ctrl = map(
             self.batch.bind, ("qpos", "qvel", "qacc_warmstart", "ctrl"))  # fmt: skip
         self.discounted, self.total, self.length = np.zeros((3, args.num_envs), np.float32)
-        self.starts = jax.jit(lambda key: jax.vmap(env.reset)(jax.random.split(key, args.num_envs)).data)
+        self.starts = jax.jit(lambda key: jax.vmap(ppo.kernel(env.reset))(jax.random.split(key, args.num_envs)).data)
         self.reset(np.full(args.num_envs, True))
 
     def draw(self) -> jax.Array:
@@ -212,12 +212,9 @@ def record(env_id: str, count: int) -> list[np.ndarray]:
 def step_mjx(env: ppo.Env, qpos, qvel, warmstart, action) -> ppo.State:
     """One compiled step from each state."""
     data = ppo.Physics(*(jnp.asarray(x, jnp.float32) for x in (qpos, qvel, warmstart)))
-    reset = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), len(action)))
-    reset = reset.replace(info=reset.info | {"x": data.qpos[:, 0]})
-    program = jax.jit(jax.vmap(env.step)).lower(reset.replace(data=data), jnp.asarray(action, jnp.float32))
-    # 16 evaluations of the exact physics take minutes to compile with all of LLVM's passes, and run here but once.
-    program = program.compile({"xla_llvm_disable_expensive_passes": True})
-    return jax.device_get(program(reset.replace(data=data), jnp.asarray(action, jnp.float32)))
+    reset = jax.jit(jax.vmap(ppo.kernel(env.reset)))(jax.random.split(jax.random.key(0), len(action)))
+    start = reset.replace(data=data, info=reset.info | {"x": data.qpos[:, 0]})
+    return jax.device_get(jax.jit(jax.vmap(ppo.kernel(env.step)))(start, jnp.asarray(action, jnp.float32)))
 
 
 def threshold_distance(task: ppo.Task, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
@@ -245,19 +242,16 @@ def check_steps(args: Args, env_id: str, checks: Checks) -> None:
     if env_id != "HalfCheetah":  # which never terminates
         checks.add(f"{env_id}: steps that terminate", falls, ">= 1%", falls >= 0.01 * args.states)
     distance = threshold_distance(original.task, next_qpos, next_qvel)
-    for physics in ["fast"] if args.smoke else ["exact", "fast"]:
-        state, name = step_mjx(ppo.Env(env_id, physics), qpos, qvel, warmstart, action), f"{env_id}, {physics}"
-        bounds = BOUNDS[env_id, physics]
-        for label, mine, theirs, (median, most) in (
-            ("observation", state.obs, obs, bounds[:2]), ("reward", state.reward, reward, bounds[2:4])
-        ):  # fmt: skip
-            error = np.abs(mine - theirs).reshape(args.states, -1).max(axis=1)
-            checks.below(f"{name}: {label} off Gymnasium's, median", np.median(error), median)
-            checks.below(f"{name}: {label} off Gymnasium's, 99%", np.quantile(error, 0.99), most)
-        differ = (state.done > 0) != terminated
-        far = float(distance[differ].max(initial=0))
-        checks.below(f"{name}: {differ.sum()} terminations differ, farthest off the threshold", far, bounds[4])
-        jax.clear_caches()
+    state, bounds = step_mjx(original.env, qpos, qvel, warmstart, action), BOUNDS[env_id]
+    for label, mine, theirs, (median, most) in (
+        ("observation", state.obs, obs, bounds[:2]), ("reward", state.reward, reward, bounds[2:4])
+    ):  # fmt: skip
+        error = np.abs(mine - theirs).reshape(args.states, -1).max(axis=1)
+        checks.below(f"{env_id}: {label} of MJX off Gymnasium's, median", np.median(error), median)
+        checks.below(f"{env_id}: {label} of MJX off Gymnasium's, 99%", np.quantile(error, 0.99), most)
+    differ = (state.done > 0) != terminated
+    far = float(distance[differ].max(initial=0))
+    checks.below(f"{env_id}: {differ.sum()} terminations of MJX differ, farthest off the threshold", far, bounds[4])
 
 
 def check_rewards(env_id: str, mesh: Mesh, checks: Checks, smoke: bool) -> None:
@@ -321,9 +315,11 @@ def check_speed(args: Args, env_id: str, mesh: Mesh, checks: Checks) -> dict[str
     settings, env = common.ppo_args(env_id), ppo.Env(env_id)
     programs = {name: arm(settings, env, mesh, 1).iterate for name, arm in ARMS.items()}
 
+    step = ppo.kernel(env.step)
+
     def steps(state):
         action = jnp.zeros((len(state.obs), env.action_size))
-        return jax.lax.scan(lambda x, _: (jax.vmap(env.step)(x, action), None), state, None, settings.num_steps)[0]
+        return jax.lax.scan(lambda x, _: (jax.vmap(step)(x, action), None), state, None, settings.num_steps)[0]
 
     worlds = init(settings, env, mesh, 1).worlds.env_state
     programs["env.step"] = common.compile_sharded(mesh, steps, worlds)[0]
@@ -332,8 +328,8 @@ def check_speed(args: Args, env_id: str, mesh: Mesh, checks: Checks) -> dict[str
         speed = settings.steps_per_iteration / float(np.median(times))
         checks.add(f"{env_id}: steps/s, {name if name == 'env.step' else f'training with {name}'}", f"{speed:.0f}")
     checks.add(f"{env_id}: env.step's share of MJX training", common.ratio(seconds["env.step"], seconds["MJX"]))
-    ratio, goal = common.ratio(seconds["C MuJoCo"], seconds["MJX"]), 0.5 if jax.default_backend() == "cpu" else 1.0
-    checks.add(f"{env_id}: training steps/s, MJX over C MuJoCo", ratio, f"> {goal}", ratio > goal)
+    ratio = common.ratio(seconds["C MuJoCo"], seconds["MJX"])
+    checks.add(f"{env_id}: training steps/s, MJX over C MuJoCo", ratio, "> 1", ratio > 1)
     return seconds
 
 
@@ -368,7 +364,7 @@ def guarded(function) -> bool:
 
 def check_jit(args: Args, mesh: Mesh, checks: Checks) -> dict:
     env_id, compiled = args.env_ids[0], []
-    env, base = ppo.Env(env_id), ppo.Args(env_id=env_id)  # 4096 steps: a permutation of up to 1625 takes fewer rounds
+    env, base = ppo.Env(env_id), ppo.Args(env_id=env_id, num_envs=64)  # up to 8192 steps are shuffled in one way
     one = Mesh(mesh.devices[:1], ("devices",))
 
     def trace(settings):
@@ -389,7 +385,7 @@ def check_jit(args: Args, mesh: Mesh, checks: Checks) -> dict:
 
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if event == COMPILE_EVENT else None)  # fmt: skip
-    settings = dataclasses.replace(base, num_envs=64, total_timesteps=20_000 if args.smoke else 100_000)
+    settings = dataclasses.replace(base, total_timesteps=20_000 if args.smoke else 100_000)
     larger = dataclasses.replace(settings, num_envs=128)
     arm, other = MJX(settings, env, mesh, 1), MJX(larger, env, mesh, 1)
     jax.block_until_ready((arm.state, other.state))
@@ -427,6 +423,7 @@ def check_jit(args: Args, mesh: Mesh, checks: Checks) -> dict:
 def main(args: Args) -> None:
     if args.smoke:
         args = dataclasses.replace(args, env_ids=("Hopper",), seeds=(1, 2), timesteps=24_576, states=200, repeats=2)
+    common.refuse_fallbacks()
     checks, result = Checks(), {"curves": [], "seconds": {}}
     if "smoke" in args.modes:  # first: once this process uses a GPU, others find its memory taken
         check_smoke(args, checks)

@@ -1,14 +1,14 @@
 """onekernel: write one world, run thousands.
 
-step = onekernel.compile(env.step)           # a pure JAX function of ONE world states =
-jax.vmap(step)(states, actions)     # one kernel for all worlds, on a CPU or an NVIDIA GPU
+    step = onekernel.compile(env.step)           # a pure JAX function of ONE world
+    states = jax.vmap(step)(states, actions)     # one kernel for all worlds, on a CPU or a GPU
 
 docs/onekernel.md says how it works and what it cannot do. The files, in the order of the work:
 trace.py and primitives.py take the traced function apart into scalars (arrays.py: how values are
-held meanwhile), graph.py is what they become, codegen.py writes it down for LLVM
-(vector_math.py: sine and the like), cpu.py and cuda.py make it machine code that XLA can call,
-cache.py and fingerprint.py remember it, api.py is `compile`. mjx.py is a lean constraint solver
-for MuJoCo XLA."""
+held meanwhile), graph.py is what they become, codegen.py writes it down for LLVM (vector_math.py:
+sine and the like; layout.py, staging.py, slots.py: what lies where in memory), cpu.py and cuda.py
+make it machine code that XLA can call, cache.py and fingerprint.py remember it, api.py is
+`compile`. mjx.py is a lean constraint solver for MuJoCo XLA."""
 
 from onekernel.api import Fallback, compile
 

@@ -30,15 +30,13 @@ from onekernel.arrays import Keys, Memory, Scalars, kind_of
 from onekernel.graph import KINDS, Graph, TooLarge
 from onekernel.trace import Builder, Unsupported, rule
 
-# A program is taken apart altogether if it stays below this number of scalars. A larger one keeps
-# arrays
-# of many elements in memory: of more than the second number, and if that is not enough, than the
-# next.
-MOST_NODES = 250_000
+# A program of at most this number of scalars is taken apart altogether.
+MOST_NODES = 270_000
+# A larger one is tried again with arrays of more elements than this in memory: than the first of
+# these numbers, as any program, then than the next.
 SCALAR_LIMITS = (4096, 256, 64)
-LARGEST_INPUT = (
-    4096  # elements of an operand that are read up front; a larger one is read where it is used
-)
+# Elements of an operand that are read up front; a larger one is read where it is used.
+LARGEST_INPUT = 4096
 
 PLATFORMS = {"cpu": cpu, "cuda": cuda}
 

@@ -46,9 +46,8 @@ class Liveness:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.nodes = bytearray(len(graph.op))
-        self.uses = [0] * len(
-            graph.op
-        )  # by other nodes that are needed; of what loops carry, at least
+        # By other nodes that are needed; of what loops carry, at least.
+        self.uses = [0] * len(graph.op)
         self.pending: list[int] = []
         self.stores: dict[int, list[int]] = {}
         self.read: set[int] = set()

@@ -17,6 +17,10 @@ import ppo_mjx
 jax.config.update("jax_num_cpu_devices", 2)
 jax.devices()  # start the backend, so that no test changes the number of devices
 
+def pytest_configure(config):
+    """What goes by XLA unasked is slow, and no test of the kernel."""
+    config.addinivalue_line("filterwarnings", "error::onekernel.Fallback")
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_caches(tmp_path_factory):
     """Share compiled programs and kernels between tests, and the processes that run or start them."""

@@ -1,7 +1,6 @@
 """What the benchmarks compute from what they measured; and that they import, refuse and fail as they say."""
 
 import dataclasses
-import importlib
 import importlib.util
 import json
 import re
@@ -15,18 +14,23 @@ import curves
 import memory
 import pytest
 import throughput
+import time_to_return
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py"))
+
+def load(name: str):
+    """A benchmark by its path: `onekernel` is the library's name as well."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 def test_every_script_tells_its_flags():
     """Docstring, tyro's Args with --smoke, and a place in docs/benchmarks.md."""
     page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
     for name in set(SCRIPTS) - {"common"}:
-        # By its path: `onekernel` is the library's name as well.
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-        script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
+        script = load(name)
         assert script.__doc__ and f"`{name}.py`" in page, name
         assert name == "plot" or hasattr(script.Args(), "smoke"), name
 
@@ -68,19 +72,36 @@ def test_a_goal_is_reached_when_the_curve_first_passes_it():
     curve = [{"seconds": 1, "return": 5}, {"seconds": 2, "return": 11}, {"seconds": 3, "return": 9}]
     assert compare_ppo.reached(curve, 10) == 2 and compare_ppo.reached(curve, 12) is None
 
+def test_a_watched_training_tells_its_policies_and_first_update(tmp_path):
+    run = tmp_path / "runs" / "x"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "run.json").write_text('{"args": {"runs_dir": "runs", "seed": 1}}')
+    code = f"""from pathlib import Path
+run = Path({str(run)!r})
+run.joinpath("events.1").write_bytes(b"hyperparameters")
+run.joinpath("policy.npz").write_bytes(b"a policy")
+run.joinpath("checkpoints", "000000007.npz").write_bytes(b"")
+"""
+    (policy,), told, _ = time_to_return.watch([sys.executable, "-c", code], tmp_path)
+    assert policy["iteration"] == 7 and policy["file"].read_bytes() == b"a policy"
+    assert told == {"args": {"seed": 1}, "first_update_s": None}
+    code += 'run.joinpath("events.1").write_bytes(b"hyperparameters, charts/SPS")'
+    assert time_to_return.watch([sys.executable, "-c", code], tmp_path)[1]["first_update_s"] > 0
+
 def test_summary_of_curves_has_median_and_range():
     rows = [{"env_id": "Hopper", "process_s": s, "final": {"mean": m, "steps": 9}} for s, m in ((1, 5), (3, 7), (2, 1))]
     told = curves.summarize(rows)["Hopper"]
     assert (told["median"], told["min"], told["max"], told["seconds"], told["steps"]) == (5, 1, 7, 2, 9)
 
 def test_gpu_script_knows_its_pieces():
-    """A wrong piece is refused; each script that it starts is there, and has the flags that it is given."""
+    """A wrong piece is refused; each piece starts a script, which is there and has the flags that it is given."""
     text = (BENCHMARKS / "gpu.sh").read_text().replace("\\\n", " ")
     assert subprocess.run(["bash", "-n", BENCHMARKS / "gpu.sh"]).returncode == 0
-    calls = re.findall(r"python benchmarks/(\w+)\.py(.*)", text)
-    assert len(calls) > 10
-    for name, rest in calls:
+    (pieces,) = re.findall(r"^all=\((.*)\)$", text, re.MULTILINE)
+    for piece in pieces.split():
+        assert re.search(rf"\n    {piece}\)((?!;;).)*python benchmarks/", text, re.DOTALL), piece
+    for name, rest in re.findall(r"python benchmarks/(\w+)\.py(.*)", text):
         flags = {flag.replace("-", "_") for flag in re.findall(r" --(?:no-)?([a-z-]+)", re.sub(r'"[^"]*"', "", rest))}
-        assert flags <= {field.name for field in dataclasses.fields(importlib.import_module(name).Args)}, (name, flags)
+        assert flags <= {field.name for field in dataclasses.fields(load(name).Args)}, (name, flags)
     result = subprocess.run([BENCHMARKS / "gpu.sh", "nonsense"], capture_output=True, text=True)
     assert result.returncode == 2 and "no piece nonsense" in result.stdout

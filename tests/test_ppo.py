@@ -146,7 +146,7 @@ def test_target_kl_ends_the_update_after_an_epoch(make_mesh):
     for args in (dataclasses.replace(UPDATE_ARGS, target_kl=1e-12), dataclasses.replace(UPDATE_ARGS, target_kl=1e3),
                  dataclasses.replace(UPDATE_ARGS, update_epochs=1), UPDATE_ARGS):
         learner, _ = run_update(make_mesh, args)
-        counts.append(int(learner.opt_state.inner_state[1].count))
+        counts.append(int(learner.opt_state.inner_state.count))
         ends.append(np.asarray(jax.flatten_util.ravel_pytree(learner.params)[0]))
     assert counts == [2, 6, 2, 6]
     np.testing.assert_allclose(ends[1], ends[3], atol=1e-6)

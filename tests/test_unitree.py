@@ -961,7 +961,7 @@ def test_step_size_changes_once_an_iteration(update):
     """By the mean divergence of all minibatches of all epochs."""
     args = dataclasses.replace(UPDATE_ARGS, num_minibatches=2, update_epochs=3, desired_kl=100.0)
     learner, _, _ = update(args, rate=2e-5)
-    assert learner.learning_rate == pytest.approx(3e-5, rel=1e-4) and int(learner.opt_state.inner_state[1].count) == 6
+    assert learner.learning_rate == pytest.approx(3e-5, rel=1e-4) and int(learner.opt_state.inner_state.count) == 6
 
 def test_entropy_bonus_falls_linearly(update):
     """From --ent-coef to --final-ent-coef, over all iterations: read off the loss."""
