@@ -1112,6 +1112,7 @@ def ppo_loss(
 
 
 def current_learning_rate(args: Args, iteration: jax.Array) -> float | jax.Array:
+    """Adam's step size in this iteration; it falls linearly to 0, unless --no-anneal-lr."""
     if not args.anneal_lr:
         return args.learning_rate
     return args.learning_rate * (1 - iteration / float(args.num_iterations))
@@ -1192,6 +1193,7 @@ def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
 
 
 def mean_over_devices(x):
+    """The mean of the devices' arrays or trees, each over as many samples."""
     return jax.lax.pmean(x, "devices")
 
 
@@ -1307,7 +1309,7 @@ def train_iteration(
 
 # ---- 11. Evaluation ------------------------------------------------------------------------------
 def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
-    """All that the deterministic policy needs: largest action, normaliser, layers w0, b0, w1, ..."""
+    """All that the deterministic policy needs: largest action, normaliser, layers w0, b0, ..."""
     policy = {
         "max_action": np.float32(env.max_action),
         "obs_mean": learner.obs_stats.mean,
@@ -1449,13 +1451,15 @@ def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
 
 
 def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
-    """Film one episode in C MuJoCo at its real speed, with 20 (HalfCheetah) to 67 frames a second."""
+    """Film one episode in C MuJoCo at its real speed, at 20 (HalfCheetah) to 67 frames a second."""
     original = CMujocoEnv(env)
     path = []
     evaluate_on_host(original, policy, 1, seed, lambda: path.append(original.data.qpos.copy()))
 
     imageio = importlib.import_module("imageio")
     renderer = make_renderer(original.model)
+    # -1, where the model has no such camera, is one that sees all of it.
+    camera = mujoco.mj_name2id(original.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
     every = max(1, round(0.02 / env.control_dt))  # steps of one frame
     frames_per_second = 1 / (every * env.control_dt)
     with writing(file):
@@ -1465,7 +1469,7 @@ def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
                 for qpos in path[::every]:
                     original.data.qpos = qpos
                     mujoco.mj_forward(original.model, original.data)
-                    renderer.update_scene(original.data, camera="track")
+                    renderer.update_scene(original.data, camera=camera)
                     video.append_data(renderer.render())
     print(f"video: {file}")
 
@@ -1565,6 +1569,7 @@ class Log:
 
 # shared: files
 def count_bytes(tree) -> int:
+    """Memory of all arrays of a tree, or of their shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -1689,6 +1694,7 @@ def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
 
 
 def write_run(run_dir: Path, content: dict) -> None:
+    """Write run.json."""
     if jax.process_index() == 0:
         with replacing(run_dir / "run.json") as stream:
             stream.write(json.dumps(content, indent=2).encode() + b"\n")
@@ -1708,6 +1714,7 @@ def read_args(text: str) -> Args:
 
 
 def read_run(run_dir: Path) -> Args:
+    """The settings in a run's run.json."""
     with or_fail(f"{run_dir} is no run folder of this script"):
         run = json.loads((run_dir / "run.json").read_text())
         return read_args(json.dumps(run["args"]))
@@ -1738,6 +1745,7 @@ def or_fail(message: str, code: int = 2, kind: type[Exception] = Exception):
 
 
 def parse_args(argv: list[str], default: Args = Args()) -> Args:
+    """The settings of a command line. default: those of the flags that are left out."""
     text = io.StringIO()
     try:
         with contextlib.redirect_stderr(text):
@@ -1762,6 +1770,7 @@ CALL_FLAGS = (
 
 
 def call_flags(args) -> dict:
+    """The flags of one call by their names; of the class `Args`, their defaults."""
     return {name: getattr(args, name) for name in CALL_FLAGS}
 
 
@@ -2152,6 +2161,7 @@ def smoke(args: Args) -> int:
 
 
 def main(argv: list[str]) -> None:
+    """Do what the command line asks for."""
     task = TASKS[parse_args(argv).env_id]
     default = Args(
         num_envs=task.num_envs,

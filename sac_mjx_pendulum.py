@@ -754,6 +754,7 @@ class Log:
 
 # shared: files
 def count_bytes(tree) -> int:
+    """Memory of all arrays of a tree, or of their shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -878,6 +879,7 @@ def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
 
 
 def write_run(run_dir: Path, content: dict) -> None:
+    """Write run.json."""
     if jax.process_index() == 0:
         with replacing(run_dir / "run.json") as stream:
             stream.write(json.dumps(content, indent=2).encode() + b"\n")
@@ -897,6 +899,7 @@ def read_args(text: str) -> Args:
 
 
 def read_run(run_dir: Path) -> Args:
+    """The settings in a run's run.json."""
     with or_fail(f"{run_dir} is no run folder of this script"):
         run = json.loads((run_dir / "run.json").read_text())
         return read_args(json.dumps(run["args"]))
@@ -926,6 +929,7 @@ def or_fail(message: str, code: int = 2, kind: type[Exception] = Exception):
 
 
 def parse_args(argv: list[str], default: Args = Args()) -> Args:
+    """The settings of a command line. default: those of the flags that are left out."""
     text = io.StringIO()
     try:
         with contextlib.redirect_stderr(text):
@@ -950,6 +954,7 @@ CALL_FLAGS = (
 
 
 def call_flags(args) -> dict:
+    """The flags of one call by their names; of the class `Args`, their defaults."""
     return {name: getattr(args, name) for name in CALL_FLAGS}
 
 

@@ -159,14 +159,16 @@ def test_c_mujoco_env_equals_gymnasium(task_id):
     ours.reset(seed=0)
     theirs.reset(seed=0)
     rng = np.random.default_rng(0)
-    for _ in range(100):  # from the same state each: contacts would magnify the models' last bits from step to step
+    for t in range(100):  # from the same state each: contacts would magnify the models' last bits from step to step
         mujoco.mj_forward(ours.model, ours.data)  # as Gymnasium's set_state does
         ours.observe()
         theirs.set_state(ours.data.qpos, ours.data.qvel)
         theirs.data.qacc_warmstart = ours.data.qacc_warmstart
         action = rng.uniform(-1, 1, theirs.action_space.shape)
-        for mine, other in zip(ours.step(action)[:4], theirs.step(action)[:4], strict=True):
-            np.testing.assert_allclose(mine, other, rtol=1e-9, atol=1e-9)
+        *mine, truncated, _ = ours.step(action)
+        for one, other in zip(mine, theirs.step(action)[:3], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+        assert truncated == (t + 1 >= ours.task.time_limit)
 
 @pytest.mark.parametrize("task_id", TASK_IDS)
 def test_reset_observation_equals_gymnasium(task_id):
