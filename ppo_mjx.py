@@ -243,7 +243,8 @@ class Moment:
 class Task:
     """One of Gymnasium's tasks: its numbers, its formulas, and the settings that it learns best by.
 
-    The formulas work on one robot in JAX (xp=jnp) and in C MuJoCo (xp=np).
+    The formulas work on one robot in JAX (xp=jnp) and in C MuJoCo (xp=np). Those of this class take
+    leading axes as well, for many robots at once.
     """
 
     mjcf: str  # file among Gymnasium's models, absolute path of another file, or MJCF itself
@@ -309,35 +310,36 @@ class Task:
         return x, senses
 
     def observe(self, now: Moment, xp=jnp) -> Any:
-        """Coordinates but those that tell where the robot is, velocities, senses: [O]."""
-        coordinates = now.qpos[self.hidden :]
+        """Coordinates but those that tell where the robot is, velocities, senses: [..., O]."""
+        coordinates = now.qpos[..., self.hidden :]
         velocities = xp.clip(now.qvel, -self.velocity_clip, self.velocity_clip)
         senses = [now.senses[name] for name, _ in self.sensed]
-        return xp.concatenate([coordinates, velocities, *senses])
+        return xp.concatenate([coordinates, velocities, *senses], axis=-1)
 
     def is_healthy(self, now: Moment, xp=jnp) -> Any:
-        """Whether the episode goes on: bool []."""
+        """Whether the episode goes on: bool [...]."""
         min_z, max_z = self.healthy_z
-        z = now.qpos[self.hidden]
-        rest = now.qpos[self.hidden + 1 :]
+        z = now.qpos[..., self.hidden]
+        rest = now.qpos[..., self.hidden + 1 :]
 
         at_height = (min_z < z) & (z < max_z)
-        upright = (xp.abs(rest[:1]) < self.max_pitch).all()
-        bounded = (xp.abs(xp.concatenate([rest, now.qvel])) < self.max_state).all()
+        upright = (xp.abs(rest[..., :1]) < self.max_pitch).all(axis=-1)
+        state = xp.concatenate([rest, now.qvel], axis=-1)
+        bounded = (xp.abs(state) < self.max_state).all(axis=-1)
         return at_height & upright & bounded
 
     def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
-        """The terms of the reward, which is their sum: name -> [].
+        """The terms of the reward, which is their sum: name -> [...].
 
-        x_velocity: [] m/s; action: [A], clipped to the motors' range; healthy: bool [].
+        x_velocity: [...] m/s; action: [..., A], clipped to the motors' range; healthy: bool [...].
         """
         terms = {
             "reward_forward": self.forward_reward * x_velocity,
-            "reward_ctrl": -self.ctrl_cost * xp.square(action).sum(),
+            "reward_ctrl": -self.ctrl_cost * xp.square(action).sum(axis=-1),
             "reward_survive": self.healthy_reward * healthy,
         }
         if self.contact_cost:
-            cost = self.contact_cost * xp.square(now.senses["cfrc_ext"]).sum()
+            cost = self.contact_cost * xp.square(now.senses["cfrc_ext"]).sum(axis=-1)
             terms["reward_contact"] = -xp.minimum(cost, 10.0)
         return terms
 

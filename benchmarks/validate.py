@@ -98,8 +98,9 @@ class MJX:
 def sample(args: ppo.Args, env: ppo.Env, params: dict, obs_stats: ppo.RunningStats, obs: jax.Array, key: jax.Array):
     """Actions [N, A] of the policy and their log densities [N]."""
     mean = ppo.make_networks(args, env)[0].apply(params["actor"], ppo.normalize(obs_stats, obs))
-    action = mean + jnp.exp(params["log_std"]) * jax.random.normal(key, mean.shape)
-    return action, ppo.log_prob(mean, params["log_std"], action)
+    policy = ppo.Gaussian(mean, params["log_std"])
+    action = policy.sample(jax.random.split(key, len(mean)))
+    return action, policy.log_prob(action)
 
 
 @partial(jax.jit, static_argnames=("args", "env", "mesh"))
@@ -134,8 +135,11 @@ class CMujoco:
         self.draws += 1
         return jax.random.fold_in(self.key, self.draws)
 
+    def now(self) -> ppo.Moment:
+        return ppo.Moment(self.qpos, self.qvel, self.qpos[:, 0], {})
+
     def observe(self) -> np.ndarray:
-        return ppo.observe(self.task, self.qpos, self.qvel, {}, np).astype(np.float32)
+        return self.task.observe(self.now(), np).astype(np.float32)
 
     def reset(self, done: np.ndarray) -> None:
         start = jax.device_get(self.starts(self.draw()))
@@ -150,8 +154,9 @@ class CMujoco:
             action, logprob = jax.device_get(sample(self.args, self.env, *acting, obs, self.draw()))
             clipped = self.ctrl[:] = np.clip(action, -1, 1)
             self.batch.step(nstep=self.task.frame_skip)
-            healthy = ppo.is_healthy(self.task, self.qpos, self.qvel, np)
-            terms = ppo.reward_terms(self.task, (self.qpos[:, 0] - x) / self.env.control_dt, clipped, healthy, {}, np)
+            now = self.now()
+            healthy = self.task.is_healthy(now, np)
+            terms = self.task.reward_terms(now, (now.x - x) / self.env.control_dt, clipped, healthy, np)
             terms = {name: term.astype(np.float32) for name, term in terms.items()}
             reward = sum(terms.values())
             self.discounted, self.total = self.args.gamma * self.discounted + reward, self.total + reward
@@ -219,8 +224,9 @@ def step_mjx(env: ppo.Env, qpos, qvel, warmstart, action) -> ppo.State:
 
 def threshold_distance(task: ppo.Task, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
     """How far each state is from the nearest bound of is_healthy [S]."""
-    (min_z, max_z, max_pitch, bound), rest = task.healthy, np.abs(np.concatenate([qpos[:, 2:], qvel], axis=1))
-    gaps = (qpos[:, 1] - min_z, qpos[:, 1] - max_z, np.abs(qpos[:, 2]) - max_pitch, rest.max(axis=1) - bound)
+    (min_z, max_z), z = task.healthy_z, qpos[:, 1]
+    most = np.abs(np.concatenate([qpos[:, 2:], qvel], axis=1)).max(axis=1)
+    gaps = (z - min_z, z - max_z, np.abs(qpos[:, 2]) - task.max_pitch, most - task.max_state)
     return np.abs(gaps).min(axis=0)
 
 
@@ -231,7 +237,7 @@ def check_steps(args: Args, env_id: str, checks: Checks) -> None:
     original.reset(0)
     for start in zip(qpos, qvel, warmstart, action, strict=True):
         original.data.qpos, original.data.qvel, original.data.qacc_warmstart = start[:3]
-        original.x = start[0][0]
+        original.now = original.now.replace(x=start[0][0])
         rows.append(original.step(start[3])[:3])
     ours = [np.array(x) for x in zip(*rows, strict=True)]
     worst = max(np.abs(ours[0] - obs).max(), np.abs(ours[1] - reward).max())
