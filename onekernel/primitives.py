@@ -324,7 +324,7 @@ def rev(builder, equation, value):
     return arrays.reverse(value, equation.params["dimensions"])
 
 
-@movement("copy", "copy_p", "pvary", "stop_gradient")
+@movement("copy", "copy_p", "pvary", "reshard", "sharding_constraint", "stop_gradient")
 def copy(builder, equation, value):
     return value
 
