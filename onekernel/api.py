@@ -211,7 +211,7 @@ class Kernel:
         if mark is not None:
             # A file that runs as the script and one that is imported have classes of their own, and
             # the results' structure may hold them.
-            module = getattr(function, "__module__", "")
+            module = str(getattr(function, "__module__", None))
             text = "\n".join((mark, module, signature.text(), versions()))
             self.key = hashlib.sha256(text.encode()).hexdigest()
             if self.restore():
