@@ -568,7 +568,12 @@ def load_model(task: Task) -> mujoco.MjModel:
     package = importlib.util.find_spec("gymnasium")  # which imports nothing of it
     require(package, "gymnasium, which has the models, is missing; pip install gymnasium==1.4.0")
     folder = Path(package.submodule_search_locations[0]) / "envs" / "mujoco" / "assets"
-    return mujoco.MjModel.from_xml_path(str(folder / task.mjcf))  # an absolute path stays
+    # half_cheetah.xml has a deprecated setting: MuJoCo would print that, and write it to a file.
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        return mujoco.MjModel.from_xml_path(str(folder / task.mjcf))  # an absolute path stays
+    finally:
+        mujoco.set_mju_user_warning(None)
 
 
 # ---- 3. Environment ------------------------------------------------------------------------------
