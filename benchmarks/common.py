@@ -9,6 +9,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 import warnings
 from importlib import metadata
@@ -132,6 +133,14 @@ def table(header: list[str], rows: list[list]) -> None:
         print("| " + " | ".join(map(cell, row)) + " |", flush=True)
 
 
+def without_folders(text: str) -> str:
+    """Paths, as in the traceback of what failed, from the project's or the installed packages' folder on: where these
+    lie on one machine is nobody's business."""
+    for folder in (ROOT, Path(sysconfig.get_path("purelib")), Path.home()):
+        text = text.replace(f"{folder}/", "")
+    return text
+
+
 def write(name: str, args, result: dict, smoke: bool = False, devices: list[str] | None = None) -> None:
     """benchmarks/results/NAME.json (what ran on an accelerator: results/gpu/NAME.json) with what it takes to do it
     again. devices: their kinds; without them JAX is asked."""
@@ -153,5 +162,5 @@ def write(name: str, args, result: dict, smoke: bool = False, devices: list[str]
     folder = RESULTS if all(kind == "cpu" for kind in devices) else RESULTS / "gpu"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}{'_smoke' if smoke else ''}.json"
-    file.write_text(json.dumps(note | result, indent=1) + "\n")
+    file.write_text(without_folders(json.dumps(note | result, indent=1)) + "\n")
     print(f"wrote {file.relative_to(ROOT)}")

@@ -105,3 +105,9 @@ def test_gpu_script_knows_its_pieces():
         assert flags <= {field.name for field in dataclasses.fields(load(name).Args)}, (name, flags)
     result = subprocess.run([BENCHMARKS / "gpu.sh", "nonsense"], capture_output=True, text=True)
     assert result.returncode == 2 and "no piece nonsense" in result.stdout
+
+
+def test_result_files_tell_no_folders(tmp_path, monkeypatch):
+    """A traceback in a result names files from the project's folder on."""
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert common.without_folders(f'File "{tmp_path}/onekernel/api.py", line 100') == 'File "onekernel/api.py", line 100'
