@@ -110,4 +110,5 @@ def test_gpu_script_knows_its_pieces():
 def test_result_files_tell_no_folders(tmp_path, monkeypatch):
     """A traceback in a result names files from the project's folder on."""
     monkeypatch.setattr(common, "ROOT", tmp_path)
-    assert common.without_folders(f'File "{tmp_path}/onekernel/api.py", line 100') == 'File "onekernel/api.py", line 100'
+    traceback = f'File "{tmp_path}/onekernel/api.py", line 100'
+    assert common.without_folders(traceback) == 'File "onekernel/api.py", line 100'
