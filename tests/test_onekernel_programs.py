@@ -428,6 +428,19 @@ def test_shard_map_that_checks_what_varies(step, whole, make_mesh):
 
 
 @NO_FALLBACK
+def test_constant_array_in_where_under_shard_map(make_mesh):
+    """JAX reshards it there, which is nothing to do for one world."""
+    numbers = np.arange(5, dtype=np.int32)
+    worlds = jax.vmap(onekernel.compile(lambda x: jnp.where(x > 0, 0, numbers)))
+    shard = functools.partial(
+        jax.shard_map, mesh=make_mesh(2), in_specs=P("devices"), out_specs=P("devices")
+    )
+    x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    got = jax.jit(shard(worlds, check_vma=False))(x)
+    np.testing.assert_array_equal(got, np.where(x > 0, 0, numbers))
+
+
+@NO_FALLBACK
 def test_shared_argument_under_shard_map(make_mesh):
     """An argument that all devices and worlds share."""
     mesh = make_mesh(2)
