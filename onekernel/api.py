@@ -173,7 +173,7 @@ def versions() -> str:
 
 @functools.cache
 def source_hash(file: str) -> str:
-    """Of a platform's module: how it has text compiled is in no text."""
+    """Of a file of a platform's: how it has text compiled is in no text."""
     return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
 
 
@@ -376,8 +376,10 @@ class Kernel:
             text, scratch = module.kernel_ir(
                 graph, list(mapped), sizes, len(self.out_shapes), batched
             )
-            parts = (text, module.identity(), versions(), source_hash(module.__file__))
-            digest = hashlib.sha256("\n".join(parts).encode())
+            sources = [source_hash(file) for file in module.SOURCES]
+            digest = hashlib.sha256(
+                "\n".join((text, module.identity(), versions(), *sources)).encode()
+            )
             name = f"onekernel_{digest.hexdigest()[:32]}"
             found = self.load_code(f"kernel {name}")
             if found is None:

@@ -13,6 +13,7 @@ width 1 there is no %lanes, and the pointers are to what is the world's own. On 
 and results are read and written as rows of scratch memory (staging.py)."""
 
 import functools
+import re
 import struct
 
 from onekernel import staging, vector_math
@@ -25,7 +26,11 @@ ARITHMETIC = {"add", "sub", "mul"}
 FLOAT_COMPARISONS = {"lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
 SIGNED_COMPARISONS = {"lt": "slt", "le": "sle", "eq": "eq", "ne": "ne"}
 UNSIGNED_COMPARISONS = {"lt": "ult", "le": "ule", "eq": "eq", "ne": "ne"}
+GLOBAL = re.compile(r"@[\w.]+")
 WARP = 32  # threads of a GPU that run together; their scratch memory is laid out as that of a vector's lanes
+# Nodes of a part of a kernel for a CPU (parts.py); a kernel of fewer nodes than SMALL has none.
+PART = 3000
+SMALL = 60_000
 FLOAT_INTRINSICS = {"sqrt": "sqrt", "abs": "fabs", "floor": "floor", "ceil": "ceil", "rint": "rint"}
 
 
@@ -118,6 +123,31 @@ def carried_values(graph: Graph) -> set[int]:
     return nodes
 
 
+def node_weight(graph: Graph, node: int, weights: list[int]) -> int:
+    """Roughly, the instructions of a node. A block in it that is divided leaves only calls."""
+    weight = 1
+    extra = graph.extra.get(node)
+    inner = ()
+    if isinstance(extra, Loop):
+        inner = (extra.block,)
+    elif isinstance(extra, Branch):
+        inner = extra.blocks
+    for block in inner:
+        if weights[block] <= PART:
+            weight += weights[block]
+    return weight
+
+
+def block_weights(graph: Graph, live: bytearray) -> list[int]:
+    """Roughly, the instructions of each block, those of blocks in it included."""
+    weights = [0] * len(graph.blocks)
+    for block in reversed(range(len(graph.blocks))):  # a block is younger than the one around it
+        for node in graph.blocks[block]:
+            if live[node]:
+                weights[block] += node_weight(graph, node, weights)
+    return weights
+
+
 class Emitter:
     """Writes a kernel's body.
 
@@ -144,6 +174,10 @@ class Emitter:
         self.tables: list[str] = []
         self.count = 0
         self.label = "body"
+        self.weights = [0] * len(graph.blocks)
+        if width > 1 and sum(self.live) > SMALL:
+            self.weights = block_weights(graph, self.live)
+        self.parts: dict[str, str] = {}  # labels: of a part's begin, and of what comes after it
         self.offsets, self.scratch_size = scratch_layout(graph, self.live)
         self.staging = staging.Staging([], [], {}, {}, set(), self.scratch_size)
         if width > 1:
@@ -266,10 +300,22 @@ class Emitter:
         return not any(self.live[node] for node in self.graph.blocks[block])
 
     def block(self, block: int) -> None:
+        """Writes a block's nodes; those of a large one in parts (see parts.py)."""
         graph = self.graph
+        part = ""
+        weight = 0
+        if self.weights[block] > PART:
+            part = self.next_label("part")
         for node in graph.blocks[block]:
             if not self.live[node] or node in self.products:
                 continue
+            if part:
+                own = node_weight(graph, node, self.weights)
+                if weight + own > PART and weight > 0:
+                    self.parts[part] = self.next_label("part")
+                    part = self.label
+                    weight = 0
+                weight += own
             op = graph.op[node]
             if op == "loop":
                 self.loop(node, graph.extra[node])
@@ -283,6 +329,16 @@ class Emitter:
                 for store in self.early.get(node, ()):
                     self.store(store)
                     self.stored.add(store)
+        if part:
+            self.parts[part] = self.next_label("rest")
+
+    def next_label(self, name: str) -> str:
+        """Ends a stretch of instructions, and begins another one; its label."""
+        self.count += 1
+        label = f"{name}{self.count}"
+        self.add(f"br label %{label}")
+        self.start(label)
+        return label
 
     def is_early(self, store: int) -> bool:
         """Whether a store to a result's row may be done as soon as its value is known."""
@@ -871,3 +927,8 @@ class Emitter:
             texts.append(text)
             self.declarations |= declarations
         return texts
+
+    def definitions(self) -> dict[str, str]:
+        """All that the kernel's text refers to, by name: functions, declarations, tables."""
+        texts = [*self.called_functions(), *self.declarations, *self.tables]
+        return {GLOBAL.search(text)[0]: text for text in texts}

@@ -7,17 +7,12 @@ import functools
 
 import llvmlite.binding as llvm
 
-from onekernel import ffi, slots, vector_math
+from onekernel import cache, ffi, machine_code, parts, slots, vector_math
 from onekernel.codegen import Emitter
 from onekernel.graph import Graph
+from onekernel.machine_code import host
 
-
-@functools.cache
-def host() -> tuple[str, str]:
-    """The name of this machine's processor, as LLVM has it, and its features."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+SOURCES = (__file__, machine_code.__file__)  # of how text is compiled
 
 
 @functools.cache
@@ -65,13 +60,12 @@ def kernel_ir(
     width = width or vector_width()
     emitter = Emitter(graph, width, mapped, sizes)
     emitter.emit()
-    memory, lines = slots.in_memory(emitter.lines, "body", width)
-    arguments = [
-        *(f"ptr noalias %operand{i}" for i in range(len(sizes))),
-        *(f"ptr noalias %result{i}" for i in range(results)),
-        "ptr noalias %scratch",
-        "i64 %worlds",
-    ]
+    memory, places, lines = slots.in_memory(emitter.lines, "body", width, emitter.parts)
+    arguments = {f"%{name}": "ptr noalias" for name in array_names(len(sizes), results)}
+    own = arguments | {line.split()[0]: "ptr noalias" for line in memory}
+    own["%lanes"] = f"<{width} x i64>"
+    lines, functions = parts.divide(lines, emitter.parts, places, own, vector_math.SUBNORMALS)
+    parameters = ", ".join(f"{kind} {name}" for name, kind in arguments.items())
     lanes = ", ".join(f"i64 {lane}" for lane in range(width))
     vector = f"<{width} x i64>"
     spread = (
@@ -81,9 +75,10 @@ def kernel_ir(
     emitter.declarations.add(f"declare {vector} @{minimum}({vector}, {vector})")
     # Worlds that do not fill a vector: the lanes left over compute the last world once more.
     kernel = [
-        f"define internal void @kernel({', '.join(arguments)}) {vector_math.SUBNORMALS} {{",
+        f"define internal void @kernel({parameters}, i64 %worlds) {vector_math.SUBNORMALS} {{",
         "entry:",
         *memory,
+        *places.values(),
         "%last = sub i64 %worlds, 1",
         f"%last.one = insertelement {vector} zeroinitializer, i64 %last, i32 0",
         f"%last.all = {spread.format('%last.one')}",
@@ -105,42 +100,32 @@ def kernel_ir(
         "ret void",
         "}",
     ]
-    functions = emitter.called_functions()
     handler = handler_ir(len(sizes), results, batched)
-    text = "\n".join(
-        [*emitter.tables, *sorted(emitter.declarations), *functions, *kernel, *handler]
-    )
+    text = parts.modules([*kernel, *handler], functions, emitter.definitions())
     return text, 4 * width * max(1, emitter.scratch_size)
+
+
+def array_names(operands: int, results: int) -> list[str]:
+    """The arguments of a kernel that are pointers."""
+    return [
+        *(f"operand{i}" for i in range(operands)),
+        *(f"result{i}" for i in range(results)),
+        "scratch",
+    ]
 
 
 def handler_ir(operands: int, results: int, batched: bool) -> list[str]:
     """The function that XLA calls, `@handler`; its argument is the call frame."""
-    arguments = [
-        *(f"ptr %operand{i}" for i in range(operands)),
-        *(f"ptr %result{i}" for i in range(results)),
-        "ptr %scratch",
-        "i64 %worlds",
-    ]
+    arguments = [f"ptr %{name}" for name in array_names(operands, results)]
+    arguments.append("i64 %worlds")
     work = [f"call void @kernel({', '.join(arguments)})", "br label %done"]
     return ffi.handler_ir(operands, results, batched, work)
 
 
 def compile_ir(text: str) -> bytes:
-    """Machine code for this processor, as an object file.
-
-    LLVM's optimiser is left out: what it would find, the graph has found already, and it takes
-    longer than the code generator. With the small code model a constant is read by one
-    instruction, relative to the code's own place."""
-    cpu, features = host()
-    module = llvm.parse_assembly(text)
-    module.verify()
-    target = llvm.Target.from_default_triple()
-    machine = target.create_target_machine(
-        cpu=cpu, features=features, opt=2, reloc="pic", codemodel="small"
-    )
-    module.triple = machine.triple
-    module.data_layout = str(machine.target_data)
-    return machine.emit_object(module)
+    """Machine code for this processor, as `ffi.Loader` takes it."""
+    modules = text.split(parts.SEPARATOR)
+    return cache.pack(parts.symbols(text), machine_code.compile_modules(modules))
 
 
 loader = ffi.Loader("cpu")

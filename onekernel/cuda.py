@@ -30,6 +30,7 @@ from onekernel.graph import Graph
 # to have the warps on as many SMs as possible, one a block. On an H100, for 4096 worlds, a
 # prototype made 15 million steps/s of HalfCheetah with blocks of 64, and 8 million of the G1 with
 # blocks of 32.
+SOURCES = (__file__,)  # of how text is compiled
 THREADS = 64
 THREADS_OF_LARGE_KERNELS = WARP
 LARGE_KERNEL = 16_000  # instructions

@@ -16,6 +16,8 @@ import threading
 import jax
 import llvmlite.binding as llvm
 
+from onekernel import cache
+
 # Where fields stand in XLA's structs, in bytes.
 FRAME_EXTENSION = 8
 FRAME_API = 16
@@ -114,6 +116,20 @@ def handler_ir(
     return [*lines, *work, "done:", "ret ptr null", "}"]
 
 
+def load_object(code: bytes) -> llvm.ExecutionEngine:
+    """Puts an object file's code and data into memory.
+
+    With llvmlite's own memory manager they lie close together. The small code model of
+    machine_code.py relies on it: without it LLVM ends the process when they do not. It has no
+    memory for calls of functions in other object files.
+    """
+    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=True)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine
+
+
 class Loader:
     """Puts handlers into memory and tells XLA of them, for one of its platforms ("cpu" or "CUDA").
     All that is loaded stays until the process ends, since XLA may call it for as long."""
@@ -123,21 +139,24 @@ class Loader:
         self.lock = threading.Lock()
         self.loaded: dict[str, tuple] = {}
 
-    def register(self, name: str, object_code: bytes) -> None:
-        """Makes the handler in object_code the FFI target `name`."""
+    def register(self, name: str, code: bytes) -> None:
+        """Makes the handler in the code (see cpu.compile_ir) the FFI target `name`."""
         with self.lock:
             if name in self.loaded:
                 return
             llvm.initialize_native_target()
             llvm.initialize_native_asmprinter()
-            machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-            empty = llvm.parse_assembly("")
-            # With llvmlite's own memory manager code and constants lie close together. The small code
-            # model of cpu.py relies on it: without it LLVM ends the process when they do not.
-            engine = llvm.create_mcjit_compiler(empty, machine, use_lmm=True)
-            engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
-            engine.finalize_object()
-            address = engine.get_function_address("handler")
+            header, modules = cache.unpack(code)
+            engines = [load_object(module) for module in modules]
+            addresses = {}
+            for engine, functions in zip(engines, header["functions"], strict=True):
+                for symbol in functions:
+                    addresses[symbol] = engine.get_function_address(symbol)
+            for engine, calls in zip(engines, header["calls"], strict=True):
+                for symbol in calls:
+                    variable = engine.get_global_value_address(f"{symbol}_address")
+                    ctypes.c_void_p.from_address(variable).value = addresses[symbol]
+            address = addresses["handler"]
             function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform=self.platform)
-            self.loaded[name] = (engine, function)
+            self.loaded[name] = (engines, function)

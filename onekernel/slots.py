@@ -10,6 +10,9 @@ The results of a branch matter most. Where nothing needs the value that a result
 share their memory: so a branch that is skipped leaves its hundreds of results as they are,
 without a single instruction.
 
+A kernel that is divided into functions (parts.py) has all other values in memory, too, that one
+function computes and another one needs: truth values, integers, pointers.
+
 This works on the lines of a kernel's body, as `codegen.Emitter` writes them: blocks stand in the
 order in which they run, a loop from its head to the jump back, and only a loop's head is jumped
 back to."""
@@ -22,27 +25,56 @@ NAME = re.compile(r"%[\w.]+")
 DEFINITION = re.compile(r"(%[\w.]+) = (.*)")
 EDGE = re.compile(r"\[([^\s,]+), %([\w.]+)\]")  # of a phi: a name and the block that it comes from
 JUMP = re.compile(r"label %([\w.]+)")
+TYPE = re.compile(r"<\d+ x \w+>|float|double|ptr|i\d+")
+CASTS = ("bitcast", "sext", "zext", "trunc", "uitofp", "sitofp", "fptoui", "fptosi")
+
+
+def type_of(instruction: str) -> str:
+    """The type of its result."""
+    operation = instruction.partition(" ")[0]
+    if operation in CASTS:
+        return instruction.rpartition(" to ")[2]
+    if operation == "select":  # after the condition
+        instruction = instruction.partition(", ")[2]
+    types = TYPE.findall(instruction)
+    if operation in ("icmp", "fcmp"):
+        return like(types[0], "i1")
+    if operation == "getelementptr":  # of the element, of the pointer, of the number
+        return like(types[-1], "ptr")
+    if operation == "extractelement":
+        return types[0].removesuffix(">").rpartition(" ")[2]
+    return types[0]
+
+
+def like(shape: str, element: str) -> str:
+    """A vector as long as another type is, or a scalar."""
+    return f"{shape.rpartition(' x ')[0]} x {element}>" if shape.startswith("<") else element
 
 
 @dataclasses.dataclass
 class Value:
-    """A vector. line: where it is defined; block: in which block; outlives: whether another block
-    needs it; needed: the last line that needs it (a phi needs a value at the end of the block
-    before); last: the line after which its memory is free."""
+    """What an instruction computes. type: LLVM's; line: where it is defined; home: the block, or,
+    of what is no vector of float32, the function; outlives: whether it is needed elsewhere, so that
+    it has to be in memory; needed: the last line that needs it (a phi needs a value at the end of
+    the block before); last: the line after which its memory is free."""
 
+    type: str
     line: int
-    block: str
+    home: str
     outlives: bool = False
     needed: int = -1
     last: int = -1
 
 
 class Body:
-    """The lines of a kernel's body, and what is where."""
+    """The lines of a kernel's body, and what is where. parts: labels, of a part's begin and of what
+    comes after it."""
 
-    def __init__(self, lines: list[str], label: str, vector: str):
+    def __init__(self, lines: list[str], label: str, vector: str, parts: dict[str, str]):
         self.lines = lines
+        self.vector = vector
         self.block: list[str] = []  # of each line
+        self.function: list[str] = []  # of each line: the part that it belongs to
         self.starts = {label: -1}
         self.ends = {}  # the line of a block's jump
         self.values: dict[str, Value] = {}
@@ -51,33 +83,48 @@ class Body:
             rf"(f\w+|phi|load|call|shufflevector|select <\d+ x i1> \S+,) {re.escape(vector)} "
         )
         comparison = re.compile("fcmp|fpto")
+        functions = [""]  # parts within parts
         for line, text in enumerate(lines):
             if text.endswith(":"):
                 label = text[:-1]
                 self.starts[label] = line
+                if label in parts:
+                    functions.append(label)
             self.block.append(label)
+            self.function.append(functions[-1])
             self.ends[label] = line
             found = DEFINITION.match(text)
             if found and of_vectors.match(found[2]) and not comparison.match(found[2]):
-                self.values[found[1]] = Value(line, label)
+                self.values[found[1]] = Value(vector, line, label)
+            elif found and parts:
+                kind = type_of(found[2])
+                home = label if kind == vector else functions[-1]
+                self.values[found[1]] = Value(kind, line, home)
             elif text.startswith("br "):
-                for target in JUMP.findall(text):
+                targets = JUMP.findall(text)
+                for target in targets:
                     if target in self.starts:
                         self.loops.append((self.starts[target], line))
-        self.names: list[list[str]] = []  # of each line: its vectors, the one that it defines, too
+                if parts.get(functions[-1]) in targets:
+                    functions.pop()
+        self.names: list[list[str]] = []  # of each line: its values, the one that it defines, too
         for line, text in enumerate(lines):
             names = [name for name in NAME.findall(text) if name in self.values]
             self.names.append(names)
             if names and " = phi " in text:
                 for name, before in EDGE.findall(text):
                     if name in self.values:
-                        self.use(self.values[name], self.ends[before], before)
+                        self.use(self.values[name], self.ends[before])
             else:
                 for name in names:
-                    self.use(self.values[name], line, self.block[line])
+                    self.use(self.values[name], line)
 
-    def use(self, value: Value, line: int, block: str) -> None:
-        value.outlives |= block != value.block
+    def home(self, value: Value, line: int) -> str:
+        """What `Value.home` would be if the value were defined on this line."""
+        return self.block[line] if value.type == self.vector else self.function[line]
+
+    def use(self, value: Value, line: int) -> None:
+        value.outlives |= self.home(value, line) != value.home
         value.needed = max(value.needed, line)
 
     def last_line(self, value: Value) -> int:
@@ -90,38 +137,52 @@ class Body:
         return last
 
 
-def in_memory(lines: list[str], label: str, width: int) -> tuple[list[str], list[str]]:
-    """The lines of a body with values in memory, and lines that belong before them, into the
-    function's first block. label: of the block that the body begins in."""
-    vector = f"<{width} x float>"
-    body = Body(lines, label, vector)
+def in_memory(
+    lines: list[str], label: str, width: int, parts: dict[str, str]
+) -> tuple[list[str], dict[str, str], list[str]]:
+    """The body of a kernel with values in memory: instructions that allocate it, which belong
+    before the body; those that compute the places in it, by name; and the body's lines.
+
+    label: of the block that the body begins in; parts: labels, of a part's begin and of what comes
+    after it."""
+    body = Body(lines, label, f"<{width} x float>", parts)
     staged = {}
     for name, value in body.values.items():
         if value.outlives:
             value.last = body.last_line(value)
             staged[name] = value
     replaced = replacements(body, staged)
-    slots, count = share_slots(staged, replaced)
-    first = [f"%slots = alloca [{count} x {vector}], align {4 * width}"]
-    for slot in range(count):
-        first.append(f"%slot{slot} = getelementptr {vector}, ptr %slots, i64 {slot}")
+    slots: dict[str, str] = {}
+    memory = []
+    places = {}
+    for number, kind in enumerate(dict.fromkeys(value.type for value in staged.values())):
+        of_kind = {name: value for name, value in staged.items() if value.type == kind}
+        shared, count = share_slots(of_kind, replaced)
+        memory.append(f"%slots{number} = alloca [{count} x {kind}]")
+        for slot in range(count):
+            name = f"%slot{number}.{slot}"
+            places[name] = f"{name} = getelementptr {kind}, ptr %slots{number}, i64 {slot}"
+        slots |= {name: f"%slot{number}.{slot}" for name, slot in shared.items()}
 
     loads: dict[int, list[str]] = {}  # before a line
     stores: dict[int, list[str]] = {}  # before it, after the loads
     loaded: dict[tuple[str, str], str] = {}
 
-    def store(name: str, slot: int, line: int) -> None:
-        text = f"store {vector} {name}, ptr %slot{slot}, align {4 * width}"
-        stores.setdefault(line, []).append(text)
+    def store(name: str, place: str, kind: str, line: int) -> None:
+        stores.setdefault(line, []).append(f"store {kind} {name}, ptr {place}")
 
-    def known(name: str, block: str, line: int) -> str:
-        """The name of a value in a block, from this line on."""
-        if name not in staged or (staged[name].block == block and name not in replaced):
+    def known(name: str, line: int) -> str:
+        """The name of a value on a line."""
+        if name not in staged:
             return name
+        value = staged[name]
+        if body.home(value, line) == value.home and name not in replaced:
+            return name
+        block = body.block[line]
         if (name, block) not in loaded:
             loaded[name, block] = f"%loaded{len(loaded)}"
-            text = f"{loaded[name, block]} = load {vector}, ptr %slot{slots[name]}"
-            loads.setdefault(line, []).append(f"{text}, align {4 * width}")
+            text = f"{loaded[name, block]} = load {value.type}, ptr {slots[name]}"
+            loads.setdefault(line, []).append(text)
         return loaded[name, block]
 
     for name, value in staged.items():
@@ -129,26 +190,25 @@ def in_memory(lines: list[str], label: str, width: int) -> tuple[list[str], list
             after = value.line + 1
             while " = phi " in lines[value.line] and " = phi " in lines[after]:
                 after += 1
-            store(name, slots[name], after)
+            store(name, slots[name], value.type, after)
     changed: list[str | None] = []
     for line, text in enumerate(lines):
         names = body.names[line]
         if not any(name in staged for name in names):
             changed.append(text)
         elif " = phi " not in text:
-            block = body.block[line]
-            new = {name: known(name, block, line) for name in names}
+            new = {name: known(name, line) for name in names}
             if any(name != own for name, own in new.items()):
                 text = NAME.sub(lambda found: new.get(found[0], found[0]), text)  # noqa: B023
             changed.append(text)
         elif names[0] in replaced and text.startswith(f"{names[0]} ="):
             (chosen, before), _ = EDGE.findall(text)
             end = body.ends[before]
-            store(known(chosen, before, end), slots[names[0]], end)
+            store(known(chosen, end), slots[names[0]], staged[names[0]].type, end)
             changed.append(None)
         else:
             for name, before in EDGE.findall(text):
-                new = known(name, before, body.ends[before])
+                new = known(name, body.ends[before])
                 text = text.replace(f"[{name}, %{before}]", f"[{new}, %{before}]")
             changed.append(text)
     result = []
@@ -157,7 +217,7 @@ def in_memory(lines: list[str], label: str, width: int) -> tuple[list[str], list
         result += stores.get(line, [])
         if text is not None:
             result.append(text)
-    return first, result
+    return memory, places, result
 
 
 def replacements(body: Body, staged: dict[str, Value]) -> dict[str, str]:
@@ -167,15 +227,16 @@ def replacements(body: Body, staged: dict[str, Value]) -> dict[str, str]:
     taken = set()
     for name, value in staged.items():
         text = body.lines[value.line]
-        if not value.block.startswith("joined") or " = phi " not in text:
+        block = body.block[value.line]
+        if not block.startswith("joined") or " = phi " not in text:
             continue
         edges = EDGE.findall(text)
         if len(edges) < 2:  # the other edge has a constant
             continue
         old = edges[1][0]
-        if old not in staged or old in taken:
+        if old not in staged or old in taken or staged[old].type != value.type:
             continue
-        start = body.starts[value.block]
+        start = body.starts[block]
         if staged[old].needed > start:
             continue
         if any(staged[old].line < head <= start <= back for head, back in body.loops):

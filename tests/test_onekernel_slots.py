@@ -51,16 +51,16 @@ def test_memory_changes_no_bit(monkeypatch, worlds):
     x = jnp.array(np.random.default_rng(0).uniform(-2, 2, (worlds, 6)), jnp.float32)
     staged = []
 
-    def in_memory(lines, label, width):
-        first, changed = real(lines, label, width)
+    def in_memory(lines, *others):
+        memory, places, changed = real(lines, *others)
         staged.append(sum(line.startswith("%loaded") for line in changed))
-        return first, changed
+        return memory, places, changed
 
     real = slots.in_memory
     monkeypatch.setattr(slots, "in_memory", in_memory)
     with_memory = jax.vmap(onekernel.compile(lambda x: program(x)))(x)
     assert staged[0] > 20
-    monkeypatch.setattr(slots, "in_memory", lambda lines, label, width: ([], lines))
+    monkeypatch.setattr(slots, "in_memory", lambda lines, *_: ([], {}, lines))
     without = jax.vmap(onekernel.compile(lambda x: program(x)))(x)
     for one, other in zip(with_memory, without, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -86,7 +86,7 @@ store <8 x float> %v9, ptr %p, align 32""".split("\n")
 
 
 def test_a_result_takes_over_the_memory_of_what_it_replaces():
-    _, lines = slots.in_memory(BODY, "body", 8)
+    _, _, lines = slots.in_memory(BODY, "body", 8, {})
     text = "\n".join(lines)
     assert "%v9 = phi" not in text
     (slot,) = {line.split("ptr ")[1] for line in lines if line.startswith("store <8 x float> %v8")}
@@ -96,5 +96,5 @@ def test_a_result_takes_over_the_memory_of_what_it_replaces():
 
 def test_what_the_next_turn_needs_is_not_replaced():
     body = [line.replace("[%v6, %loop5]", "[%v1, %loop5]") for line in BODY]
-    _, lines = slots.in_memory(body, "body", 8)
+    _, _, lines = slots.in_memory(body, "body", 8, {})
     assert any(line.startswith("%v9 = phi") for line in lines)

@@ -1,0 +1,142 @@
+"""Large kernels in several functions, compiled by several processes (onekernel/parts.py)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("llvmlite")
+
+import onekernel
+from onekernel import codegen, cpu, machine_code, parts, slots
+
+
+def program(x, table):
+    """Straight code, loops in loops, branches, truth values, integers and indices that are computed
+    in one place and needed in others, a result of each type."""
+    order = jnp.argsort(x)
+    high = x > 0.3
+    chosen = table[order[0]] + table[order[1]]
+
+    def turn(i, carry):
+        total, count = carry
+        swirl = jnp.sin(total) * chosen + jnp.roll(total, 1) * x[order[2]]
+        total = jax.lax.cond(
+            swirl[0] > total[1],
+            lambda: jnp.where(high, swirl * 0.5, total + table[i]) + jnp.cos(swirl).sum(),
+            lambda: total - 0.1 * jnp.tanh(swirl @ jnp.outer(x, total)),
+        )
+        deep = jax.lax.while_loop(
+            lambda s: (s < 4.0) & high[1], lambda s: s * 2 + jnp.abs(total[2]) + 0.1, abs(x[0])
+        )
+        return total * jnp.exp(-deep * 0.1), count + order[i % 3] * high.sum()
+
+    total, count = jax.lax.fori_loop(0, 5, turn, (x * 0.7, jnp.int32(0)))
+    last = jax.lax.cond(high[3], lambda: total[order], lambda: total * table[count % 6])
+    return last, count, high, total @ x
+
+
+def arguments(worlds):
+    random = np.random.default_rng(0)
+    x = jnp.array(random.uniform(-1, 1, (worlds, 6)), jnp.float32)
+    return x, jnp.array(random.uniform(-1, 1, (worlds, 6)), jnp.float32)
+
+
+def run(worlds):
+    # A function of its own each time, so that no kernel made before is found.
+    return jax.vmap(onekernel.compile(lambda x, table: program(x, table)))(*arguments(worlds))
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setenv("ONEKERNEL_CACHE", "0")
+    monkeypatch.setattr(codegen, "SMALL", 0)
+    monkeypatch.setattr(codegen, "PART", 12)
+    monkeypatch.setattr(parts, "MODULE", 4000)
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """The modules' texts of what is compiled."""
+    texts = []
+    real = machine_code.compile_modules
+
+    def compile_modules(modules):
+        texts.append(modules)
+        return real(modules)
+
+    monkeypatch.setattr(machine_code, "compile_modules", compile_modules)
+    return texts
+
+
+@pytest.mark.parametrize("worlds", [1, 45])
+def test_parts_change_no_bit(monkeypatch, texts, worlds):
+    divided = run(worlds)
+    assert len(texts[0]) > 3
+    assert sum(text.count("define void @part") for text in texts[0]) > 10
+    monkeypatch.setattr(codegen, "SMALL", 10**9)
+    whole = run(worlds)
+    assert len(texts[1]) == 1
+    for one, other in zip(divided, whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(divided, jax.vmap(program)(*arguments(worlds)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_other_processes_compile_the_same(monkeypatch, texts):
+    run(3)
+    alone = [machine_code.compile_module(text) for text in texts[0]]
+    monkeypatch.setattr(machine_code, "TEXT_OF_A_PROCESS", 1)
+    monkeypatch.setattr(machine_code, "count_cores", lambda: 3)
+    here = []
+    monkeypatch.setattr(machine_code, "compile_module", lambda text: here.append(text) or b"")
+    together = machine_code.compile_modules(texts[0])
+    assert 0 < len(here) < len(alone)
+    for text, one, other in zip(texts[0], alone, together, strict=True):
+        assert other == (b"" if text in here else one)
+
+
+@pytest.mark.parametrize("broken", ["no_such_program", "/bin/false"])
+def test_what_other_processes_fail_at_is_compiled_here(monkeypatch, broken):
+    expected = run(3)
+    monkeypatch.setattr(machine_code, "TEXT_OF_A_PROCESS", 1)
+    monkeypatch.setattr(machine_code, "count_cores", lambda: 3)
+    monkeypatch.setattr(machine_code.sys, "executable", broken)
+    for one, other in zip(run(3), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_crosses_functions_is_in_memory():
+    """Of a value of each type that a part computes, another part reads what was stored."""
+    body = """br label %part1
+part1:
+%v1 = fadd <8 x float> %a, %b
+%v2 = fcmp olt <8 x float> %v1, %a
+%v3 = fptosi <8 x float> %v1 to <8 x i32>
+%t4 = getelementptr i32, ptr %scratch, i64 8
+br label %part2
+part2:
+%v5 = select <8 x i1> %v2, <8 x i32> %v3, <8 x i32> zeroinitializer
+store <8 x i32> %v5, ptr %t4
+br label %rest3
+rest3:""".split("\n")
+    labels = {"part1": "part2", "part2": "rest3"}
+    memory, places, lines = slots.in_memory(body, "body", 8, labels)
+    assert [line.split(" x ", 1)[1] for line in memory] == ["<8 x i1>]", "<8 x i32>]", "ptr]"]
+    given = {"%scratch": "ptr noalias"} | {line.split()[0]: "ptr noalias" for line in memory}
+    kernel, (first, second) = parts.divide(lines, labels, places, given, "")
+    assert sum(" call " in line or line.startswith("call ") for line in kernel) == 2
+    assert sum(line.startswith("store ") for line in first) == 3
+    loads = [line for line in second if " = load " in line]
+    assert [line.split(" = load ")[1].rpartition(",")[0] for line in loads] == [
+        "<8 x i1>",
+        "<8 x i32>",
+        "ptr",
+    ]
+
+
+def test_small_kernels_stay_in_one_piece(monkeypatch, texts):
+    monkeypatch.setattr(codegen, "SMALL", 10_000)
+    run(3)
+    assert len(texts[0]) == 1
+    assert cpu.compile_ir("\n".join(texts[0]))
