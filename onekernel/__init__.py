@@ -8,7 +8,8 @@ trace.py and primitives.py take the traced function apart into scalars (arrays.p
 held meanwhile), graph.py is what they become, codegen.py writes it down for LLVM (vector_math.py:
 sine and the like; layout.py, staging.py, slots.py: what lies where in memory; parts.py: large
 kernels in pieces), cpu.py, machine_code.py and cuda.py make it machine code that XLA can call
-(ffi.py), cache.py and fingerprint.py remember it, api.py is `compile`. mjx.py is a lean constraint solver for MuJoCo XLA."""
+(ffi.py), cache.py and fingerprint.py remember it, api.py is `compile`. mjx.py is a lean constraint
+solver for MuJoCo XLA."""
 
 from onekernel.api import Fallback, compile
 
