@@ -47,9 +47,9 @@ def divide(
         elif part and text == f"br label %{parts[part]}":
             own[-1] = "ret void"
             stack.pop()
-            used = {name: None for line in own for name in NAME.findall(line)}
+            used = dict.fromkeys(NAME.findall("\n".join(own)))
             computed = [places[name] for name in used if name in places]
-            used |= {name: None for line in computed for name in NAME.findall(line)}
+            used |= dict.fromkeys(NAME.findall("\n".join(computed)))
             given = [name for name in used if name in arguments]
             signature = ", ".join(f"{arguments[name]} {name}" for name in given)
             types = ", ".join(f"{arguments[name].split(' noalias')[0]} {name}" for name in given)

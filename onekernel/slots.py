@@ -51,7 +51,7 @@ def like(shape: str, element: str) -> str:
     return f"{shape.rpartition(' x ')[0]} x {element}>" if shape.startswith("<") else element
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Value:
     """What an instruction computes. type: LLVM's; line: where it is defined; home: the block, or,
     of what is no vector of float32, the function; outlives: whether it is needed elsewhere, so that
@@ -108,16 +108,23 @@ class Body:
                 if parts.get(functions[-1]) in targets:
                     functions.pop()
         self.names: list[list[str]] = []  # of each line: its values, the one that it defines, too
+        values = self.values
         for line, text in enumerate(lines):
-            names = [name for name in NAME.findall(text) if name in self.values]
+            names = [name for name in NAME.findall(text) if name in values]
             self.names.append(names)
             if names and " = phi " in text:
                 for name, before in EDGE.findall(text):
-                    if name in self.values:
-                        self.use(self.values[name], self.ends[before])
-            else:
-                for name in names:
-                    self.use(self.values[name], line)
+                    if name in values:
+                        self.use(values[name], self.ends[before])
+                continue
+            block = self.block[line]
+            function = self.function[line]
+            for name in names:  # as `use` does: a large kernel has hundreds of thousands of these
+                value = values[name]
+                if value.home != (block if value.type == vector else function):
+                    value.outlives = True
+                if value.needed < line:
+                    value.needed = line
 
     def home(self, value: Value, line: int) -> str:
         """What `Value.home` would be if the value were defined on this line."""
@@ -193,8 +200,8 @@ def in_memory(
             store(name, slots[name], value.type, after)
     changed: list[str | None] = []
     for line, text in enumerate(lines):
-        names = body.names[line]
-        if not any(name in staged for name in names):
+        names = [name for name in body.names[line] if name in staged]
+        if not names:
             changed.append(text)
         elif " = phi " not in text:
             new = {name: known(name, line) for name in names}

@@ -1,4 +1,5 @@
-"""Large kernels in several functions, compiled by several processes (onekernel/parts.py)."""
+"""Large kernels in several functions, compiled by several processes (onekernel/parts.py), and kernels
+for other processors."""
 
 import jax
 import jax.numpy as jnp
@@ -140,3 +141,23 @@ def test_small_kernels_stay_in_one_piece(monkeypatch, texts):
     run(3)
     assert len(texts[0]) == 1
     assert cpu.compile_ir("\n".join(texts[0]))
+
+
+# Processors without AVX-512 --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_other_vectors_give_the_same_bits(monkeypatch, width):
+    """Kernels for AVX2 and for vectors of four lanes, on a machine that can run them."""
+    name, features = machine_code.host()
+    if "+avx2" not in features.split(","):
+        pytest.skip("needs AVX2")
+    monkeypatch.setenv("ONEKERNEL_CACHE", "0")
+    expected = run(21)
+    kept = [feature for feature in features.split(",") if not feature.startswith("+avx512")]
+    host = ("haswell", ",".join([*kept, "-avx512f"]))
+    monkeypatch.setattr(machine_code, "host", lambda: host)
+    monkeypatch.setattr(cpu, "host", lambda: host)
+    monkeypatch.setattr(cpu, "vector_width", lambda: width)
+    for one, other in zip(run(21), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
