@@ -222,7 +222,8 @@ def kernel(function):
 
 class Env:
     """One world of a task; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes.
-    A world that is not finite is broken: its step ends the episode, earns nothing, and the observation stays.
+    A world that is not finite is broken: its step ends the episode, earns nothing, and the observation stays. Nothing is
+    learnt from it: to earn nothing is the best there is on this task.
     """
     action_size, observation_size = 1, 3
 
@@ -292,6 +293,7 @@ class Transition:
     reward: jax.Array
     next_obs: jax.Array  # [O] where the step ended, before any reset
     terminated: jax.Array  # float, 1 or 0; a time limit does not terminate
+    valid: jax.Array  # bool; False where the world broke, or where nothing was written yet
 
 def buffer_rows(args: Args) -> int:
     return args.buffer_size // args.num_envs
@@ -299,7 +301,8 @@ def buffer_rows(args: Args) -> int:
 def init_buffer(args: Args, env: Env, xp=jnp) -> Transition:
     """An empty ring [C, N, ...] over the last C steps of all worlds: step t lies in row t % C. xp: where it lies."""
     shape, obs, action = (buffer_rows(args), args.num_envs), (env.observation_size,), (env.action_size,)
-    return Transition(*(xp.zeros((*shape, *width), xp.float32) for width in (obs, action, (), obs, ())))
+    floats = (xp.zeros((*shape, *width), xp.float32) for width in (obs, action, (), obs, ()))
+    return Transition(*floats, valid=xp.zeros(shape, bool))
 
 def write(buffer: Transition, t, step: Transition) -> Transition:
     """Put step t of all worlds, [N, ...], into the ring; if that is NumPy's, in place."""
@@ -400,11 +403,15 @@ def interact(args: Args, env: Env, learner: Learner, worlds: Worlds):
     told = {"episodes": finished, "returns": finished * end.episode_return, "lengths": finished * end.episode_length,
             "angle": worlds.env_state.data.qpos[:, 0]} | state.metrics
     told["steps"] = {"start": worlds.env_state, "action": env.task.max_torque * action, "broken": broken}
-    step = Transition(obs, action, state.reward, state.obs, state.done)
+    step = Transition(obs, action, state.reward, state.obs, state.done, valid=~broken)
     draw_key = jax.random.fold_in(jax.random.fold_in(learner.key, -1 - learner.steps), jax.lax.axis_index("devices"))
     return select(done, fresh, end), step, told, draw(args, draw_key, learner.steps + 1, len(obs))
 
 # ---- 8. Losses ------------------------------------------------------------------------------------------------------
+def masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """The mean of x [B] where it is valid (bool [B]); 0 where nothing is."""
+    return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
 def critic_target(args: Args, env: Env, learner: Learner, mb: Transition, noise: jax.Array) -> jax.Array:
     """What both critics should say of a minibatch [B], by the smaller of their targets. noise [B, A]."""
     actor, critics = make_networks(args, env)
@@ -415,19 +422,19 @@ def critic_target(args: Args, env: Env, learner: Learner, mb: Transition, noise:
 
 def critic_loss(args: Args, env: Env, params: dict, mb: Transition, target: jax.Array) -> tuple[jax.Array, dict]:
     """Mean squared errors of the critics (arXiv:1812.05905, equation 5), summed, and metrics. target [B]."""
-    _, critics = make_networks(args, env)
+    (_, critics), mean = make_networks(args, env), partial(masked_mean, valid=mb.valid)
     q1, q2 = critics.apply(params, jnp.concatenate([mb.obs, mb.action], axis=-1))[..., 0]
-    q1_loss, q2_loss = jnp.square(q1 - target).mean(), jnp.square(q2 - target).mean()
+    q1_loss, q2_loss = mean(jnp.square(q1 - target)), mean(jnp.square(q2 - target))
     return q1_loss + q2_loss, {
-        "losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean(), "losses/qf1_loss": q1_loss,
+        "losses/qf1_values": mean(q1), "losses/qf2_values": mean(q2), "losses/qf1_loss": q1_loss,
         "losses/qf2_loss": q2_loss, "losses/qf_loss": (q1_loss + q2_loss) / 2}
 
-def actor_loss(args: Args, env: Env, params: dict, learner: Learner, obs, noise) -> tuple[jax.Array, jax.Array]:
-    """Equation 7 of the same, for observations [B, O] and noise [B, A]; and the mean log density of the actions."""
+def actor_loss(args: Args, env: Env, params: dict, learner: Learner, mb, noise) -> tuple[jax.Array, jax.Array]:
+    """Equation 7 of the same, for a minibatch [B] and noise [B, A]; and the mean log density of the actions."""
     actor, critics = make_networks(args, env)
-    action, logprob = sample_action(actor.apply(params, obs), noise)
-    q = critics.apply(learner.critics, jnp.concatenate([obs, action], axis=-1))[..., 0].min(axis=0)
-    return (jnp.exp(learner.log_alpha) * logprob - q).mean(), logprob.mean()
+    action, logprob = sample_action(actor.apply(params, mb.obs), noise)
+    q = critics.apply(learner.critics, jnp.concatenate([mb.obs, action], axis=-1))[..., 0].min(axis=0)
+    return masked_mean(jnp.exp(learner.log_alpha) * logprob - q, mb.valid), masked_mean(logprob, mb.valid)
 
 def alpha_loss(env: Env, log_alpha: jax.Array, logprob: jax.Array) -> jax.Array:
     """Equation 18: the temperature falls while the entropy, -logprob, exceeds minus the number of actions."""
@@ -439,10 +446,10 @@ def average(tree):
     vector, unravel = ravel_pytree(tree)
     return unravel(jax.lax.pmean(vector, "devices"))
 
-def update_actor(args: Args, env: Env, obs, learner: Learner, noise) -> tuple[Learner, dict[str, jax.Array]]:
-    """One step of the actor and of the temperature, for observations [B, O] and noise [B, A]."""
+def update_actor(args: Args, env: Env, mb, learner: Learner, noise) -> tuple[Learner, dict[str, jax.Array]]:
+    """One step of the actor and of the temperature, for a minibatch [B, ...] and noise [B, A]."""
     (loss, logprob), gradient = jax.value_and_grad(actor_loss, argnums=2, has_aux=True)(
-        args, env, learner.actor, learner, obs, noise)
+        args, env, learner.actor, learner, mb, noise)
     gradient, loss, logprob = average((gradient, loss, logprob))
     step, opt = make_optimizer(args, "actor").update(gradient, learner.opt["actor"])
     metrics = {"losses/actor_loss": loss, "losses/alpha": jnp.exp(learner.log_alpha), "losses/entropy": -logprob}
@@ -473,7 +480,7 @@ def update(args: Args, env: Env, learner: Learner, mb: Transition) -> tuple[Lear
     targets = optax.incremental_update(critics, learner.targets, tau)
     learner = learner.replace(critics=critics, targets=targets, updates=updates, opt=learner.opt | {"critics": opt})
     noise = jax.random.normal(actor_key, (args.policy_frequency, *mb.action.shape))
-    updates_of_actor = partial(jax.lax.scan, partial(update_actor, args, env, mb.obs))
+    updates_of_actor = partial(jax.lax.scan, partial(update_actor, args, env, mb))
     learner, actor_metrics = when(updates % args.policy_frequency == 0, updates_of_actor, learner, noise)
     skipped = jnp.stack([opt.notfinite_count for opt in learner.opt.values()]).max().astype(float)  # NaN: no update
     return learner, metrics | {tag: values.mean() for tag, values in actor_metrics.items()} | {

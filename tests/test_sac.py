@@ -162,7 +162,7 @@ def some_steps(t: int, n: int = 16) -> sac.Transition:
     """Transitions [N, ...] that tell their step and world."""
     worlds = np.arange(n, dtype=np.float32)
     return sac.Transition(np.full((n, 3), t, np.float32), worlds[:, None], 100.0 * t + worlds,
-                          np.full((n, 3), t + 1, np.float32), np.float32(worlds == t))
+                          np.full((n, 3), t + 1, np.float32), np.float32(worlds == t), worlds != t + 1)
 
 def filled(args, env, steps: int, xp):
     """A ring after so many writes."""
@@ -218,6 +218,7 @@ def test_gather_is_the_same_from_both_rings(env, make_mesh):
     np.testing.assert_array_equal(device.next_obs, device.obs + 1)
     np.testing.assert_array_equal(device.action[..., 0], worlds)
     np.testing.assert_array_equal(device.terminated, worlds == steps)
+    np.testing.assert_array_equal(device.valid, worlds != steps + 1)
 
 # ---- Policy and losses
 
@@ -284,7 +285,8 @@ def random_minibatch(shape, seed: int = 0) -> sac.Transition:
     obs, next_obs = (np.float32(random.normal(size=(*shape, 3))) for _ in range(2))
     action, reward = np.float32(random.uniform(-1, 1, (*shape, 1))), np.float32(random.uniform(-9, 0, shape))
     terminated = np.float32(np.broadcast_to(np.arange(shape[-1]) % 3 == 1, shape))
-    return jax.tree.map(jnp.asarray, sac.Transition(obs, action, reward, next_obs, terminated))
+    valid = np.full(shape, True)
+    return jax.tree.map(jnp.asarray, sac.Transition(obs, action, reward, next_obs, terminated, valid))
 
 def test_critics_have_their_own_weights(env):
     """The two critics start different."""
@@ -315,6 +317,7 @@ def test_truncated_step_bootstraps(env, make_mesh):
                             out_specs=(P("devices"), P("devices"), P("devices"), P(None, "devices")))
     after, step, told, _ = jax.jit(program)(learner, worlds)
     np.testing.assert_array_equal(step.terminated, np.arange(16) == 7)
+    np.testing.assert_array_equal(step.valid, np.arange(16) != 7)
     np.testing.assert_array_equal(step.obs, worlds.env_state.obs)
     ended = (after.env_state.obs != step.next_obs).any(axis=-1)
     np.testing.assert_array_equal(ended, np.isin(np.arange(16), [2, 7]))
@@ -343,7 +346,7 @@ def test_actor_and_alpha_loss_by_hand(env):
     """Weighted log density less the smaller critic; the temperature's gradient is entropy less its target."""
     learner, mb = make_learner(ARGS, env), random_minibatch((3,))
     noise = np.float32([[0.3], [-1.0], [2.0]])
-    loss, mean_logprob = sac.actor_loss(ARGS, env, learner.actor, learner, mb.obs, noise)
+    loss, mean_logprob = sac.actor_loss(ARGS, env, learner.actor, learner, mb, noise)
     action, logprob = numpy_sample(numpy_mlp(learner.actor, mb.obs), noise)
     q = np.minimum(*numpy_critics(learner.critics, mb.obs, action))
     assert loss == pytest.approx((0.3 * logprob - q).mean(), abs=1e-4)
@@ -386,6 +389,21 @@ def test_update_on_two_devices_keeps_one_learner(env, make_mesh):
     learners, _ = run_updates(ARGS, env, make_mesh(2), make_learner(ARGS, env), 1)
     for leaf in jax.tree.leaves(learners[1]):
         np.testing.assert_array_equal(*(as_numpy(shard.data) for shard in leaf.addressable_shards))
+
+def test_broken_step_is_not_learnt_from(env, make_mesh):
+    """Whatever the invalid transitions of a minibatch hold, the update is the same to the bit, and a mean over the
+    others: of two halves, one invalid, it is that of the other half alone."""
+    learner, mb, other = make_learner(ARGS, env), random_minibatch((32,)), random_minibatch((32,), seed=5)
+    valid = jnp.arange(32) < 20
+    program = jax.jit(jax.shard_map(partial(sac.update, ARGS, env), mesh=make_mesh(1), in_specs=P(), out_specs=P(),
+                                    check_vma=False))
+    pick = jax.vmap(lambda valid, a, b: jax.tree.map(lambda a, b: jnp.where(valid, a, b), a, b))
+    mb = mb.replace(valid=valid)
+    assert_same(program(learner, mb), program(learner, pick(valid, mb, other.replace(valid=valid))))
+    assert differs(program(learner, mb), program(learner, pick(~valid, mb, other.replace(valid=valid))))
+    assert differs(program(learner, mb), program(learner, mb.replace(valid=~valid)))
+    x = jnp.array([1.0, 4.0, np.nan])
+    assert sac.masked_mean(x, jnp.array([True, True, False])) == 2.5 and sac.masked_mean(x, jnp.full(3, False)) == 0
 
 def test_target_network_frequency(env, make_mesh):
     """By 2, the odd updates leave the targets alone, and the even ones move them by tau."""
@@ -524,6 +542,7 @@ def test_broken_world_leaves_the_others_alone(start, iterate):
     assert int(broken.worlds.env_state.info["elapsed"][3]) == 7
     buffer = jax.tree.map(as_numpy, broken.buffer)
     assert buffer.terminated[:, 3].tolist() == [1] + 19 * [0] and buffer.reward[0, 3] == 0
+    assert buffer.valid[:8].sum(axis=0).tolist() == [8 - (world == 3) for world in range(16)] and not buffer.valid[0, 3]
     state, history = iterate(ARGS, 1, with_nan(start(ARGS, 1), 3), 2)
     assert [int(metrics["charts/nan_resets"]) for metrics in history] == [1, 1]  # in all since the start
     assert all(np.isfinite(as_numpy(leaf)).all() for leaf in jax.tree.leaves(state))
@@ -547,7 +566,7 @@ def test_it_learns_to_swing_up(run_dir):
         assert result["min"] <= result["mean"] <= result["max"] <= 0 and result["mean"] > -300
     assert run["evaluation"]["MJX"]["mean"] == pytest.approx(run["evaluation"]["C MuJoCo"]["mean"], abs=20)
     assert run["args"].keys() == {field.name for field in dataclasses.fields(sac.Args)}
-    assert sac.read_run(run_dir).hidden_sizes == (64, 64) and run["buffer_bytes"] == 4 * 131072 * 9
+    assert sac.read_run(run_dir).hidden_sizes == (64, 64) and run["buffer_bytes"] == (4 * 9 + 1) * 131072
 
 def test_log_holds_every_tag(run_dir):
     """TensorBoard shows every documented metric, at environment steps."""
