@@ -619,8 +619,8 @@ def kernel(function):
 class Env:
     """One world of a task. `reset` and `step` are pure functions: batch them with jax.vmap.
 
-    A world that is not finite, or faster than MAX_SPEED, is broken: its step ends the episode and
-    earns nothing, and its observation stays as it was.
+    A world that is not finite, or faster than MAX_SPEED, is broken: its step ends the episode,
+    earns nothing and is not learnt from, and its observation stays as it was.
     """
 
     MAX_SPEED = 200.0  # m/s and rad/s
@@ -743,14 +743,20 @@ class RunningStats:
     var: jax.Array
 
 
-def update_stats(stats: RunningStats, batch: jax.Array) -> RunningStats:
-    """Merge in the batches [T, N, ...] of all devices.
+def update_stats(stats: RunningStats, batch: jax.Array, valid: jax.Array) -> RunningStats:
+    """Merge in the valid samples of the batches [T, N, ...] of all devices. valid: bool [T, N].
 
     Source: Chan, Golub and LeVeque's parallel variance.
     """
-    count = batch.shape[0] * batch.shape[1] * jax.lax.axis_size("devices")
-    mean = jax.lax.pmean(batch.mean(axis=(0, 1)), "devices")
-    var = jax.lax.pmean(jnp.square(batch - mean).mean(axis=(0, 1)), "devices")
+    count = jax.lax.psum(valid.sum(), "devices")
+    mask = jnp.expand_dims(valid, range(2, batch.ndim))
+
+    def mean_of(x: jax.Array) -> jax.Array:
+        total = jnp.where(mask, x, 0.0).sum(axis=(0, 1))
+        return jax.lax.psum(total, "devices") / jnp.maximum(count, 1)
+
+    mean = mean_of(batch)
+    var = mean_of(jnp.square(batch - mean))
 
     share = count / (stats.count + count)
     delta = mean - stats.mean
@@ -971,6 +977,7 @@ class Transition:
     end: Worlds  # where it ended, before any reset: reward, observation, episode's return, ...
     terminated: jax.Array  # bool
     done: jax.Array  # bool: terminated, or at the time limit
+    valid: jax.Array  # bool: the world did not break; a step that breaks it teaches nothing
     finished: jax.Array  # bool: a whole episode is over, not broken, its clock started at 0
 
 
@@ -1028,6 +1035,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
             end=end,
             terminated=terminated,
             done=done,
+            valid=~broken,
             finished=done & ~broken & (end.episode_length == state.info["elapsed"]),
         )
         fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key, end.broken)
@@ -1038,6 +1046,11 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
 
 # ---- 8. Advantages -------------------------------------------------------------------------------
 # shared: advantages
+def masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """The mean of the valid samples: two arrays [...] -> []. It is 0 where none is valid."""
+    return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
 def compute_gae(
     args: Args,
     reward: jax.Array,
@@ -1045,23 +1058,26 @@ def compute_gae(
     next_value: jax.Array,
     terminated: jax.Array,
     done: jax.Array,
+    valid: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimates and value targets of a rollout, in units of the reward.
 
     All arguments and results are [T, N]. next_value belongs to the state in which the step ended,
     before any reset: nothing is to come after a termination, but an episode that the time limit
-    cuts keeps what that state promised.
-    Source: arXiv:1506.02438, equation 16; the time limit's part is ours.
+    cuts keeps what that state promised. So does one whose next step is not valid; an invalid step
+    has the advantage 0.
+    Source: arXiv:1506.02438, equation 16; the parts of the time limit and of `valid` are ours.
     """
 
     def backwards(next_advantage, step):
-        reward, value, next_value, terminated, done = step
+        reward, value, next_value, terminated, done, valid = step
         delta = reward + args.gamma * jnp.where(terminated, 0.0, next_value) - value
         following = jnp.where(done, 0.0, next_advantage)
         advantage = delta + args.gamma * args.gae_lambda * following
+        advantage = jnp.where(valid, advantage, 0.0)
         return advantage, advantage
 
-    steps = (reward, value, next_value, terminated, done)
+    steps = (reward, value, next_value, terminated, done, valid)
     _, advantage = jax.lax.scan(backwards, jnp.zeros_like(reward[0]), steps, reverse=True)
     return advantage, advantage + value
 
@@ -1080,6 +1096,7 @@ class Batch:
     value: jax.Array  # by the critic before the update
     advantage: jax.Array
     target: jax.Array  # of the value
+    valid: jax.Array  # bool: to be learnt from
 
 
 def ppo_loss(
@@ -1095,14 +1112,15 @@ def ppo_loss(
     logratio = policy.log_prob(mb.action) - mb.logprob
     ratio = jnp.exp(logratio)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio).mean()
+    objective = jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio)
+    policy_loss = -masked_mean(objective, mb.valid)
 
     value = critic.apply(params["critic"], mb.obs)[..., 0]
     value_error = jnp.square(value - mb.target)
     if args.clip_vloss:
         clipped_value = mb.value + jnp.clip(value - mb.value, -args.clip_coef, args.clip_coef)
         value_error = jnp.maximum(value_error, jnp.square(clipped_value - mb.target))
-    value_loss = 0.5 * value_error.mean()
+    value_loss = 0.5 * masked_mean(value_error, mb.valid)
 
     entropy = policy.entropy()
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
@@ -1111,9 +1129,9 @@ def ppo_loss(
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
-        "losses/old_approx_kl": -logratio.mean(),
-        "losses/approx_kl": (ratio - 1 - logratio).mean(),
+        "losses/clipfrac": masked_mean(jnp.abs(ratio - 1) > args.clip_coef, mb.valid),
+        "losses/old_approx_kl": masked_mean(-logratio, mb.valid),
+        "losses/approx_kl": masked_mean(ratio - 1 - logratio, mb.valid),
     }
     return loss, metrics
 
@@ -1200,7 +1218,7 @@ def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
 
 
 def mean_over_devices(x):
-    """The mean of the devices' arrays or trees, each over as many samples."""
+    """The mean of the devices' arrays or trees, each a mean over about as many samples."""
     return jax.lax.pmean(x, "devices")
 
 
@@ -1215,16 +1233,19 @@ def make_batch(
     both = jnp.stack([steps.obs, steps.end.env_state.obs])  # [2, T, N, O]
     both = normalize(learner.obs_stats, both)
     value, next_value = critic.apply(learner.params["critic"], both)[..., 0]
-    advantage, target = compute_gae(args, reward, value, next_value, steps.terminated, steps.done)
+    advantage, target = compute_gae(
+        args, reward, value, next_value, steps.terminated, steps.done, steps.valid
+    )
 
-    target_mean = mean_over_devices(target.mean())
-    target_var = mean_over_devices(jnp.square(target - target_mean).mean())
-    error = mean_over_devices(jnp.square(target - value).mean())
-    explained_variance = 1 - error / (target_var + 1e-8)
+    def mean(x: jax.Array) -> jax.Array:
+        return mean_over_devices(masked_mean(x, steps.valid))
+
+    target_var = mean(jnp.square(target - mean(target)))
+    explained_variance = 1 - mean(jnp.square(target - value)) / (target_var + 1e-8)
 
     if args.norm_adv:
-        advantage -= mean_over_devices(advantage.mean())
-        advantage /= jnp.sqrt(mean_over_devices(jnp.square(advantage).mean())) + 1e-8
+        advantage -= mean(advantage)
+        advantage /= jnp.sqrt(mean(jnp.square(advantage))) + 1e-8
 
     batch = Batch(
         obs=both[0],
@@ -1233,6 +1254,7 @@ def make_batch(
         value=value,
         advantage=advantage,
         target=target,
+        valid=steps.valid,
     )
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)  # [T, N, ...] -> [B, ...]
     return batch, explained_variance
@@ -1267,7 +1289,7 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
     reward = steps.end.env_state.reward
     return_stats = learner.return_stats
     if args.norm_reward:
-        return_stats = update_stats(return_stats, steps.end.discounted_return)
+        return_stats = update_stats(return_stats, steps.end.discounted_return, steps.valid)
         reward = jnp.clip(reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
 
     batch, explained_variance = make_batch(args, env, learner, steps, reward)
@@ -1277,11 +1299,11 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
     # observations.
     obs_stats = learner.obs_stats
     if args.norm_obs:
-        obs_stats = update_stats(obs_stats, steps.obs)
+        obs_stats = update_stats(obs_stats, steps.obs, steps.valid)
     learner = learner.replace(obs_stats=obs_stats, return_stats=return_stats)
 
     terms = steps.end.env_state.metrics.items()
-    metrics |= {name.replace("_", "/", 1): term.mean() for name, term in terms}
+    metrics |= {name.replace("_", "/", 1): masked_mean(term, steps.valid) for name, term in terms}
     metrics = mean_over_devices(metrics)
     metrics |= {"losses/explained_variance": explained_variance}
     metrics |= episode_metrics(worlds, steps)

@@ -20,23 +20,24 @@ def test_gae_by_hand():
     column = lambda *values: jnp.array(values)[:, None]  # noqa: E731
     advantage, target = ppo_mjx.compute_gae(
         args, reward=column(1.0, 2.0, 3.0), value=column(4.0, 5.0, 6.0), next_value=column(5.0, 8.0, 10.0),
-        terminated=column(False, False, False), done=column(False, True, False))
+        terminated=column(False, False, False), done=column(False, True, False), valid=column(True, True, True))
     # A2 = 3 + 0.5 * 10 - 6 = 2;  A1 = 2 + 0.5 * 8 - 5 = 1, cut off from A2;  A0 = 1 + 0.5 * 5 - 4 + 0.25 * A1 = -0.25
     np.testing.assert_allclose(advantage[:, 0], [-0.25, 1.0, 2.0])
     np.testing.assert_allclose(target[:, 0], [3.75, 6.0, 8.0])
     advantage, _ = ppo_mjx.compute_gae(
         args, reward=column(1.0, 2.0, 3.0), value=column(4.0, 5.0, 6.0), next_value=column(5.0, 8.0, 10.0),
-        terminated=column(False, True, False), done=column(False, True, False))
+        terminated=column(False, True, False), done=column(False, True, False), valid=column(True, True, True))
     # After a termination nothing is to come: A1 = 2 - 5 = -3;  A0 = -0.5 + 0.25 * A1 = -1.25
     np.testing.assert_allclose(advantage[:, 0], [-1.25, -3.0, 2.0])
 
 def test_gae_equals_a_numpy_loop():
     """Random rewards, values, terminations and time limits, against the definition step by step."""
     rng, (steps, worlds), args = np.random.default_rng(0), (40, 16), ppo_mjx.Args(gamma=0.97, gae_lambda=0.9)
+    valid = np.full((steps, worlds), True)
     reward, value, next_value = rng.standard_normal((3, steps, worlds)).astype(np.float32)
     terminated, truncated = rng.random((2, steps, worlds)) < 0.1
     assert (terminated & truncated).any() and (truncated & ~terminated).any()
-    advantage, target = ppo_mjx.compute_gae(args, reward, value, next_value, terminated, terminated | truncated)
+    advantage, target = ppo_mjx.compute_gae(args, reward, value, next_value, terminated, terminated | truncated, valid)
     for world in range(worlds):
         following = 0.0
         for t in reversed(range(steps)):
@@ -47,18 +48,38 @@ def test_gae_equals_a_numpy_loop():
             np.testing.assert_allclose(advantage[t, world], following, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(target, advantage + value, rtol=1e-6)
 
+def test_gae_ends_before_a_broken_step():
+    """The step before keeps the value of the state that it reached; what the broken step holds goes nowhere."""
+    args = ppo_mjx.Args(gamma=0.5, gae_lambda=0.5)
+    column = lambda *values: jnp.array(values)[:, None]  # noqa: E731
+    for garbage in 0.0, 1e30:
+        advantage, target = ppo_mjx.compute_gae(
+            args, reward=column(1.0, garbage, 3.0), value=column(4.0, 5.0, 6.0), next_value=column(5.0, garbage, 10.0),
+            terminated=column(False, True, False), done=column(False, True, False), valid=column(True, False, True))
+        # A0 = 1 + 0.5 * 5 - 4 = -0.5, as at a time limit
+        np.testing.assert_allclose(advantage[:, 0], [-0.5, 0.0, 2.0])
+        np.testing.assert_allclose(target[:, 0], [3.5, 5.0, 8.0])
+
+def test_mean_of_valid_samples():
+    """What is not valid may be anything, NaN too; nothing valid is 0."""
+    x = jnp.array([[1.0, jnp.nan], [5.0, jnp.inf]])
+    assert ppo_mjx.masked_mean(x, jnp.isfinite(x)) == 3 and ppo_mjx.masked_mean(x, x == 0) == 0
+
 # ---- Running statistics
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_running_stats_equal_numpy(make_mesh, devices):
     """Statistics merged batch by batch, on one or two devices, are those of all data at once."""
-    specs = {"in_specs": (P(), P(None, "devices")), "out_specs": P(), "check_vma": False}
+    specs = {"in_specs": (P(), P(None, "devices"), P(None, "devices")), "out_specs": P(), "check_vma": False}
     update = jax.jit(jax.shard_map(ppo_mjx.update_stats, mesh=make_mesh(devices), **specs))
     rng, stats = np.random.default_rng(0), ppo_mjx.RunningStats(jnp.array(1e-4), jnp.zeros(3), jnp.ones(3))
     batches = [rng.normal([5, -2, 0], [0.1, 3, 1], (7, 8, 3)) + drift for drift in range(5)]
-    for batch in batches:
-        stats = update(stats, jnp.asarray(batch, jnp.float32))
-    data = np.concatenate(batches).reshape(-1, 3)
+    valids = rng.random((5, 7, 8)) < 0.8
+    valids[3] = False  # a batch of nothing
+    for batch, valid in zip(batches, valids, strict=True):
+        batch[~valid] = np.nan
+        stats = update(stats, jnp.asarray(batch, jnp.float32), valid)
+    data = np.array(batches)[valids]
     np.testing.assert_allclose(stats.count, len(data), rtol=1e-5)
     np.testing.assert_allclose(stats.mean, data.mean(0), rtol=1e-4)
     np.testing.assert_allclose(stats.var, data.var(0), rtol=1e-4)
@@ -81,14 +102,16 @@ def tiny_params() -> dict:
 
 @pytest.mark.parametrize("clip_vloss", [False, True])
 def test_loss_by_hand(clip_vloss):
-    """Three samples: a ratio clipped from above, one from below, one free; all terms from first principles."""
+    """Three samples: a ratio clipped from above, one from below, one free; all terms from first principles. A fourth
+    one, which is not valid, counts for nothing."""
     obs, action, ratio = np.array([-1.0, 0.5, 2.0]), np.array([0.3, -0.4, 1.1]), np.array([1.5, 0.6, 1.1])
     advantage, old_value, target = np.array([2.0, -1.0, 0.5]), np.array([1.0, 0.4, 0.2]), np.array([1.5, -0.5, 3.0])
     mean = 0.9 * np.tanh(0.7 * obs + 0.1) - 0.2
     logprob = -0.5 * ((action - mean) / np.exp(-0.5)) ** 2 + 0.5 - 0.5 * np.log(2 * np.pi)
     args = ppo_mjx.Args(hidden_sizes=(1,), clip_coef=0.2, ent_coef=0.01, vf_coef=0.5, clip_vloss=clip_vloss)
-    batch = ppo_mjx.Batch(*(jnp.asarray(x, jnp.float32) for x in (
-        obs[:, None], action[:, None], logprob - np.log(ratio), old_value, advantage, target)))
+    arrays = obs[:, None], action[:, None], logprob - np.log(ratio), old_value, advantage, target
+    arrays = [np.append(x, x[:1] + 7, axis=0).astype(np.float32) for x in arrays]
+    batch = ppo_mjx.Batch(*arrays, valid=np.arange(4) < 3)
     loss, metrics = ppo_mjx.ppo_loss(args, TINY, tiny_params(), batch)
 
     value = 1.5 * np.tanh(-0.4 * obs + 0.3) + 0.6
@@ -116,7 +139,8 @@ def test_clipped_samples_have_no_gradient():
         params, obs, action = tiny_params(), jnp.ones((1, 1)), jnp.full((1, 1), 0.7)
         policy = ppo_mjx.Gaussian(actor.apply(params["actor"], obs), params["log_std"])
         logprob = policy.log_prob(action) - jnp.log(ratio)
-        batch = ppo_mjx.Batch(obs, action, logprob, jnp.zeros(1), jnp.array([advantage]), jnp.zeros(1))
+        valid = jnp.array([True])
+        batch = ppo_mjx.Batch(obs, action, logprob, jnp.zeros(1), jnp.array([advantage]), jnp.zeros(1), valid)
         grads, _ = jax.grad(ppo_mjx.ppo_loss, argnums=2, has_aux=True)(args, TINY, params, batch)
         return abs(float(grads["actor"]["params"]["Dense_1"]["bias"][0]))
     assert gradient(1.5, 1.0) == gradient(0.5, -1.0) == 0
@@ -133,7 +157,8 @@ def run_update(make_mesh, args: ppo_mjx.Args, iteration: int = 0):
     actor, _ = ppo_mjx.make_networks(args, TINY)
     policy = ppo_mjx.Gaussian(actor.apply(params["actor"], obs), params["log_std"])
     logprob = policy.log_prob(action)
-    batch = ppo_mjx.Batch(obs, action, logprob, *rng.standard_normal((3, 16)).astype(np.float32))
+    rest = rng.standard_normal((3, 16)).astype(np.float32)
+    batch = ppo_mjx.Batch(obs, action, logprob, *rest, valid=np.full(16, True))
     update = partial(ppo_mjx.update_epochs, args, TINY)
     return jax.jit(jax.shard_map(
         update, mesh=make_mesh(1), in_specs=(P(), P()), out_specs=(P(), P()), check_vma=False))(learner, batch)
