@@ -1540,7 +1540,8 @@ class Log:
         self.start = time.time()
         self.first_step = first * args.steps_per_iteration
         self.shown = "-"  # the last return
-        self.dumped = False  # a broken world
+        self.resets = 0  # of worlds that broke, in the whole run; after a resume not known yet
+        self.dumped = False  # the first of them
 
         quiet = jax.process_index() > 0
         purge = self.first_step + 1 if first else 0  # what an interrupted run wrote from there on
@@ -1577,8 +1578,10 @@ class Log:
         values["charts/SPS"] = sps
         self.scalars(step, values)
 
-        if values["charts/nan_resets"] and not self.dumped:
+        resets = values["charts/nan_resets"]
+        if resets > self.resets and not self.dumped:
             self.dumped = dump(self.args, self.run_dir / "nan_dump.npz", box)
+        self.resets = resets
         skipped = values["charts/skipped_in_a_row"]  # NaN before the first update
         message = f"{self.run_dir}: step {step}: {skipped:.0f} gradients in a row are not finite"
         require(not skipped >= 10, message, 1)
