@@ -53,11 +53,15 @@ class RunLog:
         points = self.events.Scalars(tag)
         return [point.step for point in points], [point.value for point in points]
 
+    def angle_points(self) -> list:
+        """TensorBoard's records of the pendulums' angles, one an iteration."""
+        if "angles" not in self.events.Tags()["tensors"]:
+            return []
+        return self.events.Tensors("angles")
+
     def angles(self) -> dict[int, np.ndarray]:
         """The angles of four pendulums in each iteration: step at its end -> [T, 4] rad."""
-        if "angles" not in self.events.Tags()["tensors"]:
-            return {}
-        points = self.events.Tensors("angles")
+        points = self.angle_points()
         return {point.step: tensor_util.make_ndarray(point.tensor_proto) for point in points}
 
 
@@ -120,12 +124,11 @@ class Player:
 
     def look_for_news(self) -> None:
         self.log.read()
-        angles = self.log.angles()
-        last = max(angles, default=None)
-        if last == self.step:
+        points = self.log.angle_points()
+        if not points or points[-1].step == self.step:
             return
-        self.step = last
-        self.poses = list(angles[last])
+        self.step = points[-1].step
+        self.poses = list(tensor_util.make_ndarray(points[-1].tensor_proto))
         self.picture.draw_curves(self.log)
         self.picture.figure.canvas.draw()
 
