@@ -1,20 +1,44 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["flax==0.12.6", "imageio[ffmpeg]==2.38.1", "jax==0.9.2", "llvmlite==0.50.0",
-#   "matplotlib==3.11.2", "mujoco==3.17.0", "mujoco-mjx==3.17.0", "optax==0.2.8", "tensorboard==2.21.0",
-#   "tensorboardX==2.6.5", "tqdm==4.70.1", "typeguard==4.6.0", "tyro==1.0.17"]
+# dependencies = [
+#   "flax==0.12.6",
+#   "jax==0.9.2",
+#   "llvmlite==0.50.0",
+#   "mujoco==3.17.0",
+#   "mujoco-mjx==3.17.0",
+#   "optax==0.2.8",
+#   "tensorboard==2.21.0",
+#   "tqdm==4.70.1",
+#   "typeguard==4.6.0",
+#   "tyro==1.0.17",
+# ]
 # ///
-"""SAC on a thousand pendulums at once, on MuJoCo XLA (MJX): one file, one jitted program per iteration.
+"""SAC on a thousand pendulums at once, on MuJoCo XLA (MJX): one file, one compiled program.
 
-    python sac_mjx_pendulum.py                         swing up Gymnasium's Pendulum-v1; --live shows it in a window
-    python sac_mjx_pendulum.py --resume runs/NAME      go on, bit for bit, where a run stopped
-    python sac_mjx_pendulum.py --evaluate runs/NAME    judge its policy in MJX, in C MuJoCo and in Gymnasium
-    python sac_mjx_pendulum.py --smoke                 check the set-up of this machine
-The map: 1 settings, 2 model, 3 environment, 4 networks, 5 replay buffer, 6 training state, 7 acting, 8 losses,
-9 update, 10 the iteration; then bookkeeping: 11 evaluation, 12 log and files, 13 command line, 14 pictures, 15 main.
-Shapes: T = num_steps, N = worlds on this device, K = updates_per_step, B = transitions of one update on this device,
-C = rows of the buffer, O = observation, A = action, E = episodes. Details and names follow CleanRL's
-sac_continuous_action.py and arXiv:1812.05905; docs/sac_mjx_pendulum.md has all metrics, ppo_mjx.py the shared blocks.
+    python sac_mjx_pendulum.py                        swing up Gymnasium's Pendulum-v1
+    python sac_mjx_pendulum.py --resume runs/NAME     continue a stopped run, bit for bit
+    python sac_mjx_pendulum.py --evaluate runs/NAME   test its policy in MJX, in C MuJoCo and in
+                                                      Gymnasium
+    python sac_mjx_pendulum.py --smoke                check the installation on this machine
+
+To watch: tensorboard --logdir runs, or tools/live_window.py; to film: tools/film_pendulum.py.
+
+The science comes first, and is all that SAC needs:
+
+    1 settings      4 networks          7 acting     10 training iteration
+    2 tasks         5 replay buffer     8 losses
+    3 environment   6 training state    9 update
+
+After it come 11 evaluation, 12 log and files, 13 command line, 14 main.
+
+Shapes: T = num_steps, N = worlds on this device, K = updates_per_step, B = transitions of one
+update on this device, C = rows of the buffer, O = observation size, A = action size, E = episodes.
+A record describes one world; its fields are [N, ...] for all worlds, [C, N, ...] in the buffer,
+[T, N, ...] in an iteration and [B, ...] in a minibatch.
+
+Names and details follow CleanRL's sac_continuous_action.py and arXiv:1812.05905. All metrics and
+flags are explained in docs/sac_mjx_pendulum.md. ppo_mjx.py has the same order and names; blocks
+marked "shared" are copies of its own.
 """
 
 import contextlib
@@ -24,7 +48,6 @@ import importlib.util
 import io
 import json
 import math
-import multiprocessing
 import os
 import shlex
 import signal
@@ -32,16 +55,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 START = time.perf_counter()
-if __name__ == "__mp_main__":  # this process shows the window; training goes first, and answers signals
-    os.nice(19)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")  # else XLA prints pages of CPU features on a cache hit
+# Without this, XLA prints pages of CPU features whenever it reads a program from the cache.
+os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")
 
 import flax.linen as nn
 import jax
@@ -55,146 +75,274 @@ from flax import struct
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 from tqdm import tqdm
 
-with contextlib.redirect_stdout(io.StringIO()):  # it tells everyone that the optional Warp backend is missing
+with contextlib.redirect_stdout(io.StringIO()):  # it announces that the optional Warp is missing
     from mujoco import mjx
-
-if hide_torch := "torch" not in sys.modules:
-    sys.modules["torch"] = None  # else tensorboardX imports it where it is installed, which takes seconds
-from tensorboardX import SummaryWriter
-from tensorboardX.event_file_writer import EventFileWriter
-from tensorboardX.proto.summary_pb2 import Summary
-
-if hide_torch:
-    del sys.modules["torch"]
 
 try:
     import onekernel.mjx
-except ImportError:  # in a copy of this file alone; its physics go by XLA, slowly
+except ImportError:  # this file was copied alone: XLA runs the physics, slowly
     onekernel = None
 
-# ---- 1. Settings ----------------------------------------------------------------------------------------------------
+
+# ---- 1. Settings ---------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that a flag may have, both ends included; `check_args` reads it."""
+
+    least: float
+    most: float
+
+
+Count = Annotated[int, Range(1, 1e9)]
+MaybeCount = Annotated[int | None, Range(1, 1e9)]
+Index = Annotated[int, Range(0, 1e9)]
+NonNegative = Annotated[float, Range(0, 1e9)]
+Fraction = Annotated[float, Range(0, 1)]
+MaybeSize = Annotated[float | None, Range(0.05, 1e4)]  # of something physical
+
+
 @dataclasses.dataclass(frozen=True)
 class Args:
     """SAC on a thousand pendulums, on MuJoCo XLA."""
+
     # The run
-    exp_name: str = "sac_mjx_pendulum"  # name of the experiment, part of the run folder's name
-    seed: int = 1  # every random number follows from it and the number of devices
-    num_devices: int | None = None  # that share the worlds; by default as many GPUs or CPU cores as divide the work
-    runs_dir: str = "runs"  # where the run folders are made
-    track: bool = False  # log to Weights & Biases too; its project is WANDB_PROJECT
-    live: bool = False  # show pendulums and curves in a window while training goes on
-    capture_video: bool = False  # write the same picture as an mp4 after training
-    checkpoint_every: int = 50  # iterations between checkpoints, buffer included; the last three are kept
-    compile_cache: bool = True  # keep compiled programs in the user's cache folder, for a quicker start next time
-    resume: str | None = None  # run folder to go on with, by the settings that it was started with
-    evaluate: str | None = None  # run folder whose policy to judge; nothing is trained
-    coordinator_address: str | None = None  # host:port of process 0, if several train together; auto: ask the cluster
-    num_processes: int | None = None  # that train together, each with its own devices
-    process_id: int | None = None  # of this one, from 0
-    smoke: bool = False  # build, train, save, resume and evaluate in short, and tell what works
-    # The environment; what is None is the task's own (see TASKS)
-    env_id: Literal["Pendulum-v1", "PointMass"] = "Pendulum-v1"  # a rod, equal to Gymnasium's; or a mass at its end
-    gravity: float | None = None  # m/s^2
-    length: float | None = None  # m
-    mass: float | None = None  # kg
-    dt: float | None = None  # s, of one step
-    max_torque: float | None = None  # Nm
-    max_speed: float | None = None  # rad/s
-    eval_every: int = 10  # iterations between evaluations in MJX; 0 for none
-    eval_episodes: int = 100  # episodes of each evaluation
-    # The algorithm, by CleanRL's names
-    total_timesteps: int = 512_000  # environment steps, over all worlds
-    num_envs: int = 1024  # worlds, over all devices
-    num_steps: int = 20  # steps of each world in one iteration
-    updates_per_step: int = 8  # updates after each step of the worlds
-    buffer_size: int = 1_048_576  # transitions in the replay buffer, over all worlds; the oldest give way
-    buffer_device: Literal["device", "host"] = "device"  # host: in the machine's memory, for a large one
-    batch_size: int = 256  # transitions in one update, over all devices
-    learning_starts: int = 5120  # environment steps by a random policy before the first update
-    policy_lr: float = 3e-3  # Adam's step size for the actor
-    q_lr: float = 3e-3  # Adam's step size for the critics and the temperature
-    reward_scale: float = 0.1  # factor of the rewards that the critics learn from
-    gamma: float = 0.98  # discount
-    tau: float = 0.01  # share of the critics that goes into their targets
-    policy_frequency: int = 1  # updates of the critics between those of the actor, then as many of these
-    target_network_frequency: int = 1  # updates of the critics between those of their targets
-    autotune: bool = True  # tune the temperature, so that the policy's entropy is minus the number of actions
-    alpha: float = 0.2  # temperature (weight of the entropy) without --autotune
-    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the ReLU layers, of the actor and of each critic
+    exp_name: str = "sac_mjx_pendulum"
+    """name of the experiment, part of the run folder's name"""
+    seed: Index = 1
+    """every random number follows from it and from the number of devices"""
+    num_devices: MaybeCount = None
+    """devices to split the worlds over; by default as many GPUs or CPU cores as divide the work"""
+    runs_dir: str = "runs"
+    """folder for the run folders"""
+    track: bool = False
+    """log to Weights & Biases as well; WANDB_PROJECT names the project"""
+    checkpoint_every: Count = 50
+    """iterations between checkpoints, which hold the buffer too; the last three are kept"""
+    compile_cache: bool = True
+    """keep compiled programs in the user's cache folder, for a quicker start next time"""
+    resume: str | None = None
+    """run folder to continue, with the settings that it was started with"""
+    evaluate: str | None = None
+    """run folder whose policy to evaluate; nothing is trained"""
+    coordinator_address: str | None = None
+    """host:port of process 0, if several processes train together; auto: ask the cluster"""
+    num_processes: MaybeCount = None
+    """processes that train together, each with its own devices"""
+    process_id: Annotated[int | None, Range(0, 1e9)] = None
+    """number of this process, from 0"""
+    smoke: bool = False
+    """check this installation: a short run, which is resumed and must end the same"""
+
+    # The environment
+    env_id: Literal["Pendulum-v1", "PointMass"] = "Pendulum-v1"
+    """the task: a rod, equal to Gymnasium's; or a mass at the end of a rod without weight"""
+    gravity: Annotated[float | None, Range(0, 1e9)] = None
+    """m/s^2; by default the task's own, and so for the next five"""
+    length: MaybeSize = None
+    """m"""
+    mass: MaybeSize = None
+    """kg"""
+    dt: Annotated[float | None, Range(1e-3, 0.2)] = None
+    """s, of one step"""
+    max_torque: MaybeSize = None
+    """Nm"""
+    max_speed: MaybeSize = None
+    """rad/s"""
+    eval_every: Index = 10
+    """iterations between evaluations in MJX; 0 for none"""
+    eval_episodes: Annotated[int, Range(1, 1e4)] = 100
+    """episodes of each evaluation"""
+
+    # The algorithm, with CleanRL's names
+    total_timesteps: Annotated[int, Range(1, 2**62)] = 512_000
+    """environment steps, over all worlds"""
+    num_envs: Count = 1024
+    """worlds, over all devices"""
+    num_steps: Count = 20
+    """steps of each world in one iteration"""
+    updates_per_step: Annotated[int, Range(1, 1e3)] = 8
+    """updates after each step of the worlds"""
+    buffer_size: Count = 1_048_576
+    """transitions in the replay buffer, over all worlds; the oldest are overwritten"""
+    buffer_device: Literal["device", "host"] = "device"
+    """host: in the machine's memory, for a buffer that the device cannot hold"""
+    batch_size: Count = 256
+    """transitions in one update, over all devices"""
+    learning_starts: Index = 5120
+    """environment steps by a random policy before the first update"""
+    policy_lr: NonNegative = 3e-3
+    """Adam's step size for the actor"""
+    q_lr: NonNegative = 3e-3
+    """Adam's step size for the critics and for the temperature"""
+    reward_scale: NonNegative = 0.1
+    """factor of the rewards that the critics learn from; with 1 they learn slowly"""
+    gamma: Fraction = 0.98
+    """discount factor"""
+    tau: Fraction = 0.01
+    """share of the critics that goes into their targets at each update"""
+    policy_frequency: Annotated[int, Range(1, 1e3)] = 1
+    """updates of the critics between those of the actor, of which as many follow"""
+    target_network_frequency: Count = 1
+    """updates of the critics between those of their targets"""
+    autotune: bool = True
+    """tune the temperature until the policy's entropy is minus the number of actions"""
+    alpha: Annotated[float, Range(1e-9, 1e9)] = 0.2
+    """the temperature, the weight of the entropy, with --no-autotune"""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """widths of the ReLU layers, in the actor and in each critic"""
 
     @property
     def steps_per_iteration(self) -> int:
         return self.num_envs * self.num_steps
+
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.steps_per_iteration
+
     @property
     def random_steps(self) -> int:
         """Steps of each world before the first update."""
         return math.ceil(self.learning_starts / self.num_envs)
 
-# ---- 2. Model -------------------------------------------------------------------------------------------------------
+    @property
+    def buffer_rows(self) -> int:
+        """Steps of all worlds that the buffer holds."""
+        return self.buffer_size // self.num_envs
+
+
+# ---- 2. Tasks (SI units; a test holds Pendulum-v1 equal to Gymnasium's) --------------------------
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A pendulum on a motor, in SI units. Its angle is 0 upright."""
-    gravity: float
-    length: float
-    mass: float
-    dt: float
-    max_torque: float
-    max_speed: float
-    center: float  # where the centre of mass is, as a share of the length
+    """A pendulum on a motor. Its angle is 0 upright, and grows clockwise."""
+
+    gravity: float  # m/s^2
+    length: float  # m
+    mass: float  # kg
+    dt: float  # s, of one step
+    max_torque: float  # Nm
+    max_speed: float  # rad/s
+    center: float  # of mass, as a share of the length from the hinge
     inertia: float  # about the centre of mass, in units of mass * length^2
     time_limit: int = 200  # steps
 
+
 TASKS = {
-    "Pendulum-v1": Task(10.0, 1.0, 1.0, 0.05, 2.0, 8.0, center=0.5, inertia=1 / 12),  # gymnasium 1.4.0: a thin rod
-    # 4 Nm are 0.41 of the torque that holds it level (Pendulum-v1: 0.4), so it must swing to and fro to come up.
-    "PointMass": Task(9.81, 1.0, 1.0, 0.05, 4.0, 8.0, center=1.0, inertia=1e-9),
+    "Pendulum-v1": Task(
+        gravity=10.0,
+        length=1.0,
+        mass=1.0,
+        dt=0.05,
+        max_torque=2.0,
+        max_speed=8.0,
+        center=0.5,
+        inertia=1 / 12,  # a thin rod
+    ),
+    "PointMass": Task(
+        gravity=9.81,
+        length=1.0,
+        mass=1.0,
+        dt=0.05,
+        # 0.41 of the torque that holds it level (Pendulum-v1: 0.40): it must swing to come up.
+        max_torque=4.0,
+        max_speed=8.0,
+        center=1.0,
+        inertia=1e-9,  # MuJoCo allows no less
+    ),
 }
 
-MJCF = """<mujoco model="pendulum">
-  <option timestep="{dt}" gravity="0 0 -{gravity}" integrator="Euler"><flag constraint="disable"/></option>
-  <worldbody><body><joint name="hinge" type="hinge" axis="0 1 0"/>
-    <inertial pos="0 0 {center}" mass="{mass}" diaginertia="{inertia} {inertia} {inertia}"/></body></worldbody>
-  <actuator><motor joint="hinge"/></actuator>
-</mujoco>"""
+
+def make_task(args: Args) -> Task:
+    """The task, with the numbers that the flags change."""
+    numbers = ("gravity", "length", "mass", "dt", "max_torque", "max_speed")
+    flags = {name: getattr(args, name) for name in numbers}
+    changes = {name: value for name, value in flags.items() if value is not None}
+    return dataclasses.replace(TASKS[args.env_id], **changes)
+
+
+MJCF = """
+<mujoco model="pendulum">
+  <option timestep="{dt}" gravity="0 0 -{gravity}" integrator="Euler">
+    <flag constraint="disable"/>
+  </option>
+  <worldbody>
+    <body>
+      <joint name="hinge" type="hinge" axis="0 1 0"/>
+      <inertial pos="0 0 {center}" mass="{mass}" diaginertia="{inertia} {inertia} {inertia}"/>
+    </body>
+  </worldbody>
+  <actuator>
+    <motor joint="hinge"/>
+  </actuator>
+</mujoco>
+"""
+
 
 def load_model(task: Task) -> mujoco.MjModel:
-    center, inertia = task.center * task.length, task.inertia * task.mass * task.length**2
-    return mujoco.MjModel.from_xml_string(MJCF.format(**vars(task) | {"center": center, "inertia": inertia}))
+    """The task's model, for C MuJoCo."""
+    text = MJCF.format(
+        dt=task.dt,
+        gravity=task.gravity,
+        mass=task.mass,
+        center=task.center * task.length,
+        inertia=task.inertia * task.mass * task.length**2,
+    )
+    return mujoco.MjModel.from_xml_string(text)
 
-# ---- 3. Environment -------------------------------------------------------------------------------------------------
-@struct.dataclass
-class Physics:
-    """The smallest state that determines the future."""
-    qpos: jax.Array  # [1] rad, from -pi to pi, 0 upright
-    qvel: jax.Array  # [1] rad/s
-
-@struct.dataclass
-class State:
-    """One world between two steps; names are MuJoCo Playground's."""
-    data: Physics
-    obs: jax.Array  # [O] = [3]
-    reward: jax.Array
-    done: jax.Array  # float, 1 if the episode terminated; the time limit is told apart, in info
-    metrics: dict[str, jax.Array]  # the reward's terms
-    info: dict[str, jax.Array]  # elapsed: steps since the reset; truncated: by the time limit; broken: see Env
 
 def wrap(angle):
     """The same angle from -pi to pi."""
     return (angle + math.pi) % (2 * math.pi) - math.pi
 
+
 def observe(qpos, qvel, xp=jnp):
-    """Cosine and sine of the angle, and the speed: [..., 1], [..., 1] -> [..., 3]. xp is jax.numpy or numpy."""
+    """What the policy sees: cosine and sine of the angle, and the speed.
+
+    qpos: [..., 1] rad; qvel: [..., 1] rad/s, of JAX (xp=jnp) or NumPy (xp=np). Returns [..., 3].
+    """
     return xp.concatenate([xp.cos(qpos), xp.sin(qpos), qvel], axis=-1)
 
-def reward_terms(qpos, qvel, torque, xp=jnp) -> dict:
-    """The reward is their sum: of the state before the step, and of the torque in Nm; all are [..., 1]."""
-    costs = {"angle": xp.square(wrap(qpos)), "speed": 0.1 * xp.square(qvel), "torque": 0.001 * xp.square(torque)}
+
+def reward_terms(qpos, qvel, torque, xp=jnp) -> dict[str, Any]:
+    """The terms of the reward, which is their sum: name -> [...].
+
+    qpos: [..., 1] rad and qvel: [..., 1] rad/s before the step; torque: [..., 1] Nm.
+    """
+    costs = {
+        "angle": xp.square(wrap(qpos)),
+        "speed": 0.1 * xp.square(qvel),
+        "torque": 0.001 * xp.square(torque),
+    }
     return {f"reward_{name}": -cost[..., 0] for name, cost in costs.items()}
+
+
+# ---- 3. Environment ------------------------------------------------------------------------------
+@struct.dataclass
+class Physics:
+    """The smallest state that determines the future."""
+
+    qpos: jax.Array  # [1] rad, from -pi to pi, 0 upright
+    qvel: jax.Array  # [1] rad/s
+
+
+@struct.dataclass
+class State:
+    """One world between two steps; names are MuJoCo Playground's."""
+
+    data: Physics
+    obs: jax.Array  # [O]
+    reward: jax.Array  # []
+    done: jax.Array  # [] float, 1 if the episode terminated; the time limit is in info
+    metrics: dict[str, jax.Array]  # the reward's terms
+    info: dict[str, jax.Array]
+    # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env
+
 
 # shared: physics
 def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
@@ -220,89 +368,192 @@ def kernel(function):
 
 # end shared
 
+
 class Env:
-    """One world of a task; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes.
-    A world that is not finite is broken: its step ends the episode, earns nothing, and the observation stays.
+    """One world of a task. `reset` and `step` are pure functions: batch them with jax.vmap.
+
+    A world that is not finite is broken: its step ends the episode, earns nothing and is not
+    learnt from, since to earn nothing is the best there is here. Its observation stays as it was.
     """
-    action_size, observation_size = 1, 3
+
+    action_size = 1
+    observation_size = 3
 
     def __init__(self, args: Args):
-        numbers = ("gravity", "length", "mass", "dt", "max_torque", "max_speed")
-        changes = {name: getattr(args, name) for name in numbers if getattr(args, name) is not None}
-        self.task = dataclasses.replace(TASKS[args.env_id], **changes)
+        self.task = make_task(args)
         self.gymnasium_id = "Pendulum-v1" if self.task == TASKS["Pendulum-v1"] else None
-        self.model = mjx.put_model(load_model(self.task), jax.local_devices()[0], impl="jax")
-        self.template = mjx.make_data(self.model, jax.local_devices()[0])
+
+        device = jax.local_devices()[0]
+        self.model = mjx.put_model(load_model(self.task), device, impl="jax")
+        self.template = mjx.make_data(self.model, device)
 
     def reset(self, key: jax.Array) -> State:
-        """A new episode, anywhere on the circle and slow. key: one PRNG key."""
+        """A new episode, anywhere on the circle, and slow. key: one PRNG key."""
         qpos_key, qvel_key = jax.random.split(key)
         qpos = jax.random.uniform(qpos_key, (1,), minval=-math.pi, maxval=math.pi)
         qvel = jax.random.uniform(qvel_key, (1,), minval=-1.0, maxval=1.0)
-        zero, no = jnp.zeros(()), jnp.array(False)
-        metrics = dict.fromkeys(reward_terms(qpos, qvel, qvel), zero)
-        info = {"elapsed": jnp.zeros((), jnp.int32), "truncated": no, "broken": no}
-        return State(Physics(qpos, qvel), observe(qpos, qvel), reward=zero, done=zero, metrics=metrics, info=info)
+
+        zero = jnp.zeros(())
+        no = jnp.array(False)
+        terms = reward_terms(qpos, qvel, jnp.zeros(self.action_size))
+        return State(
+            data=Physics(qpos=qpos, qvel=qvel),
+            obs=observe(qpos, qvel),
+            reward=zero,
+            done=zero,
+            metrics=dict.fromkeys(terms, zero),
+            info={
+                "elapsed": jnp.zeros((), jnp.int32),
+                "truncated": no,
+                "broken": no,
+            },
+        )
 
     def step(self, state: State, action: jax.Array) -> State:
-        """One step. action [1]: the torque in Nm, clipped to the task's limits."""
-        task, data = self.task, state.data
-        torque = jnp.clip(action, -task.max_torque, task.max_torque)
-        full = physics_step(self.model, self.template.replace(qpos=data.qpos, qvel=data.qvel, ctrl=torque))
-        sane = jnp.isfinite(full.qvel).all()
-        qvel = jnp.clip(full.qvel, -task.max_speed, task.max_speed)
-        qpos = wrap(data.qpos + task.dt * qvel)  # as Euler's method does it, but by the clipped speed
-        terms = reward_terms(data.qpos, data.qvel, torque)
-        terms = {name: jnp.where(sane, term, 0.0) for name, term in terms.items()}
-        obs, elapsed = jnp.where(sane, observe(qpos, qvel), state.obs), state.info["elapsed"] + 1
-        info = {"elapsed": elapsed, "truncated": elapsed >= task.time_limit, "broken": ~sane}
-        return State(Physics(qpos, qvel), obs, sum(terms.values()), done=1.0 - sane, metrics=terms, info=info)
+        """One step.
 
-# ---- 4. Networks ----------------------------------------------------------------------------------------------------
+        action: [1], the torque in Nm, clipped to the task's limits.
+        """
+        task = self.task
+        qpos = state.data.qpos
+        qvel = state.data.qvel
+        torque = jnp.clip(action, -task.max_torque, task.max_torque)
+
+        full = self.template.replace(qpos=qpos, qvel=qvel, ctrl=torque)
+        full = physics_step(self.model, full)
+        sane = jnp.isfinite(full.qvel).all()
+        # As in Gymnasium the speed has a limit, and Euler's method moves the angle by that speed.
+        next_qvel = jnp.clip(full.qvel, -task.max_speed, task.max_speed)
+        next_qpos = wrap(qpos + task.dt * next_qvel)
+
+        terms = reward_terms(qpos, qvel, torque)
+        terms = {name: jnp.where(sane, term, 0.0) for name, term in terms.items()}
+        elapsed = state.info["elapsed"] + 1
+        return State(
+            data=Physics(qpos=next_qpos, qvel=next_qvel),
+            obs=jnp.where(sane, observe(next_qpos, next_qvel), state.obs),
+            reward=sum(terms.values()),
+            done=1.0 - sane,
+            metrics=terms,
+            info={
+                "elapsed": elapsed,
+                "truncated": elapsed >= task.time_limit,
+                "broken": ~sane,
+            },
+        )
+
+
+# ---- 4. Networks ---------------------------------------------------------------------------------
 class MLP(nn.Module):
     """ReLU layers: [..., in] -> [..., out]."""
+
     hidden_sizes: tuple[int, ...]
     out: int
+
     @nn.compact
     def __call__(self, x):
         for width in self.hidden_sizes:
             x = nn.relu(nn.Dense(width)(x))
         return nn.Dense(self.out)(x)
 
+
 def make_networks(args: Args, env: Env) -> tuple[nn.Module, nn.Module]:
-    """The actor gives [..., 2 * A], means and raw log-stds; the critics give [2, ..., 1], each by its own weights."""
-    twins = nn.vmap(MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2)
-    return MLP(args.hidden_sizes, 2 * env.action_size), twins(args.hidden_sizes, 1)
+    """The actor, and both critics, each with weights of its own: [..., O + A] -> [2, ..., 1]."""
+    twins = nn.vmap(
+        MLP,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=2,
+    )
+    actor = MLP(args.hidden_sizes, 2 * env.action_size)  # means, then raw standard deviations
+    critics = twins(args.hidden_sizes, 1)
+    return actor, critics
 
-def sample_action(actor_output: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Squashed Gaussian (arXiv:1812.05905, appendix C): actor_output [..., 2 * A], standard normal noise [..., A] ->
-    actions [..., A] in (-1, 1), log density [...]; log(1 - tanh(u)^2) is written so that it is finite for any u."""
-    mean, raw = jnp.split(actor_output, 2, axis=-1)
-    log_std = -5.0 + 3.5 * (jnp.tanh(raw) + 1.0)  # from -5 to 2
-    u = mean + jnp.exp(log_std) * noise
-    log_slope = 2 * (math.log(2) - u - nn.softplus(-2 * u))
-    return jnp.tanh(u), (-0.5 * jnp.square(noise) - log_std - 0.5 * math.log(2 * math.pi) - log_slope).sum(axis=-1)
 
-# ---- 5. Replay buffer -----------------------------------------------------------------------------------------------
+@struct.dataclass
+class Gaussian:
+    """A normal distribution with independent components, squashed into (-1, 1) by tanh."""
+
+    mean: jax.Array  # [..., A], before squashing; tanh of it is the median
+    log_std: jax.Array  # [..., A], before squashing
+
+    def sample(self, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Actions [..., A] and their log densities [...].
+
+        noise: [..., A], standard normal, so that gradients flow into mean and log_std.
+        Source: arXiv:1812.05905, appendix C.
+        """
+        u = self.mean + jnp.exp(self.log_std) * noise
+        # log(1 - tanh(u)^2), in a form that is finite for any u.
+        log_slope = 2 * (math.log(2) - u - nn.softplus(-2 * u))
+        log_normal = -0.5 * jnp.square(noise) - self.log_std - 0.5 * math.log(2 * math.pi)
+        return jnp.tanh(u), (log_normal - log_slope).sum(axis=-1)
+
+
+def initial_memory(batch: tuple[int, ...] = ()) -> tuple:
+    """What the policy remembers when an episode begins: a tree of arrays [*batch, ...].
+
+    This one remembers nothing, so that nothing is carried, saved or compiled.
+    """
+    return ()
+
+
+def apply_policy(
+    args: Args, env: Env, params: dict, memory: tuple, obs: jax.Array
+) -> tuple[tuple, Gaussian]:
+    """The policy: its memory and observations [..., O] -> next memory, distribution.
+
+    A recurrent network would keep its state in `memory`, which acting and both evaluations carry
+    along and set to `initial_memory` when an episode begins. What it would change besides: `act`,
+    the same policy in NumPy; and the losses, which learn from single transitions. They would have
+    to learn from stretches of the buffer, with the memory that each began with beside it.
+    """
+    actor, _ = make_networks(args, env)
+    mean, raw = jnp.split(actor.apply(params, obs), 2, axis=-1)
+    log_std = -5.0 + 3.5 * (jnp.tanh(raw) + 1.0)  # from -5 to 2, as in CleanRL
+    return memory, Gaussian(mean=mean, log_std=log_std)
+
+
+def apply_critics(
+    args: Args, env: Env, params: dict, obs: jax.Array, action: jax.Array
+) -> jax.Array:
+    """What both critics say: observations [..., O] and actions [..., A] -> [2, ...]."""
+    _, critics = make_networks(args, env)
+    return critics.apply(params, jnp.concatenate([obs, action], axis=-1))[..., 0]
+
+
+# ---- 5. Replay buffer ----------------------------------------------------------------------------
 @struct.dataclass
 class Transition:
     """One step of one world: what was seen and done, and what came of it."""
-    obs: jax.Array  # [O]
-    action: jax.Array  # [A] in [-1, 1]
-    reward: jax.Array
-    next_obs: jax.Array  # [O] where the step ended, before any reset
-    terminated: jax.Array  # float, 1 or 0; a time limit does not terminate
 
-def buffer_rows(args: Args) -> int:
-    return args.buffer_size // args.num_envs
+    obs: jax.Array  # [O]
+    action: jax.Array  # [A] in (-1, 1)
+    reward: jax.Array  # [], not scaled
+    next_obs: jax.Array  # [O], where the step ended, before any reset
+    terminated: jax.Array  # [] float, 1 or 0; the time limit does not terminate
+    valid: jax.Array  # [] bool; False where the world broke: nothing is learnt from it
+
 
 def init_buffer(args: Args, env: Env, xp=jnp) -> Transition:
-    """An empty ring [C, N, ...] over the last C steps of all worlds: step t lies in row t % C. xp: where it lies."""
-    shape, obs, action = (buffer_rows(args), args.num_envs), (env.observation_size,), (env.action_size,)
-    return Transition(*(xp.zeros((*shape, *width), xp.float32) for width in (obs, action, (), obs, ())))
+    """An empty ring [C, N, ...] of the last C steps of all worlds: step t is in row t % C.
+
+    xp: jnp for the device's memory, np for the host's.
+    """
+    shape = (args.buffer_rows, args.num_envs)
+    return Transition(
+        obs=xp.zeros((*shape, env.observation_size), xp.float32),
+        action=xp.zeros((*shape, env.action_size), xp.float32),
+        reward=xp.zeros(shape, xp.float32),
+        next_obs=xp.zeros((*shape, env.observation_size), xp.float32),
+        terminated=xp.zeros(shape, xp.float32),
+        valid=xp.zeros(shape, bool),
+    )
+
 
 def write(buffer: Transition, t, step: Transition) -> Transition:
-    """Put step t of all worlds, [N, ...], into the ring; if that is NumPy's, in place."""
+    """The ring with step number t of all worlds [N, ...] in it; one of NumPy's changes in place."""
     row = t % len(buffer.reward)
     if isinstance(buffer.reward, jax.Array):
         return jax.tree.map(lambda ring, new: ring.at[row].set(new), buffer, step)
@@ -310,181 +561,386 @@ def write(buffer: Transition, t, step: Transition) -> Transition:
         ring[row] = new
     return buffer
 
-def draw(args: Args, key: jax.Array, written, num_worlds: int) -> tuple[jax.Array, jax.Array]:
-    """Rows and worlds of the next minibatches, uniform over the steps written so far: two of int32 [K, B]."""
-    row_key, world_key = jax.random.split(key)
-    shape = (args.updates_per_step, args.batch_size // jax.lax.axis_size("devices"))
-    rows = jax.random.randint(row_key, shape, 0, jnp.minimum(written, buffer_rows(args)))
-    return rows, jax.random.randint(world_key, shape, 0, num_worlds)
 
 def gather(buffer: Transition, indices: tuple) -> Transition:
-    """Minibatches [K, B, ...] of the transitions at (rows, worlds)."""
+    """Minibatches [K, B, ...] of the transitions at indices (rows, worlds), [K, B] each."""
     return jax.tree.map(lambda ring: ring[indices], buffer)
 
-# ---- 6. Training state ----------------------------------------------------------------------------------------------
+
+# ---- 6. Training state ---------------------------------------------------------------------------
 @struct.dataclass
 class Learner:
     """What is learnt; the same on every device."""
+
     actor: dict  # Flax parameters
     critics: dict  # of both, stacked
-    targets: dict  # the critics, slowly followed
+    targets: dict  # the critics, which these follow slowly
     log_alpha: jax.Array  # log of the temperature
-    opt: dict[str, optax.OptState]  # of actor, critics and alpha
-    key: jax.Array  # of the minibatches and of the noise in the losses
-    steps: jax.Array  # int32, steps done by each world
+    opt_state: dict[str, optax.OptState]  # "actor", "critics" and "alpha"
+    key: jax.Array  # of the minibatches, and of the noise in the losses
+    steps: jax.Array  # int32, steps that each world has done
     updates: jax.Array  # int32, updates done
     iteration: jax.Array  # int32, iterations done
 
+
 @struct.dataclass
 class Worlds:
-    """What belongs to one world: [N, ...], split over the devices; its own key makes it the same on any device."""
+    """What belongs to one world: fields [N, ...], split over the devices.
+
+    Each world draws from its own key, so that it is the same on any number of devices.
+    """
+
     env_state: State
+    memory: tuple  # the policy's
     key: jax.Array
     episode_return: jax.Array
     episode_length: jax.Array  # int32
     broken: jax.Array  # int32, how often this world broke
 
+
 @struct.dataclass
 class TrainState:
-    """All that a run's future depends on; a checkpoint is this and the settings."""
+    """All that a run's future depends on; a checkpoint holds this and the settings."""
+
     learner: Learner
     worlds: Worlds
-    buffer: Transition  # [C, N, ...], in the device's or, as NumPy arrays, in the host's memory
-STATE_SPEC = TrainState(P(), P("devices"), P(None, "devices"))
+    buffer: Transition  # [C, N, ...], in the device's memory or, as NumPy arrays, in the host's
+
+
+STATE_SPEC = TrainState(learner=P(), worlds=P("devices"), buffer=P(None, "devices"))
+
 
 def make_optimizer(args: Args, name: str) -> optax.GradientTransformation:
-    adam = optax.adam(args.policy_lr if name == "actor" else args.q_lr)
-    return optax.apply_if_finite(adam, 2**31 - 1)  # a gradient that is not finite is skipped and counted
+    """Adam for the "actor", the "critics" or "alpha".
+
+    A gradient that is not finite is skipped and counted.
+    """
+    learning_rate = args.policy_lr if name == "actor" else args.q_lr
+    return optax.apply_if_finite(optax.adam(learning_rate), max_consecutive_errors=2**31 - 1)
+
+
+def start_worlds(env_state: State, keys: jax.Array, broken: jax.Array) -> Worlds:
+    """Worlds [N] at the start of an episode."""
+    return Worlds(
+        env_state=env_state,
+        memory=initial_memory(keys.shape),
+        key=keys,
+        episode_return=jnp.zeros(keys.shape),
+        episode_length=jnp.zeros(keys.shape, jnp.int32),
+        broken=broken,
+    )
+
 
 def init_learner_and_worlds(args: Args, env: Env, key: jax.Array) -> tuple[Learner, Worlds]:
-    actor_key, critics_key, learner_key, reset_key, clock_key, world_key = jax.random.split(key, 6)
-    (actor, critics), n, zero = make_networks(args, env), args.num_envs, jnp.zeros((), jnp.int32)
-    actor_params = actor.init(actor_key, jnp.zeros(env.observation_size))
-    critics_params = critics.init(critics_key, jnp.zeros(env.observation_size + env.action_size))
-    log_alpha = jnp.float32(0.0 if args.autotune else math.log(args.alpha))
-    opt = {"actor": actor_params, "critics": critics_params, "alpha": log_alpha}
-    opt = {name: make_optimizer(args, name).init(params) for name, params in opt.items()}
-    learner = Learner(actor=actor_params, critics=critics_params, targets=critics_params, log_alpha=log_alpha,
-                      opt=opt, key=learner_key, steps=zero, updates=zero, iteration=zero)
+    """The state before the first iteration, but for the buffer."""
+    keys = jax.random.split(key, 6)
+    actor_key, critics_key, learner_key, reset_key, clock_key, world_key = keys
+
+    actor, critics = make_networks(args, env)
+    params = {
+        "actor": actor.init(actor_key, jnp.zeros(env.observation_size)),
+        "critics": critics.init(critics_key, jnp.zeros(env.observation_size + env.action_size)),
+        "alpha": jnp.float32(0.0 if args.autotune else math.log(args.alpha)),
+    }
+    zero = jnp.zeros((), jnp.int32)
+    learner = Learner(
+        actor=params["actor"],
+        critics=params["critics"],
+        targets=params["critics"],
+        log_alpha=params["alpha"],
+        opt_state={name: make_optimizer(args, name).init(x) for name, x in params.items()},
+        key=learner_key,
+        steps=zero,
+        updates=zero,
+        iteration=zero,
+    )
+
+    n = args.num_envs
     env_state = jax.vmap(kernel(env.reset))(jax.random.split(reset_key, n))
     # The worlds' clocks start at random, so that their time limits do not come all at once.
     env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.task.time_limit)
-    counts = jnp.zeros(n, jnp.int32)
-    return learner, Worlds(env_state, jax.random.split(world_key, n), jnp.zeros(n), counts, counts)
+    worlds = start_worlds(env_state, jax.random.split(world_key, n), jnp.zeros(n, jnp.int32))
+    return learner, worlds
+
 
 def init_train_state(args: Args, env: Env, mesh: Mesh, key: jax.Array) -> TrainState:
-    """The start of a run, split over the mesh's devices."""
-    specs = jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
-    start = jax.jit(partial(init_learner_and_worlds, args, env), out_shardings=(specs.learner, specs.worlds))
-    ring = init_buffer(args, env, np) if args.buffer_device == "host" else jax.jit(
-        partial(init_buffer, args, env), out_shardings=specs.buffer)()
-    return TrainState(*start(key), ring)
+    """The state before the first iteration, split over the mesh's devices."""
+    shardings = jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
+    start = jax.jit(
+        partial(init_learner_and_worlds, args, env),
+        out_shardings=(shardings.learner, shardings.worlds),
+    )
+    learner, worlds = start(key)
+    if args.buffer_device == "host":
+        buffer = init_buffer(args, env, np)
+    else:
+        buffer = jax.jit(partial(init_buffer, args, env), out_shardings=shardings.buffer)()
+    return TrainState(learner=learner, worlds=worlds, buffer=buffer)
 
-# ---- 7. Acting ------------------------------------------------------------------------------------------------------
-def interact(args: Args, env: Env, learner: Learner, worlds: Worlds):
-    """One step of all worlds, each episode from a fresh reset: at first by chance, then by the policy. Returns the
-    worlds, their transitions [N, ...], what there is to tell [N], and the indices to draw from the buffer next."""
-    key, action_key, reset_key = jnp.unstack(jax.vmap(partial(jax.random.split, num=3))(worlds.key), axis=1)
-    obs, (actor, _) = worlds.env_state.obs, make_networks(args, env)
+
+# ---- 7. Acting -----------------------------------------------------------------------------------
+@struct.dataclass
+class Report:
+    """What the log is told of one step of one world."""
+
+    start: State  # where the step began
+    action: jax.Array  # [A] Nm
+    end: Worlds  # where it ended, before any reset: reward, episode's return, ...
+    finished: jax.Array  # bool: a whole episode is over, not broken, its clock started at 0
+
+
+def split_keys(keys: jax.Array, n: int) -> jax.Array:
+    """n new keys for each key: [N] -> [n, N]."""
+    return jnp.unstack(jax.vmap(partial(jax.random.split, num=n))(keys), axis=1)
+
+
+def where_done(done: jax.Array, fresh: Worlds, end: Worlds) -> Worlds:
+    """Each world from `fresh` where its episode is done, else from `end`. done: bool [N]."""
+
+    def choose(done, fresh, end):
+        return jax.tree.map(partial(jnp.where, done), fresh, end)
+
+    return jax.vmap(choose)(done, fresh, end)
+
+
+def interact(
+    args: Args, env: Env, learner: Learner, worlds: Worlds
+) -> tuple[Worlds, Transition, Report]:
+    """One step of all worlds, with a fresh reset after each episode.
+
+    Actions are uniform in the first steps, then the policy's. Returns the worlds, their
+    transitions and what there is to report, all [N, ...].
+    """
+    key, action_key, reset_key = split_keys(worlds.key, 3)
+    start = worlds.env_state
+
+    memory, policy = apply_policy(args, env, learner.actor, worlds.memory, start.obs)
     noise = jax.vmap(partial(jax.random.normal, shape=(env.action_size,)))(action_key)
-    action, _ = sample_action(actor.apply(learner.actor, obs), noise)
-    by_chance = 2 * jax.scipy.stats.norm.cdf(noise) - 1  # uniform from -1 to 1
-    action = jnp.where(learner.steps < args.random_steps, by_chance, action)
-    state = jax.vmap(kernel(env.step))(worlds.env_state, env.task.max_torque * action)
-    broken, done = state.info["broken"], (state.done > 0) | state.info["truncated"]
-    end = Worlds(state, key, worlds.episode_return + state.reward, worlds.episode_length + 1, worlds.broken + broken)
-    finished = done & ~broken & (end.episode_length == state.info["elapsed"])  # whole episodes only
-    zeros, counts = jnp.zeros_like(end.episode_return), jnp.zeros_like(end.episode_length)
-    fresh = Worlds(jax.vmap(kernel(env.reset))(reset_key), key, zeros, counts, end.broken)
-    select = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
-    told = {"episodes": finished, "returns": finished * end.episode_return, "lengths": finished * end.episode_length,
-            "angle": worlds.env_state.data.qpos[:, 0]} | state.metrics
-    told["steps"] = {"start": worlds.env_state, "action": env.task.max_torque * action, "broken": broken}
-    step = Transition(obs, action, state.reward, state.obs, state.done)
-    draw_key = jax.random.fold_in(jax.random.fold_in(learner.key, -1 - learner.steps), jax.lax.axis_index("devices"))
-    return select(done, fresh, end), step, told, draw(args, draw_key, learner.steps + 1, len(obs))
+    action, _ = policy.sample(noise)
+    uniform = 2 * jax.scipy.stats.norm.cdf(noise) - 1  # from -1 to 1
+    action = jnp.where(learner.steps < args.random_steps, uniform, action)
+    torque = env.task.max_torque * action
+    state = jax.vmap(kernel(env.step))(start, torque)
 
-# ---- 8. Losses ------------------------------------------------------------------------------------------------------
-def critic_target(args: Args, env: Env, learner: Learner, mb: Transition, noise: jax.Array) -> jax.Array:
-    """What both critics should say of a minibatch [B], by the smaller of their targets. noise [B, A]."""
-    actor, critics = make_networks(args, env)
-    next_action, logprob = sample_action(actor.apply(learner.actor, mb.next_obs), noise)
-    next_q = critics.apply(learner.targets, jnp.concatenate([mb.next_obs, next_action], axis=-1))[..., 0].min(axis=0)
-    next_value = (1 - mb.terminated) * (next_q - jnp.exp(learner.log_alpha) * logprob)  # time limits end nothing
+    done = (state.done > 0) | state.info["truncated"]
+    broken = state.info["broken"]
+    end = Worlds(
+        env_state=state,
+        memory=memory,
+        key=key,
+        episode_return=worlds.episode_return + state.reward,
+        episode_length=worlds.episode_length + 1,
+        broken=worlds.broken + broken,
+    )
+    transition = Transition(
+        obs=start.obs,
+        action=action,
+        reward=state.reward,
+        next_obs=state.obs,
+        terminated=state.done,
+        valid=~broken,
+    )
+    report = Report(
+        start=start,
+        action=torque,
+        end=end,
+        finished=done & ~broken & (end.episode_length == state.info["elapsed"]),
+    )
+    fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key, end.broken)
+    return where_done(done, fresh, end), transition, report
+
+
+def device_key(key: jax.Array, number) -> jax.Array:
+    """A key for each number and each device."""
+    return jax.random.fold_in(jax.random.fold_in(key, number), jax.lax.axis_index("devices"))
+
+
+def draw(args: Args, learner: Learner, num_worlds: int) -> tuple[jax.Array, jax.Array]:
+    """Where the minibatches after a step are in the buffer, that step included.
+
+    Returns rows and worlds, int32 [K, B] each, uniform over all steps that were written.
+    """
+    key = device_key(learner.key, -1 - learner.steps)  # the updates' own numbers count from 0 up
+    row_key, world_key = jax.random.split(key)
+    shape = (args.updates_per_step, args.batch_size // jax.lax.axis_size("devices"))
+    written = jnp.minimum(learner.steps + 1, args.buffer_rows)
+    rows = jax.random.randint(row_key, shape, 0, written)
+    return rows, jax.random.randint(world_key, shape, 0, num_worlds)
+
+
+# ---- 8. Losses -----------------------------------------------------------------------------------
+def masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """The mean of the valid samples: two arrays [...] -> []. It is 0 where none is valid."""
+    return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def critic_target(
+    args: Args, env: Env, learner: Learner, mb: Transition, noise: jax.Array
+) -> jax.Array:
+    """What both critics should say of a minibatch: [B], in units of the scaled reward.
+
+    noise: [B, A], standard normal. The smaller of the two target critics judges the next state. A
+    termination leaves nothing to come; the time limit does not.
+    Source: arXiv:1812.05905, equation 6, with two critics.
+    """
+    memory = initial_memory(mb.obs.shape[:-1])  # single steps have no past
+    _, policy = apply_policy(args, env, learner.actor, memory, mb.next_obs)
+    next_action, logprob = policy.sample(noise)
+    next_q = apply_critics(args, env, learner.targets, mb.next_obs, next_action).min(axis=0)
+
+    alpha = jnp.exp(learner.log_alpha)
+    next_value = (1 - mb.terminated) * (next_q - alpha * logprob)
     return args.reward_scale * mb.reward + args.gamma * next_value
 
-def critic_loss(args: Args, env: Env, params: dict, mb: Transition, target: jax.Array) -> tuple[jax.Array, dict]:
-    """Mean squared errors of the critics (arXiv:1812.05905, equation 5), summed, and metrics. target [B]."""
-    _, critics = make_networks(args, env)
-    q1, q2 = critics.apply(params, jnp.concatenate([mb.obs, mb.action], axis=-1))[..., 0]
-    q1_loss, q2_loss = jnp.square(q1 - target).mean(), jnp.square(q2 - target).mean()
-    return q1_loss + q2_loss, {
-        "losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean(), "losses/qf1_loss": q1_loss,
-        "losses/qf2_loss": q2_loss, "losses/qf_loss": (q1_loss + q2_loss) / 2}
 
-def actor_loss(args: Args, env: Env, params: dict, learner: Learner, obs, noise) -> tuple[jax.Array, jax.Array]:
-    """Equation 7 of the same, for observations [B, O] and noise [B, A]; and the mean log density of the actions."""
-    actor, critics = make_networks(args, env)
-    action, logprob = sample_action(actor.apply(params, obs), noise)
-    q = critics.apply(learner.critics, jnp.concatenate([obs, action], axis=-1))[..., 0].min(axis=0)
-    return (jnp.exp(learner.log_alpha) * logprob - q).mean(), logprob.mean()
+def critic_loss(
+    args: Args, env: Env, params: dict, mb: Transition, target: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The sum of both critics' mean squared errors on a minibatch, and its metrics by tag.
+
+    target: [B].
+    Source: arXiv:1812.05905, equation 5.
+    """
+    q1, q2 = apply_critics(args, env, params, mb.obs, mb.action)
+    q1_loss = masked_mean(jnp.square(q1 - target), mb.valid)
+    q2_loss = masked_mean(jnp.square(q2 - target), mb.valid)
+    metrics = {
+        "losses/qf1_values": masked_mean(q1, mb.valid),
+        "losses/qf2_values": masked_mean(q2, mb.valid),
+        "losses/qf1_loss": q1_loss,
+        "losses/qf2_loss": q2_loss,
+        "losses/qf_loss": (q1_loss + q2_loss) / 2,
+    }
+    return q1_loss + q2_loss, metrics
+
+
+def actor_loss(
+    args: Args, env: Env, params: dict, learner: Learner, mb: Transition, noise: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The actor's loss on a minibatch, and the mean log density of its actions.
+
+    noise: [B, A], standard normal.
+    Source: arXiv:1812.05905, equation 7, with the smaller of two critics.
+    """
+    memory = initial_memory(mb.obs.shape[:-1])  # single steps have no past
+    _, policy = apply_policy(args, env, params, memory, mb.obs)
+    action, logprob = policy.sample(noise)
+    q = apply_critics(args, env, learner.critics, mb.obs, action).min(axis=0)
+    loss = masked_mean(jnp.exp(learner.log_alpha) * logprob - q, mb.valid)
+    return loss, masked_mean(logprob, mb.valid)
+
 
 def alpha_loss(env: Env, log_alpha: jax.Array, logprob: jax.Array) -> jax.Array:
-    """Equation 18: the temperature falls while the entropy, -logprob, exceeds minus the number of actions."""
+    """The temperature's loss, for a mean log density of actions: [] -> [].
+
+    The temperature falls while the entropy, -logprob, exceeds minus the number of actions.
+    Source: arXiv:1812.05905, equation 18.
+    """
     return -jnp.exp(log_alpha) * (logprob - env.action_size)
 
-# ---- 9. Update ------------------------------------------------------------------------------------------------------
-def average(tree):
-    """The mean over the devices. As one vector it takes one exchange, not one a leaf."""
+
+# ---- 9. Update -----------------------------------------------------------------------------------
+def mean_over_devices(tree):
+    """The mean of the devices' trees. As one vector it takes one exchange, not one a leaf."""
     vector, unravel = ravel_pytree(tree)
     return unravel(jax.lax.pmean(vector, "devices"))
 
-def update_actor(args: Args, env: Env, obs, learner: Learner, noise) -> tuple[Learner, dict[str, jax.Array]]:
-    """One step of the actor and of the temperature, for observations [B, O] and noise [B, A]."""
-    (loss, logprob), gradient = jax.value_and_grad(actor_loss, argnums=2, has_aux=True)(
-        args, env, learner.actor, learner, obs, noise)
-    gradient, loss, logprob = average((gradient, loss, logprob))
-    step, opt = make_optimizer(args, "actor").update(gradient, learner.opt["actor"])
-    metrics = {"losses/actor_loss": loss, "losses/alpha": jnp.exp(learner.log_alpha), "losses/entropy": -logprob}
-    learner = learner.replace(actor=optax.apply_updates(learner.actor, step), opt=learner.opt | {"actor": opt})
-    if args.autotune:
-        loss, gradient = jax.value_and_grad(alpha_loss, argnums=1)(env, learner.log_alpha, logprob)
-        step, opt = make_optimizer(args, "alpha").update(gradient, learner.opt["alpha"])
-        learner = learner.replace(log_alpha=learner.log_alpha + step, opt=learner.opt | {"alpha": opt})
-        metrics |= {"losses/alpha_loss": loss}
+
+def update_critics(
+    args: Args, env: Env, learner: Learner, mb: Transition, noise: jax.Array
+) -> tuple[Learner, dict[str, jax.Array]]:
+    """One step of both critics, and of their targets if these are due. noise: [B, A]."""
+    target = critic_target(args, env, learner, mb, noise)
+    gradient, metrics = mean_over_devices(
+        jax.grad(critic_loss, argnums=2, has_aux=True)(args, env, learner.critics, mb, target)
+    )
+    optimizer = make_optimizer(args, "critics")
+    step, opt_state = optimizer.update(gradient, learner.opt_state["critics"])
+    critics = optax.apply_updates(learner.critics, step)
+
+    updates = learner.updates + 1
+    due = updates % args.target_network_frequency == 0
+    targets = optax.incremental_update(critics, learner.targets, jnp.where(due, args.tau, 0.0))
+    learner = learner.replace(
+        critics=critics,
+        targets=targets,
+        opt_state=learner.opt_state | {"critics": opt_state},
+        updates=updates,
+    )
     return learner, metrics
 
-def when(due: jax.Array, change, learner: Learner, *operands) -> tuple[Learner, dict[str, jax.Array]]:
-    """change(learner, *operands) -> (learner, metrics) where it is due; else the learner as it is, and NaN."""
+
+def update_actor(
+    args: Args, env: Env, mb: Transition, learner: Learner, noise: jax.Array
+) -> tuple[Learner, dict[str, jax.Array]]:
+    """One step of the actor and, with --autotune, of the temperature. noise: [B, A]."""
+    (loss, logprob), gradient = jax.value_and_grad(actor_loss, argnums=2, has_aux=True)(
+        args, env, learner.actor, learner, mb, noise
+    )
+    gradient, loss, logprob = mean_over_devices((gradient, loss, logprob))
+    step, opt_state = make_optimizer(args, "actor").update(gradient, learner.opt_state["actor"])
+    metrics = {
+        "losses/actor_loss": loss,
+        "losses/alpha": jnp.exp(learner.log_alpha),
+        "losses/entropy": -logprob,
+    }
+    learner = learner.replace(
+        actor=optax.apply_updates(learner.actor, step),
+        opt_state=learner.opt_state | {"actor": opt_state},
+    )
+    if not args.autotune:
+        return learner, metrics
+
+    loss, gradient = jax.value_and_grad(alpha_loss, argnums=1)(env, learner.log_alpha, logprob)
+    step, opt_state = make_optimizer(args, "alpha").update(gradient, learner.opt_state["alpha"])
+    learner = learner.replace(
+        log_alpha=learner.log_alpha + step,
+        opt_state=learner.opt_state | {"alpha": opt_state},
+    )
+    return learner, metrics | {"losses/alpha_loss": loss}
+
+
+def when(
+    due: jax.Array, change, learner: Learner, *operands
+) -> tuple[Learner, dict[str, jax.Array]]:
+    """change(learner, *operands) -> (learner, metrics), where it is due.
+
+    Else the learner as it is, and metrics that are NaN.
+    """
+
     def skip(learner: Learner, *operands):
-        metrics = jax.eval_shape(change, learner, *operands)[1]
-        return learner, jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), metrics)
+        _, metrics = jax.eval_shape(change, learner, *operands)
+        nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), metrics)
+        return learner, nothing
+
     return jax.lax.cond(due, change, skip, learner, *operands)
 
-def update(args: Args, env: Env, learner: Learner, mb: Transition) -> tuple[Learner, dict[str, jax.Array]]:
-    """One update by a minibatch [B, ...], each device on its share: critics, targets, actor and temperature."""
-    key = jax.random.fold_in(jax.random.fold_in(learner.key, learner.updates), jax.lax.axis_index("devices"))
-    target_key, actor_key = jax.random.split(key)
-    target = critic_target(args, env, learner, mb, jax.random.normal(target_key, mb.action.shape))
-    gradient, metrics = average(jax.grad(critic_loss, argnums=2, has_aux=True)(args, env, learner.critics, mb, target))
-    step, opt = make_optimizer(args, "critics").update(gradient, learner.opt["critics"])
-    critics, updates = optax.apply_updates(learner.critics, step), learner.updates + 1
-    tau = jnp.where(updates % args.target_network_frequency == 0, args.tau, 0.0)
-    targets = optax.incremental_update(critics, learner.targets, tau)
-    learner = learner.replace(critics=critics, targets=targets, updates=updates, opt=learner.opt | {"critics": opt})
-    noise = jax.random.normal(actor_key, (args.policy_frequency, *mb.action.shape))
-    updates_of_actor = partial(jax.lax.scan, partial(update_actor, args, env, mb.obs))
-    learner, actor_metrics = when(updates % args.policy_frequency == 0, updates_of_actor, learner, noise)
-    skipped = jnp.stack([opt.notfinite_count for opt in learner.opt.values()]).max().astype(float)  # NaN: no update
-    return learner, metrics | {tag: values.mean() for tag, values in actor_metrics.items()} | {
-        "charts/skipped_in_a_row": skipped}
 
-# ---- 10. One training iteration -------------------------------------------------------------------------------------
-def learn(args: Args, env: Env, learner: Learner, mbs: Transition) -> tuple[Learner, dict[str, jax.Array]]:
-    """All updates that follow one step of the worlds, by minibatches [K, B, ...]. Metrics [K], NaN without updates."""
-    learner = learner.replace(steps=learner.steps + 1)
-    return when(learner.steps >= args.random_steps, partial(jax.lax.scan, partial(update, args, env)), learner, mbs)
+def update(
+    args: Args, env: Env, learner: Learner, mb: Transition
+) -> tuple[Learner, dict[str, jax.Array]]:
+    """One update by a minibatch [B, ...]: critics, targets, actor and temperature.
 
+    Each device has its own share of the minibatch. Returns the learner, and metrics by tag.
+    """
+    target_key, actor_key = jax.random.split(device_key(learner.key, learner.updates))
+    target_noise = jax.random.normal(target_key, mb.action.shape)
+    learner, critic_metrics = update_critics(args, env, learner, mb, target_noise)
+
+    # As many steps of the actor as it has missed; each has its own noise.
+    actor_noise = jax.random.normal(actor_key, (args.policy_frequency, *mb.action.shape))
+    update_actor_often = partial(jax.lax.scan, partial(update_actor, args, env, mb))
+    due = learner.updates % args.policy_frequency == 0
+    learner, actor_metrics = when(due, update_actor_often, learner, actor_noise)
+
+    skipped = [opt_state.notfinite_count for opt_state in learner.opt_state.values()]
+    metrics = critic_metrics | {tag: values.mean() for tag, values in actor_metrics.items()}
+    # A float, so that it can be NaN where there is no update.
+    metrics |= {"charts/skipped_in_a_row": jnp.stack(skipped).max().astype(float)}
+    return learner, metrics
+
+
+# ---- 10. One training iteration ------------------------------------------------------------------
 # shared: black_box
 def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
     """What the first world to break went through, for `dump`.
@@ -498,104 +954,205 @@ def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
 
 # end shared
 
-def summarize(metrics: dict[str, jax.Array], told: dict[str, jax.Array], learner: Learner, worlds: Worlds) -> dict:
-    """What goes to TensorBoard, from metrics [T, K] and what the worlds told [T, N]; NaN is not logged."""
-    episodes = told["episodes"].sum()
-    terms = {name.replace("_", "/", 1): told[name].mean() for name in told if name.startswith("reward_")}
-    return {tag: jnp.nanmean(values) for tag, values in metrics.items()} | terms | {
-        "charts/episodic_return": told["returns"].sum() / episodes, "charts/episodes_finished": episodes,
-        "charts/episodic_length": told["lengths"].sum() / episodes, "charts/nan_resets": worlds.broken.sum(),
-        "charts/skipped_in_a_row": jnp.nanmax(metrics["charts/skipped_in_a_row"]),
-        "charts/skipped_updates": sum(opt.total_notfinite for opt in learner.opt.values()),
-        "angles": told["angle"][:, :4]}
 
-def device_iteration(args: Args, env: Env, state: TrainState):
-    """num_steps times: step one device's worlds, write, update. Returns metrics [T, K], what was told [T, N], and the
-    black box."""
+def learn(
+    args: Args, env: Env, learner: Learner, mbs: Transition
+) -> tuple[Learner, dict[str, jax.Array]]:
+    """All updates after one step of the worlds, by minibatches [K, B, ...].
+
+    Returns the learner, and metrics [K] by tag, which are NaN before the first update.
+    """
+    learner = learner.replace(steps=learner.steps + 1)
+    updates = partial(jax.lax.scan, partial(update, args, env))
+    return when(learner.steps >= args.random_steps, updates, learner, mbs)
+
+
+def summarize(
+    state: TrainState, metrics: dict[str, jax.Array], report: Report
+) -> dict[str, jax.Array]:
+    """What goes to TensorBoard, by tag; what is NaN is not logged.
+
+    metrics: [T, K] each, of the updates; report: [T, N, ...], of all devices.
+    """
+    episodes = report.finished.sum()
+    returns = (report.finished * report.end.episode_return).sum()
+    lengths = (report.finished * report.end.episode_length).sum()
+    summary = {tag: jnp.nanmean(values) for tag, values in metrics.items()}
+    summary |= {
+        "charts/episodic_return": returns / episodes,
+        "charts/episodic_length": lengths / episodes,
+        "charts/episodes_finished": episodes,
+        "charts/nan_resets": state.worlds.broken.sum(),
+        "charts/skipped_in_a_row": jnp.nanmax(metrics["charts/skipped_in_a_row"]),
+        "charts/skipped_updates": sum(
+            opt_state.total_notfinite for opt_state in state.learner.opt_state.values()
+        ),
+        "angles": report.start.data.qpos[:, :4, 0],  # of four pendulums, for tools/
+    }
+    valid = ~report.end.env_state.info["broken"]
+    for name, term in report.end.env_state.metrics.items():
+        summary[name.replace("_", "/", 1)] = masked_mean(term, valid)
+    return summary
+
+
+def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, tuple]:
+    """num_steps times: step one device's worlds, write to its buffer, update.
+
+    Returns the next state; and metrics [T, K], report [T, N, ...] and this device's black box.
+    """
+
     def step(state: TrainState, _):
-        worlds, transition, told, indices = interact(args, env, state.learner, state.worlds)
+        worlds, transition, report = interact(args, env, state.learner, state.worlds)
         buffer = write(state.buffer, state.learner.steps, transition)
+        indices = draw(args, state.learner, len(transition.reward))
         learner, metrics = learn(args, env, state.learner, gather(buffer, indices))
-        return TrainState(learner, worlds, buffer), (metrics, told)
-    state, (metrics, told) = jax.lax.scan(step, state, None, length=args.num_steps)
-    box = black_box(**told.pop("steps"))
-    return state.replace(learner=state.learner.replace(iteration=state.learner.iteration + 1)), metrics, told, box
+        return TrainState(learner=learner, worlds=worlds, buffer=buffer), (metrics, report)
+
+    state, (metrics, report) = jax.lax.scan(step, state, None, length=args.num_steps)
+    learner = state.learner.replace(iteration=state.learner.iteration + 1)
+    box = black_box(report.start, report.action, report.end.env_state.info["broken"])
+    return state.replace(learner=learner), (metrics, report, box)
+
 
 @partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state")
-def train_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState):
-    """One iteration as one program over the mesh's devices; `state` is donated, its memory is used again."""
-    run = jax.shard_map(partial(device_iteration, args, env), mesh=mesh, in_specs=(STATE_SPEC,),
-                        out_specs=(STATE_SPEC, P(), P(None, "devices"), P("devices")), check_vma=False)
-    state, metrics, told, box = run(state)
-    return state, summarize(metrics, told, state.learner, state.worlds) | {"black_box": box}
+def train_iteration(
+    args: Args, env: Env, mesh: Mesh, state: TrainState
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One iteration as one program over the mesh's devices.
 
-def host_iteration(args: Args, mesh: Mesh, interact_program, learn_program, state: TrainState):
-    """The same with the buffer in the host's memory: only minibatches go to the devices, a step at a time."""
-    learner, worlds, buffer, history = state.learner, state.worlds, state.buffer, []
-    share = np.repeat(np.arange(mesh.size), args.batch_size // mesh.size)  # whose part of a minibatch it is
+    `state` is donated: its memory is used again. Returns the next state and metrics by tag, with
+    the devices' black boxes.
+    """
+    run = jax.shard_map(
+        partial(device_iteration, args, env),
+        mesh=mesh,
+        in_specs=(STATE_SPEC,),
+        out_specs=(STATE_SPEC, (P(), P(None, "devices"), P("devices"))),
+        check_vma=False,
+    )
+    state, (metrics, report, box) = run(state)
+    return state, summarize(state, metrics, report) | {"black_box": box}
+
+
+def interact_and_draw(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple:
+    """What `interact` returns, and what `draw` does."""
+    return interact(args, env, learner, worlds), draw(args, learner, len(worlds.key))
+
+
+def host_iteration(
+    args: Args, mesh: Mesh, interact_program, learn_program, state: TrainState
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The same with the buffer in the host's memory: only minibatches go to the devices."""
+    learner = state.learner
+    worlds = state.worlds
+    buffer = state.buffer
+    minibatch_sharding = NamedSharding(mesh, P(None, "devices"))
+    # A device draws from its own worlds, which it counts from 0.
+    device = np.repeat(np.arange(mesh.size), args.batch_size // mesh.size)
+    first_world = device * (args.num_envs // mesh.size)
+
+    history = []
     for _ in range(args.num_steps):
-        worlds, transition, told, indices = interact_program(learner, worlds)
+        (worlds, transition, report), indices = interact_program(learner, worlds)
         transition, (rows, columns), t = jax.device_get((transition, indices, learner.steps))
         buffer = write(buffer, t, transition)
-        mbs = gather(buffer, (rows, columns + share * (args.num_envs // mesh.size)))
-        mbs = jax.device_put(mbs, NamedSharding(mesh, P(None, "devices")))
-        learner, metrics = learn_program(learner, mbs)
-        history.append((metrics, told))
-    metrics, told = jax.tree.map(lambda *steps: jnp.stack(steps), *history)
-    learner, box = learner.replace(iteration=learner.iteration + 1), black_box(**told.pop("steps"))
-    return TrainState(learner, worlds, buffer), summarize(metrics, told, learner, worlds) | {"black_box": box}
+        mbs = gather(buffer, (rows, first_world + columns))
+        learner, metrics = learn_program(learner, jax.device_put(mbs, minibatch_sharding))
+        history.append((metrics, report))
 
-def compile_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState):
-    """The iteration compiled, as a function of the state, and the programs that it consists of."""
+    metrics, report = jax.tree.map(lambda *steps: jnp.stack(steps), *history)
+    learner = learner.replace(iteration=learner.iteration + 1)
+    state = TrainState(learner=learner, worlds=worlds, buffer=buffer)
+    box = black_box(report.start, report.action, report.end.env_state.info["broken"])
+    return state, summarize(state, metrics, report) | {"black_box": box}
+
+
+def compile_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState) -> tuple[Any, list]:
+    """The iteration, compiled: a function of the state; and the programs that it consists of."""
     if args.buffer_device == "device":
         program = train_iteration.lower(args, env, mesh, state).compile()
         return program, [program]
-    one, split, on_mesh = P("devices"), P(None, "devices"), partial(jax.shard_map, mesh=mesh, check_vma=False)
-    acting = on_mesh(partial(interact, args, env), in_specs=(P(), one), out_specs=(one, one, one, split))
-    learning = on_mesh(partial(learn, args, env), in_specs=(P(), split), out_specs=P())
-    mbs = gather(state.buffer, tuple(np.zeros((2, args.updates_per_step, args.batch_size), int)))
-    mbs = jax.device_put(mbs, NamedSharding(mesh, split))
-    programs = [
-        jax.jit(acting, donate_argnums=1).lower(state.learner, state.worlds).compile(),
-        jax.jit(learning, donate_argnums=0).lower(state.learner, mbs).compile()]
+
+    worlds = P("devices")
+    minibatches = P(None, "devices")
+    on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=False)
+    interacting = on_mesh(
+        partial(interact_and_draw, args, env),
+        in_specs=(P(), worlds),
+        out_specs=(worlds, minibatches),
+    )
+    learning = on_mesh(partial(learn, args, env), in_specs=(P(), minibatches), out_specs=P())
+
+    nowhere = np.zeros((args.updates_per_step, args.batch_size), int)
+    mbs = gather(state.buffer, (nowhere, nowhere))
+    mbs = jax.device_put(mbs, NamedSharding(mesh, minibatches))
+    interact_program = jax.jit(interacting, donate_argnums=1).lower(state.learner, state.worlds)
+    learn_program = jax.jit(learning, donate_argnums=0).lower(state.learner, mbs)
+    programs = [interact_program.compile(), learn_program.compile()]
     return partial(host_iteration, args, mesh, *programs), programs
 
-# ---- 11. Evaluation -------------------------------------------------------------------------------------------------
+
+# ---- You may stop reading here: what follows is evaluation, files and the command line -----------
+
+
+# ---- 11. Evaluation ------------------------------------------------------------------------------
 def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
-    """All that the deterministic policy needs: the largest torque, and layers w0, b0, w1, ..."""
-    layers, policy = jax.device_get(learner.actor["params"]), {"max_torque": np.float32(env.task.max_torque)}
+    """All that the deterministic policy needs: largest torque, layers w0, b0, w1, ..."""
+    policy = {"max_torque": np.float32(env.task.max_torque)}
+    layers = jax.device_get(learner.actor["params"])
     for name, layer in layers.items():  # Dense_0, Dense_1, ...
-        outputs = env.action_size if name == f"Dense_{len(layers) - 1}" else None  # of the last layer, the means
-        policy |= {name.replace("Dense_", "w"): layer["kernel"][:, :outputs]}
-        policy |= {name.replace("Dense_", "b"): layer["bias"][:outputs]}
+        number = name.removeprefix("Dense_")
+        is_last = int(number) == len(layers) - 1
+        outputs = env.action_size if is_last else None  # without the standard deviations
+        policy["w" + number] = layer["kernel"][:, :outputs]
+        policy["b" + number] = layer["bias"][:outputs]
     return policy
 
-def act(policy: dict, obs, xp=np):
-    """The policy's torque for observations: [..., O] -> [..., A] in Nm. NumPy is enough to run it."""
-    x, last = obs, len(policy) // 2 - 1
+
+def act(policy: dict, memory: tuple, obs, xp=np) -> tuple[tuple, Any]:
+    """The exported policy: its memory and observations [..., O] -> next memory, torques.
+
+    The torques [..., A] in Nm are the distribution's median. NumPy suffices.
+    """
+    x = obs
+    last = sum(name.startswith("w") for name in policy) - 1
     for i in range(last):
         x = xp.maximum(x @ policy[f"w{i}"] + policy[f"b{i}"], 0.0)
-    return policy["max_torque"] * xp.tanh(x @ policy[f"w{last}"] + policy[f"b{last}"])
+    mean = x @ policy[f"w{last}"] + policy[f"b{last}"]
+    return memory, policy["max_torque"] * xp.tanh(mean)
+
 
 class CMujocoEnv:
-    """The task in C MuJoCo, with the interface of Gymnasium."""
+    """The task in C MuJoCo, with Gymnasium's interface."""
+
     def __init__(self, env: Env):
-        self.env, self.task, self.model = env, env.task, load_model(env.task)
-        self.data, self.elapsed, self.start = mujoco.MjData(self.model), 0, jax.jit(kernel(env.reset))
+        self.task = env.task
+        self.model = load_model(env.task)
+        self.data = mujoco.MjData(self.model)
+        self.elapsed = 0  # steps since the reset
+        self.start = jax.jit(kernel(env.reset))
 
     def reset(self, seed: int):
         start = jax.device_get(self.start(jax.random.key(seed)).data)
-        self.data.qpos, self.data.qvel, self.elapsed = start.qpos, start.qvel, 0
+        self.data.qpos = start.qpos
+        self.data.qvel = start.qvel
+        self.elapsed = 0
         return observe(self.data.qpos, self.data.qvel, np), {}
 
     def step(self, action):
-        task, data, qpos, qvel = self.task, self.data, self.data.qpos.copy(), self.data.qvel.copy()
-        data.ctrl, self.elapsed = np.clip(action, -task.max_torque, task.max_torque), self.elapsed + 1
-        reward = sum(reward_terms(qpos, qvel, data.ctrl, np).values())
+        task = self.task
+        data = self.data
+        qpos = data.qpos.copy()
+        data.ctrl = np.clip(action, -task.max_torque, task.max_torque)
+        terms = reward_terms(qpos, data.qvel, data.ctrl, np)
+
         mujoco.mj_step(self.model, data)
         data.qvel = np.clip(data.qvel, -task.max_speed, task.max_speed)
         data.qpos = wrap(qpos + task.dt * data.qvel)
-        return observe(data.qpos, data.qvel, np), reward, False, self.elapsed >= task.time_limit, {}
+        self.elapsed += 1
+        truncated = self.elapsed >= task.time_limit
+        return observe(data.qpos, data.qvel, np), sum(terms.values()), False, truncated, {}
+
 
 # shared: evaluation
 @partial(jax.jit, static_argnames="env")
@@ -603,15 +1160,17 @@ def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
     """Returns of one deterministic episode for each key, in MJX: [E] keys -> [E]."""
 
     def step(carry, _):
-        state, alive, total = carry
-        state = jax.vmap(kernel(env.step))(state, act(policy, state.obs, jnp))
+        state, memory, alive, total = carry
+        memory, action = act(policy, memory, state.obs, jnp)
+        state = jax.vmap(kernel(env.step))(state, action)
         total += alive * state.reward
         alive &= state.done == 0
-        return (state, alive, total), None
+        return (state, memory, alive, total), None
 
     state = jax.vmap(kernel(env.reset))(keys)
-    start = (state, jnp.full(len(keys), True), jnp.zeros(len(keys)))
-    (_, _, total), _ = jax.lax.scan(step, start, None, length=env.task.time_limit)
+    alive = jnp.full(len(keys), True)
+    start = (state, initial_memory(keys.shape), alive, jnp.zeros(len(keys)))
+    (*_, total), _ = jax.lax.scan(step, start, None, length=env.task.time_limit)
     return total
 
 
@@ -625,9 +1184,11 @@ def evaluate_on_host(
     returns = np.zeros(episodes)
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed + episode)
+        memory = initial_memory()
         over = False
         while not over:
-            obs, reward, terminated, truncated, _ = env.step(act(policy, obs))
+            memory, action = act(policy, memory, obs)
+            obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
             over = terminated or truncated
             on_step()
@@ -660,28 +1221,13 @@ def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
 
 # end shared
 
-# ---- 12. Log and files ----------------------------------------------------------------------------------------------
+
+# ---- 12. Log and files ---------------------------------------------------------------------------
 # shared: log
 def say(text: str) -> None:
     """Print a line with the seconds since the start; of several processes only the first does."""
     if jax.process_index() == 0:
         print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
-
-
-# TensorBoard's events go to their file at once: the library's thread loses its queue when the
-# process is killed, and a full disk ends it unseen. Closing the file, at the latest when Python
-# ends, does not report a full disk once more.
-def write_event(self: EventFileWriter, event) -> None:
-    self._ev_writer.write_event(event)
-
-
-def close_file(self: EventFileWriter, close=EventFileWriter.close) -> None:
-    with contextlib.suppress(OSError):
-        close(self)
-
-
-EventFileWriter.add_event = write_event
-EventFileWriter.close = close_file
 
 
 class Log:
@@ -697,15 +1243,22 @@ class Log:
         self.start = time.time()
         self.first_step = first * args.steps_per_iteration
         self.shown = "-"  # the last return
-        self.dumped = False  # a broken world
+        self.resets = 0  # of worlds that broke, in the whole run; after a resume not known yet
+        self.dumped = False  # the first of them
 
         quiet = jax.process_index() > 0
-        purge = self.first_step + 1 if first else 0  # what an interrupted run wrote from there on
-        rows = [f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items()]
+        name = f"events.out.tfevents.{time.time_ns()}"
         with writing(run_dir / "events*"):
-            self.writer = SummaryWriter(str(run_dir), purge_step=purge, write_to_disk=not quiet)
-            table = "|param|value|\n|-|-|" + "".join(rows)
-            self.writer.add_text("hyperparameters", table, self.first_step)
+            self.writer = RecordWriter(open(os.devnull if quiet else run_dir / name, "ab"))
+        self.write_event(0, file_version="brain.Event:2")
+        if first:  # TensorBoard forgets what an interrupted run wrote from this step on
+            session = SessionLog(status=SessionLog.START)
+            self.write_event(self.first_step + 1, session_log=session)
+        rows = [f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items()]
+        table = "|param|value|\n|-|-|" + "".join(rows)
+        summary = text_pb("hyperparameters/text_summary", table)
+        self.write_event(self.first_step, summary=summary)
+
         self.bar = tqdm(
             total=args.num_iterations * args.steps_per_iteration,
             initial=self.first_step,
@@ -714,16 +1267,24 @@ class Log:
             disable=quiet or None,  # None: without a terminal
         )
 
-    def scalars(self, step: int, values: dict) -> None:
-        """Write all values that are finite, by tag, in one event: ten times as fast as one each."""
+    def write_event(self, step: int, **content) -> None:
+        """Write to TensorBoard's file at once, so that it has all when the process is killed.
+
+        The libraries' writers have threads, which lose their queues, and which a full disk ends
+        unseen.
+        """
+        event = Event(step=step, wall_time=time.time(), **content)
         with writing(self.run_dir / "events*"):
-            rows = [
-                Summary.Value(tag=tag, simple_value=float(value))
-                for tag, value in values.items()
-                if math.isfinite(value)
-            ]
-            self.writer.file_writer.add_summary(Summary(value=rows), step)
+            self.writer.write(event.SerializeToString())
             self.writer.flush()
+
+    def scalars(self, step: int, values: dict) -> None:
+        """Write all values that are finite, by tag, in one event."""
+        finite = {tag: float(value) for tag, value in values.items() if math.isfinite(value)}
+        rows = [Summary.Value(tag=tag, simple_value=value) for tag, value in finite.items()]
+        self.write_event(step, summary=Summary(value=rows))
+        if self.args.track and jax.process_index() == 0:
+            importlib.import_module("wandb").log(finite | {"global_step": step})
 
     def write(self, iteration: int, metrics: dict) -> dict:
         """Log the metrics of an iteration, with its black box. Returns them as numbers."""
@@ -734,8 +1295,10 @@ class Log:
         values["charts/SPS"] = sps
         self.scalars(step, values)
 
-        if values["charts/nan_resets"] and not self.dumped:
+        resets = values["charts/nan_resets"]
+        if resets > self.resets and not self.dumped:
             self.dumped = dump(self.args, self.run_dir / "nan_dump.npz", box)
+        self.resets = resets
         skipped = values["charts/skipped_in_a_row"]  # NaN before the first update
         message = f"{self.run_dir}: step {step}: {skipped:.0f} gradients in a row are not finite"
         require(not skipped >= 10, message, 1)
@@ -751,6 +1314,19 @@ class Log:
 
 
 # end shared
+
+
+class PendulumLog(Log):
+    """The log, which keeps the angles of some pendulums as well, for tools/."""
+
+    def write(self, iteration: int, metrics: dict) -> dict:
+        (angles,) = to_arrays(metrics.pop("angles")).values()  # [T, 4] rad
+        values = super().write(iteration, metrics)
+        tensor = Summary.Value(tag="angles", tensor=make_tensor_proto(angles))
+        step = iteration * self.args.steps_per_iteration
+        self.write_event(step, summary=Summary(value=[tensor]))
+        return values
+
 
 # shared: files
 def count_bytes(tree) -> int:
@@ -907,7 +1483,8 @@ def read_run(run_dir: Path) -> Args:
 
 # end shared
 
-# ---- 13. Command line -----------------------------------------------------------------------------------------------
+
+# ---- 13. Command line ----------------------------------------------------------------------------
 # shared: command_line
 def require(condition, message: str, code: int = 2) -> None:
     """Unless the condition holds, end with one line and an exit code: 2 for bad input."""
@@ -1064,256 +1641,282 @@ def check_memory(mesh: Mesh | None, size: int, flag: str = "--num-envs") -> None
 
 # end shared
 
+
 def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is built."""
-    bounds = {field.name: (1, 1e9) for field in dataclasses.fields(args) if field.type in (int, int | None)}
-    zero_up = "seed process_id eval_every learning_starts policy_lr q_lr gravity reward_scale"
-    bounds |= dict.fromkeys(zero_up.split(), (0, 1e9))
-    bounds |= dict.fromkeys("length mass max_torque max_speed".split(), (0.05, 1e4)) | {"dt": (1e-3, 0.2)}
-    bounds |= {"gamma": (0, 1), "tau": (0, 1), "alpha": (1e-9, 1e9), "total_timesteps": (1, 2**62)}
-    bounds |= {"eval_episodes": (1, 1e4), "updates_per_step": (1, 1e3), "policy_frequency": (1, 1e3)}
-    for name, (least, most) in bounds.items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        require(value is None or least <= value <= most, f"{flag} {value}: must be between {least} and {most}")
-    widths = args.hidden_sizes and min(args.hidden_sizes) > 0 and max(args.hidden_sizes) <= 4096
-    require(widths, f"--hidden-sizes {args.hidden_sizes}: must be widths up to 4096, like 64 64")
-    require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: below {args.steps_per_iteration} in all")
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        for allowed in getattr(field.type, "__metadata__", ()):
+            low, high = allowed.least, allowed.most
+            fits = value is None or low <= value <= high  # False for NaN
+            require(fits, f"{flag} {value}: must be between {low} and {high}")
+
+    widths = args.hidden_sizes
+    good = widths and min(widths) > 0 and max(widths) <= 4096
+    require(good, f"--hidden-sizes {widths}: must be widths up to 4096, like 64 64")
     require(args.env_id in TASKS, f"--env-id {args.env_id}: no such task")
-    require(buffer_rows(args), f"--buffer-size {args.buffer_size}: less than one step of {args.num_envs} worlds")
-    require(not args.track or importlib.util.find_spec("wandb"), "--track: wandb is missing; pip install wandb")
 
-# ---- 14. Pictures ---------------------------------------------------------------------------------------------------
-class Picture:
-    """Four pendulums, and the curves of training, on a figure of matplotlib."""
-    def __init__(self, figure):
-        axes = figure.subplot_mosaic([[0, 1, "return", "critic loss"], [2, 3, "actor loss", "temperature"]])
-        tags = {"return": "charts/episodic_return", "critic loss": "losses/qf_loss",
-                "actor loss": "losses/actor_loss", "temperature": "losses/alpha"}
-        self.rods, self.curves = [], {tag: axes[name].plot([], [], color="tab:red")[0] for name, tag in tags.items()}
-        for name in tags:
-            axes[name].set_title(name)
-        for i in range(4):
-            axes[i].set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal", frame_on=False, xticks=[], yticks=[])
-            self.rods += axes[i].plot([], [], "o-", color="tab:blue", linewidth=3, markersize=9, markevery=[1])
+    steps = args.steps_per_iteration
+    message = f"--total-timesteps {args.total_timesteps}: less than an iteration of {steps}"
+    require(args.num_iterations, message)
+    message = f"--buffer-size {args.buffer_size}: less than one step of {args.num_envs} worlds"
+    require(args.buffer_rows, message)
 
-    def pose(self, angles) -> None:
-        for rod, angle in zip(self.rods, angles, strict=False):  # as many as there are worlds
-            rod.set_data([0, math.sin(angle)], [0, math.cos(angle)])
+    wandb = not args.track or importlib.util.find_spec("wandb")
+    require(wandb, "--track: wandb is missing; pip install wandb")
 
-    def extend(self, step: int, values: dict[str, float]) -> None:
-        """One more point on each curve that has one."""
-        for tag, line in self.curves.items():
-            if math.isfinite(values.get(tag, math.nan)):
-                line.set_data([*line.get_xdata(), step], [*line.get_ydata(), values[tag]])
-                line.axes.relim()
-                line.axes.autoscale_view()
 
-def redraw(_, picture: Picture, pipe, poses: list) -> list:
-    """One frame of the window: play the last poses at their real speed, then see the news and draw the curves anew."""
-    with contextlib.suppress(EOFError, OSError):  # training has ended
-        if not poses and pipe.poll():
-            for step, values, poses[:] in pipe.recv():  # of the last iteration the poses stay
-                picture.extend(step, values)
-            picture.rods[0].figure.canvas.draw()
-            pipe.send("next")
-    if poses:
-        picture.pose(poses.pop(0))
-    return picture.rods
-
-def show_window(pipe) -> None:
-    """What the window's process does. It asks for news whenever it has drawn the last."""
-    from matplotlib import animation, pyplot
-    figure = pyplot.figure("SAC on MJX", figsize=(10, 5), layout="tight")
-    if not figure.canvas.required_interactive_framework:
-        return print("--live: no display, or no window toolkit such as Tk; training goes on without", flush=True)
-    pipe.send("first")
-    _ = animation.FuncAnimation(figure, redraw, fargs=(Picture(figure), pipe, []), interval=50, blit=True, save_count=1)
-    pyplot.show()
-
-class PictureLog(Log):
-    """Keeps what a picture shows as well, and feeds the window: a process of its own, of the least priority."""
-    def __init__(self, args: Args, run_dir: Path, first: int):
-        super().__init__(args, run_dir, first)
-        self.history, self.sent, self.window = [], 0, None
-        if args.live:
-            context = multiprocessing.get_context("spawn")
-            self.pipe, end = context.Pipe()
-            self.window = context.Process(target=show_window, args=(end,), daemon=True)
-            self.window.start()
-            end.close()
-
-    def write(self, iteration: int, metrics: dict[str, jax.Array]) -> None:
-        (angles,), values = to_arrays(metrics.pop("angles")).values(), super().write(iteration, metrics)
-        if self.args.capture_video or self.window:
-            self.history.append((iteration * self.args.steps_per_iteration, values, angles))
-        with contextlib.suppress(EOFError, OSError):  # the window is closed
-            if self.window and self.pipe.poll():
-                self.pipe.recv()
-                self.pipe.send(self.history[self.sent:][-100:])  # what the pipe holds, so that this does not wait
-                self.sent = len(self.history)
-
-def write_video(env: Env, policy: dict, history: list, seed: int, file: Path) -> None:
-    """The window's picture as a film: about 10 iterations of training, then an episode of the trained policy."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    canvas, original, path = FigureCanvasAgg(Figure((10, 5), dpi=80, layout="tight")), CMujocoEnv(env), []
-    evaluate_on_host(original, policy, 4, seed, lambda: path.append(original.data.qpos[0]))
-    imageio = importlib.import_module("imageio")
-    picture, every = Picture(canvas.figure), max(1, len(history) // 10)
-    file.parent.mkdir(exist_ok=True)
-    with warnings.catch_warnings(action="ignore"), imageio.get_writer(file, fps=1 / env.task.dt) as video:
-        for i, (step, values, angles) in enumerate([*history, (0, {}, np.reshape(path, (4, -1)).T)]):
-            picture.extend(step, values)
-            for pose in angles if i % every == 0 or i == len(history) else ():
-                picture.pose(pose)
-                canvas.draw()
-                video.append_data(np.asarray(canvas.buffer_rgba())[..., :3])
-    print(f"video: {file}")
-
-# ---- 15. Main and smoke test ----------------------------------------------------------------------------------------
-def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
-    """Train from the start, or on from the newest checkpoint of run_dir. Returns the run's folder and its policy."""
-    start, resuming, stops = time.time(), run_dir is not None, listen()
-    mesh = make_mesh(args.num_devices, args.num_envs, args.batch_size)
-    args = dataclasses.replace(args, num_devices=mesh.size, **{x: getattr(Args, x) for x in CALL_FLAGS})
-    key, env = jax.random.key(args.seed), Env(args)
-    buffer_bytes = count_bytes(jax.eval_shape(partial(init_buffer, args, env)))
-    check_memory(None if args.buffer_device == "host" else mesh, buffer_bytes, "--buffer-size")
-    check_memory(mesh, count_bytes(jax.eval_shape(partial(init_learner_and_worlds, args, env), key)))
-    require(jax.process_count() == 1 or args.buffer_device == "device", "--buffer-device host: of one process only")
-    run_dir = run_dir or Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start)}"
+# ---- 14. Main ------------------------------------------------------------------------------------
+def open_run_dir(args: Args, run_dir: Path | None) -> Path:
+    """The folder of a new run, or that of the run to continue. Fails if nothing can be written."""
+    resuming = run_dir is not None
+    if not resuming:
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        run_dir = Path(args.runs_dir) / name
     if jax.process_index() == 0:
         with or_fail(f"--runs-dir {args.runs_dir}"):
             run_dir.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()  # better to fail now
-    slowly = "" if onekernel else "; physics by XLA, slowly, as the folder onekernel is not beside this file"
-    kind = mesh.devices[0].device_kind
-    say(f"building {args.env_id} for {mesh.size} x {kind}, buffer of {buffer_bytes} bytes{slowly}")
-    state = init_train_state(args, env, mesh, key)
-    state = restore(args, run_dir, state) if resuming else state
-    first = iteration = saved = int(state.learner.iteration)
+            tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()
+    return run_dir
+
+
+@dataclasses.dataclass
+class Programs:
+    """What `train` runs, compiled."""
+
+    env: Env
+    state: TrainState  # before the first iteration
+    iterate: Any  # state -> state, metrics
+    evaluate: Any  # the policy -> [E] returns in MJX
+    facts: dict  # of the compilation and the memory, for run.json
+
+
+def start_state(args: Args, env: Env, mesh: Mesh) -> TrainState:
+    """The state before the first iteration, if it fits into the memory."""
+    message = "--buffer-device host: works with one process only"
+    require(jax.process_count() == 1 or args.buffer_device == "device", message)
+    key = jax.random.key(args.seed)
+
+    buffer = jax.eval_shape(partial(init_buffer, args, env))
+    buffer_bytes = count_bytes(buffer)
+    check_memory(None if args.buffer_device == "host" else mesh, buffer_bytes, "--buffer-size")
+    rest = jax.eval_shape(partial(init_learner_and_worlds, args, env), key)
+    check_memory(mesh, count_bytes(rest))
+
+    slowly = "" if onekernel else "; without the folder onekernel beside it, XLA's slow physics"
+    devices = f"{mesh.size} x {mesh.devices[0].device_kind}"
+    say(f"building {args.env_id} for {devices}, buffer of {buffer_bytes} bytes{slowly}")
+    return init_train_state(args, env, mesh, key)
+
+
+def build(args: Args, mesh: Mesh) -> Programs:
+    """The state before training, and all programs of a run, compiled."""
+    env = Env(args)
+    state = start_state(args, env, mesh)
+
     say("compiling the training iteration")
-    events, compile_start = [], time.perf_counter()
+    start = time.perf_counter()
+    events = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-    run_iteration, programs = compile_iteration(args, env, mesh, state)
-    keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
-    evaluate = evaluate_mjx.lower(env, export_policy(env, state.learner), keys).compile()
-    seconds, memory = time.perf_counter() - compile_start, [program.memory_analysis() for program in programs]
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    run = {
-        "compile_s": round(seconds, 2), "compile_cache": "hit" if any("cache_hits" in e for e in events) else "miss",
+    iterate, programs = compile_iteration(args, env, mesh, state)
+    policy = export_policy(env, state.learner)
+    eval_keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
+    evaluate = evaluate_mjx.lower(env, policy, eval_keys).compile()
+
+    memories = [program.memory_analysis() for program in programs]  # of one device
+    peak = max(memory.argument_size_in_bytes + memory.temp_size_in_bytes for memory in memories)
+    facts = {
+        "compile_s": round(time.perf_counter() - start, 2),
+        "compile_cache": "hit" if any("cache_hits" in event for event in events) else "miss",
         "bytes_per_world": count_bytes(state.worlds) // args.num_envs,
-        "buffer_bytes": buffer_bytes, "peak_bytes": mesh.size * max(
-            program.argument_size_in_bytes + program.temp_size_in_bytes for program in memory)}
-    check_memory(mesh, run["peak_bytes"])
-    say("compiled: " + ", ".join(f"{name} {value}" for name, value in run.items()))
-    packages, kinds = ("jax", "mujoco", "mujoco-mjx", "flax", "optax"), [device.device_kind for device in mesh.devices]
-    run |= {"args": dataclasses.asdict(args), "commit": git.stdout.strip(), "devices": kinds,
-            "versions": {name: importlib.metadata.version(name) for name in packages}}
+        "buffer_bytes": count_bytes(state.buffer),
+        "peak_bytes": peak * mesh.size,
+    }
+    check_memory(mesh, facts["peak_bytes"])
+    say("compiled: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+    return Programs(
+        env=env,
+        state=state,
+        iterate=iterate,
+        evaluate=lambda policy: evaluate(policy, eval_keys),
+        facts=facts,
+    )
+
+
+def describe_run(args: Args, mesh: Mesh) -> dict:
+    """What run.json says of how to repeat the run."""
+    git = ["git", "rev-parse", "HEAD"]
+    commit = ""
+    with contextlib.suppress(OSError):  # git is not installed
+        here = Path(__file__).parent
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
+    packages = ("jax", "mujoco", "mujoco-mjx", "flax", "optax")
+    return {
+        "args": dataclasses.asdict(args),
+        "commit": commit,
+        "devices": [device.device_kind for device in mesh.devices],
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def train_loop(
+    args: Args, run_dir: Path, programs: Programs, log: Log, stops: list[int]
+) -> tuple[int, TrainState]:
+    """Train until the last iteration, or until a signal asks to stop. Saves the result.
+
+    Returns the iterations done in all, and the state.
+    """
+    state = programs.state
+    iteration = int(state.learner.iteration)
+    saved = iteration
+    pending = None  # an iteration and its metrics, read one iteration late: no device waits
+    while iteration < args.num_iterations and not stop_wanted(stops, iteration):
+        state, metrics = programs.iterate(state)
+        iteration += 1
+        if pending:
+            log.write(*pending)
+        pending = (iteration, metrics)
+
+        if args.eval_every and iteration % args.eval_every == 0:
+            returns = programs.evaluate(export_policy(programs.env, state.learner))
+            step = iteration * args.steps_per_iteration
+            log.scalars(step, {"eval/episodic_return": returns.mean()})
+        if iteration % args.checkpoint_every == 0:
+            log.write(*pending)  # so that the curves reach as far as the checkpoint
+            pending = None
+            save(args, run_dir, state, export_policy(programs.env, state.learner))
+            saved = iteration
+
+    if pending:
+        log.write(*pending)
+    log.bar.close()
+    if saved < iteration:
+        save(args, run_dir, state, export_policy(programs.env, state.learner))
+    return iteration, state
+
+
+def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
+    """Train from the start, or from the newest checkpoint of run_dir.
+
+    Returns the run's folder and its policy.
+    """
+    stops = listen()
+    resuming = run_dir is not None
+    mesh = make_mesh(args.num_devices, args.num_envs, args.batch_size)
+    args = dataclasses.replace(args, num_devices=mesh.size, **call_flags(Args))
+    run_dir = open_run_dir(args, run_dir)
+
+    programs = build(args, mesh)
+    env = programs.env
+    if resuming:
+        programs.state = restore(args, run_dir, programs.state)
+    first = int(programs.state.learner.iteration)
+
+    run = programs.facts | describe_run(args, mesh)
     if jax.process_index() == 0:
         with or_fail(f"--runs-dir, --exp-name: {run_dir}"):
             run_dir.mkdir(exist_ok=resuming)
     write_run(run_dir, run)
     if args.track and jax.process_index() == 0:
-        wandb = importlib.import_module("wandb")
-        wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
-    steps, log, pending = args.steps_per_iteration, PictureLog(args, run_dir, first), None
-    say(f"{args.num_iterations} * {steps} steps, {args.total_timesteps % steps} unused: {run_dir}")
-    with or_fail("the processes differ in their flags, or in the checkpoint that they found", kind=AssertionError):
+        importlib.import_module("wandb").init(
+            id=run_dir.name,
+            name=run_dir.name,
+            config=run["args"],
+            resume="allow",
+        )
+
+    steps = args.steps_per_iteration
+    unused = args.total_timesteps % steps
+    log = PendulumLog(args, run_dir, first)
+    say(f"{args.num_iterations} * {steps} steps, {unused} unused: {run_dir}")
+    message = "the processes differ in their flags, or in the checkpoint that they found"
+    with or_fail(message, kind=AssertionError):
         multihost_utils.sync_global_devices(f"{args} {first}")
-    while iteration < args.num_iterations and not stop_wanted(stops, iteration):
-        state, metrics = run_iteration(state)
-        iteration += 1
-        if pending:  # read one iteration late, so that the device never waits for Python
-            log.write(*pending)
-        pending = (iteration, metrics)
-        if args.eval_every and iteration % args.eval_every == 0:
-            value = evaluate(export_policy(env, state.learner), keys).mean()
-            log.scalars(iteration * steps, {"eval/episodic_return": value})
-        if iteration % args.checkpoint_every == 0:
-            log.write(*pending)  # so that the curves reach as far as the checkpoint
-            pending, saved = None, iteration
-            save(args, run_dir, state, export_policy(env, state.learner))
-    if pending:
-        log.write(*pending)
-    log.bar.close()
-    run["train_s"], policy = time.time() - log.start, export_policy(env, state.learner)
-    if saved < iteration:
-        save(args, run_dir, state, policy)
+
+    iteration, state = train_loop(args, run_dir, programs, log, stops)
+    run["train_s"] = time.time() - log.start
+    policy = export_policy(env, state.learner)
     if stops:
         log.writer.close()
         again = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-        say(f"stopped after iteration {iteration}; to go on: {again}")
+        say(f"stopped after iteration {iteration}; to continue: {again}")
         raise SystemExit(128 + stops[0])
     on_signals(signal.SIG_DFL)
-    if jax.process_index() > 0:
-        return run_dir, policy  # the first one does the rest
-    say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
-    run["evaluation"] = judge(args, env, policy)
-    end = iteration * steps + 1  # one later than all others, so that a run that is resumed once more replaces it
-    log.scalars(end, {"eval/c_mujoco_return": run["evaluation"]["C MuJoCo"]["mean"]})
-    log.writer.close()
-    write_run(run_dir, run)
-    if args.capture_video:
-        with writing(run_dir / "videos"):
-            write_video(env, policy, log.history, args.seed, run_dir / "videos" / "training.mp4")
-    if log.window and log.pipe.poll(20) and not log.window.join(0.5) and log.window.is_alive():  # else it never opened
-        say("close the window to end")
-        log.window.join()
+
+    if jax.process_index() == 0:
+        say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
+        run["evaluation"] = judge(args, env, policy)
+        mean = run["evaluation"]["C MuJoCo"]["mean"]
+        # One step after all others, so that a run that is resumed once more replaces it.
+        log.scalars(iteration * steps + 1, {"eval/c_mujoco_return": mean})
+        log.writer.close()
+        write_run(run_dir, run)
     return run_dir, policy
 
+
+def evaluate_run(args: Args, run_dir: Path) -> None:
+    """What --evaluate does."""
+    env = Env(read_run(run_dir))
+    with or_fail(f"--evaluate {run_dir}: no policy"):
+        with np.load(run_dir / "policy.npz", allow_pickle=False) as file:
+            policy = dict(file)
+    judge(args, env, policy)
+
+
+def smoke(args: Args) -> None:
+    """A short run, the same run resumed from its middle, and a comparison of both ends."""
+    versions = {importlib.metadata.version(name) for name in ("mujoco", "mujoco-mjx")}
+    require(len(versions) == 1, f"--smoke: mujoco and mujoco-mjx differ: {versions}", 1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        short = dataclasses.replace(
+            args,
+            num_envs=64,
+            num_steps=8,
+            batch_size=64,
+            learning_starts=512,
+            total_timesteps=2048,
+            eval_episodes=2,
+            eval_every=2,
+            checkpoint_every=2,
+            runs_dir=folder,
+        )
+        run_dir, policy = train(short)
+        checkpoints(run_dir)[0].unlink()
+        _, resumed = train(read_run(run_dir), run_dir)
+    same = all(np.array_equal(resumed[name], policy[name]) for name in policy)  # not if NaN
+    require(same, "--smoke: the resumed run ended with another policy, or with NaN", 1)
+    say("all is well: the resumed run ended with the same policy, to the bit")
+
+
 def main(argv: list[str]) -> None:
+    """Do what the command line asks for."""
     args = parse_args(argv)
     check_args(args)
     if args.resume:
-        saved = dataclasses.replace(read_run(Path(args.resume)), **{x: getattr(args, x) for x in CALL_FLAGS})
+        saved = dataclasses.replace(read_run(Path(args.resume)), **call_flags(args))
         unchanged = parse_args(argv, saved) == saved
-        require(unchanged, "--resume: the run keeps its own settings; leave the other flags out, or start a new run")
+        advice = "leave the other flags out, or start a new run"
+        require(unchanged, f"--resume: the run keeps its own settings; {advice}")
         args = saved
     start_jax(args)
+
     if args.smoke:
-        raise SystemExit(smoke(args))
+        smoke(args)
+        return
     if args.evaluate:
-        run_dir, env = Path(args.evaluate), Env(read_run(Path(args.evaluate)))
-        with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
-            policy = dict(file)
-        judge(args, env, policy)
-        if args.capture_video:
-            with writing(run_dir / "videos"):
-                write_video(env, policy, [], args.seed, run_dir / "videos" / "policy.mp4")
-        return None
+        evaluate_run(args, Path(args.evaluate))
+        return
     run_dir = Path(args.resume) if args.resume else None
     if not args.coordinator_address:
         train(args, run_dir)
-    else:  # where one fails, all end at once
-        with or_fail("this or another process has failed; start all of them again, with --resume", 1):
-            train(args, run_dir)
+        return
+    # Where one process fails, all end at once.
+    message = "this or another process has failed; start all of them again, with --resume"
+    with or_fail(message, 1):
+        train(args, run_dir)
 
-def smoke(args: Args) -> int:
-    """Go through all that a run does, in short, with a verdict for each stage. Returns the exit code."""
-    failed, versions = [], [importlib.metadata.version(name) for name in ("mujoco", "mujoco-mjx")]
-    def verdict(name: str, passed, note: str) -> None:
-        failed.extend([] if passed else [name])
-        print(f"{'pass' if passed else 'FAIL'}  {name}: {note}", flush=True)
-    note = f"jax {jax.__version__} on {make_mesh(args.num_devices).devices}, mujoco and mjx {versions}"
-    verdict("versions", versions[0] == versions[1], note)  # pip alone takes a mujoco that does not fit
-    env = Env(args)
-    original, action = CMujocoEnv(env), np.full(env.action_size, 0.5)
-    original.reset(args.seed)
-    reached = kernel(env.step)(kernel(env.reset)(jax.random.key(args.seed)), action)
-    error = reached.obs - original.step(action)[0]
-    verdict("environment", np.abs(error).max() < 1e-5, f"a step in MJX is off C MuJoCo's by {np.abs(error).max():.1e}")
-    with tempfile.TemporaryDirectory() as folder:
-        short = {"num_envs": 64, "num_steps": 8, "batch_size": 64, "learning_starts": 512, "total_timesteps": 2048}
-        run_dir, policy = train(dataclasses.replace(args, **short, checkpoint_every=2, eval_every=2, runs_dir=folder))
-        verdict("training", all(np.isfinite(x).all() for x in policy.values()), "4 iterations, the policy is finite")
-        checkpoints(run_dir)[0].unlink()
-        _, resumed = train(read_run(run_dir), run_dir)
-    verdict("resume", all((resumed[name] == policy[name]).all() for name in policy), "the same policy, to the bit")
-    returns = evaluate_on_host(original, policy, 2, args.seed).round(1)
-    verdict("C MuJoCo", np.isfinite(returns).all(), f"returns {returns} on the original model")
-    print("FAIL: " + ", ".join(failed) if failed else "all is well")
-    return int(bool(failed))
 
 if __name__ == "__main__":
     main(sys.argv[1:])

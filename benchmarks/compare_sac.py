@@ -73,11 +73,11 @@ def ours(args: Args) -> dict:
         policies.append((time.perf_counter() - START, policy))
     row = {"seconds": None, "steps": None, "compile_s": compile_s, "end_s": policies[-1][0]}
     for i, (seconds, policy) in enumerate(policies):
-        if judge(lambda obs, policy=policy: sac.act(policy, obs), args.episodes) >= args.threshold:
+        if judge(lambda obs, policy=policy: sac.act(policy, (), obs)[1], args.episodes) >= args.threshold:
             row |= {"seconds": seconds, "steps": (i + 1) * settings.steps_per_iteration}
             row["training_s"] = seconds - policies[0][0] + (policies[-1][0] - policies[0][0]) / (len(policies) - 1)
             break
-    value = judge(lambda obs: sac.act(policies[-1][1], obs), args.episodes)
+    value = judge(lambda obs: sac.act(policies[-1][1], (), obs)[1], args.episodes)
     return row | {"return_at_end": value, "devices": [device.device_kind for device in mesh.devices]}
 
 

@@ -88,7 +88,7 @@ def measure(num_envs: int, rounds: int, seconds: float) -> dict:
         state, _ = train(state)
     acting_learner, learner, worlds = jax.tree.map(jnp.copy, (state.learner, state.learner, state.worlds))
     rng, shape = np.random.default_rng(args.seed), (BARE_UPDATES, args.batch_size)
-    rows = rng.integers(min(int(learner.steps), sac.buffer_rows(args)), size=shape)
+    rows = rng.integers(min(int(learner.steps), args.buffer_rows), size=shape)
     mbs = sac.gather(jax.device_get(state.buffer), (rows, rng.integers(num_envs, size=shape)))
     mbs = jax.device_put(mbs, NamedSharding(mesh, split))
 

@@ -20,23 +20,24 @@ def test_gae_by_hand():
     column = lambda *values: jnp.array(values)[:, None]  # noqa: E731
     advantage, target = ppo_mjx.compute_gae(
         args, reward=column(1.0, 2.0, 3.0), value=column(4.0, 5.0, 6.0), next_value=column(5.0, 8.0, 10.0),
-        terminated=column(False, False, False), done=column(False, True, False))
+        terminated=column(False, False, False), done=column(False, True, False), valid=column(True, True, True))
     # A2 = 3 + 0.5 * 10 - 6 = 2;  A1 = 2 + 0.5 * 8 - 5 = 1, cut off from A2;  A0 = 1 + 0.5 * 5 - 4 + 0.25 * A1 = -0.25
     np.testing.assert_allclose(advantage[:, 0], [-0.25, 1.0, 2.0])
     np.testing.assert_allclose(target[:, 0], [3.75, 6.0, 8.0])
     advantage, _ = ppo_mjx.compute_gae(
         args, reward=column(1.0, 2.0, 3.0), value=column(4.0, 5.0, 6.0), next_value=column(5.0, 8.0, 10.0),
-        terminated=column(False, True, False), done=column(False, True, False))
+        terminated=column(False, True, False), done=column(False, True, False), valid=column(True, True, True))
     # After a termination nothing is to come: A1 = 2 - 5 = -3;  A0 = -0.5 + 0.25 * A1 = -1.25
     np.testing.assert_allclose(advantage[:, 0], [-1.25, -3.0, 2.0])
 
 def test_gae_equals_a_numpy_loop():
     """Random rewards, values, terminations and time limits, against the definition step by step."""
     rng, (steps, worlds), args = np.random.default_rng(0), (40, 16), ppo_mjx.Args(gamma=0.97, gae_lambda=0.9)
+    valid = np.full((steps, worlds), True)
     reward, value, next_value = rng.standard_normal((3, steps, worlds)).astype(np.float32)
     terminated, truncated = rng.random((2, steps, worlds)) < 0.1
     assert (terminated & truncated).any() and (truncated & ~terminated).any()
-    advantage, target = ppo_mjx.compute_gae(args, reward, value, next_value, terminated, terminated | truncated)
+    advantage, target = ppo_mjx.compute_gae(args, reward, value, next_value, terminated, terminated | truncated, valid)
     for world in range(worlds):
         following = 0.0
         for t in reversed(range(steps)):
@@ -47,18 +48,38 @@ def test_gae_equals_a_numpy_loop():
             np.testing.assert_allclose(advantage[t, world], following, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(target, advantage + value, rtol=1e-6)
 
+def test_gae_ends_before_a_broken_step():
+    """The step before keeps the value of the state that it reached; what the broken step holds goes nowhere."""
+    args = ppo_mjx.Args(gamma=0.5, gae_lambda=0.5)
+    column = lambda *values: jnp.array(values)[:, None]  # noqa: E731
+    for garbage in 0.0, 1e30:
+        advantage, target = ppo_mjx.compute_gae(
+            args, reward=column(1.0, garbage, 3.0), value=column(4.0, 5.0, 6.0), next_value=column(5.0, garbage, 10.0),
+            terminated=column(False, True, False), done=column(False, True, False), valid=column(True, False, True))
+        # A0 = 1 + 0.5 * 5 - 4 = -0.5, as at a time limit
+        np.testing.assert_allclose(advantage[:, 0], [-0.5, 0.0, 2.0])
+        np.testing.assert_allclose(target[:, 0], [3.5, 5.0, 8.0])
+
+def test_mean_of_valid_samples():
+    """What is not valid may be anything, NaN too; nothing valid is 0."""
+    x = jnp.array([[1.0, jnp.nan], [5.0, jnp.inf]])
+    assert ppo_mjx.masked_mean(x, jnp.isfinite(x)) == 3 and ppo_mjx.masked_mean(x, x == 0) == 0
+
 # ---- Running statistics
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_running_stats_equal_numpy(make_mesh, devices):
     """Statistics merged batch by batch, on one or two devices, are those of all data at once."""
-    specs = {"in_specs": (P(), P(None, "devices")), "out_specs": P(), "check_vma": False}
+    specs = {"in_specs": (P(), P(None, "devices"), P(None, "devices")), "out_specs": P(), "check_vma": False}
     update = jax.jit(jax.shard_map(ppo_mjx.update_stats, mesh=make_mesh(devices), **specs))
     rng, stats = np.random.default_rng(0), ppo_mjx.RunningStats(jnp.array(1e-4), jnp.zeros(3), jnp.ones(3))
     batches = [rng.normal([5, -2, 0], [0.1, 3, 1], (7, 8, 3)) + drift for drift in range(5)]
-    for batch in batches:
-        stats = update(stats, jnp.asarray(batch, jnp.float32))
-    data = np.concatenate(batches).reshape(-1, 3)
+    valids = rng.random((5, 7, 8)) < 0.8
+    valids[3] = False  # a batch of nothing
+    for batch, valid in zip(batches, valids, strict=True):
+        batch[~valid] = np.nan
+        stats = update(stats, jnp.asarray(batch, jnp.float32), valid)
+    data = np.array(batches)[valids]
     np.testing.assert_allclose(stats.count, len(data), rtol=1e-5)
     np.testing.assert_allclose(stats.mean, data.mean(0), rtol=1e-4)
     np.testing.assert_allclose(stats.var, data.var(0), rtol=1e-4)
@@ -81,14 +102,16 @@ def tiny_params() -> dict:
 
 @pytest.mark.parametrize("clip_vloss", [False, True])
 def test_loss_by_hand(clip_vloss):
-    """Three samples: a ratio clipped from above, one from below, one free; all terms from first principles."""
+    """Three samples: a ratio clipped from above, one from below, one free; all terms from first principles. A fourth
+    one, which is not valid, counts for nothing."""
     obs, action, ratio = np.array([-1.0, 0.5, 2.0]), np.array([0.3, -0.4, 1.1]), np.array([1.5, 0.6, 1.1])
     advantage, old_value, target = np.array([2.0, -1.0, 0.5]), np.array([1.0, 0.4, 0.2]), np.array([1.5, -0.5, 3.0])
     mean = 0.9 * np.tanh(0.7 * obs + 0.1) - 0.2
     logprob = -0.5 * ((action - mean) / np.exp(-0.5)) ** 2 + 0.5 - 0.5 * np.log(2 * np.pi)
     args = ppo_mjx.Args(hidden_sizes=(1,), clip_coef=0.2, ent_coef=0.01, vf_coef=0.5, clip_vloss=clip_vloss)
-    batch = ppo_mjx.Batch(*(jnp.asarray(x, jnp.float32) for x in (
-        obs[:, None], action[:, None], logprob - np.log(ratio), old_value, advantage, target)))
+    arrays = obs[:, None], action[:, None], logprob - np.log(ratio), old_value, advantage, target
+    arrays = [np.append(x, x[:1] + 7, axis=0).astype(np.float32) for x in arrays]
+    batch = ppo_mjx.Batch(*arrays, valid=np.arange(4) < 3)
     loss, metrics = ppo_mjx.ppo_loss(args, TINY, tiny_params(), batch)
 
     value = 1.5 * np.tanh(-0.4 * obs + 0.3) + 0.6
@@ -116,7 +139,8 @@ def test_clipped_samples_have_no_gradient():
         params, obs, action = tiny_params(), jnp.ones((1, 1)), jnp.full((1, 1), 0.7)
         policy = ppo_mjx.Gaussian(actor.apply(params["actor"], obs), params["log_std"])
         logprob = policy.log_prob(action) - jnp.log(ratio)
-        batch = ppo_mjx.Batch(obs, action, logprob, jnp.zeros(1), jnp.array([advantage]), jnp.zeros(1))
+        valid = jnp.array([True])
+        batch = ppo_mjx.Batch(obs, action, logprob, jnp.zeros(1), jnp.array([advantage]), jnp.zeros(1), valid)
         grads, _ = jax.grad(ppo_mjx.ppo_loss, argnums=2, has_aux=True)(args, TINY, params, batch)
         return abs(float(grads["actor"]["params"]["Dense_1"]["bias"][0]))
     assert gradient(1.5, 1.0) == gradient(0.5, -1.0) == 0
@@ -133,7 +157,8 @@ def run_update(make_mesh, args: ppo_mjx.Args, iteration: int = 0):
     actor, _ = ppo_mjx.make_networks(args, TINY)
     policy = ppo_mjx.Gaussian(actor.apply(params["actor"], obs), params["log_std"])
     logprob = policy.log_prob(action)
-    batch = ppo_mjx.Batch(obs, action, logprob, *rng.standard_normal((3, 16)).astype(np.float32))
+    rest = rng.standard_normal((3, 16)).astype(np.float32)
+    batch = ppo_mjx.Batch(obs, action, logprob, *rest, valid=np.full(16, True))
     update = partial(ppo_mjx.update_epochs, args, TINY)
     return jax.jit(jax.shard_map(
         update, mesh=make_mesh(1), in_specs=(P(), P()), out_specs=(P(), P()), check_vma=False))(learner, batch)
@@ -223,6 +248,56 @@ def test_probe_time_limit_is_no_end(make_mesh, make_state):
     env = Probe(lambda elapsed, action: jnp.ones(()), length=5, truncates=True)
     _, value = train_probe(make_mesh, make_state, env)
     assert value(jnp.zeros(1)) == pytest.approx(2.0, abs=0.04)
+
+# ---- A policy with memory
+
+@pytest.fixture
+def counting_policy(monkeypatch):
+    """A policy that remembers how many steps of the episode it has seen, and acts by it."""
+    def apply_policy(*inputs):
+        *_, memory, obs = inputs
+        return memory + 1, ppo_mjx.Gaussian(0.0 * obs, jnp.zeros(1))
+    def act(policy, memory, obs, xp=np):
+        return memory + 1, xp.asarray(memory, float)[..., None]
+    monkeypatch.setattr(ppo_mjx, "initial_memory", lambda batch=(): jnp.zeros(batch, jnp.int32))
+    monkeypatch.setattr(ppo_mjx, "apply_policy", apply_policy)
+    monkeypatch.setattr(ppo_mjx, "act", act)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+COUNTED = Probe(lambda elapsed, action: action, length=4)
+
+def test_rollout_carries_the_policys_memory(counting_policy, make_mesh, make_state):
+    """It grows by the step, and is the initial one again in each episode."""
+    args = ppo_mjx.Args(num_envs=3, num_steps=10, hidden_sizes=(1,))
+    state = make_state(args, COUNTED, make_mesh(1))
+    roll = jax.jit(partial(ppo_mjx.rollout, args, COUNTED))
+    worlds, steps = roll(state.learner, state.worlds)
+    np.testing.assert_array_equal(steps.end.memory, steps.end.episode_length)
+    np.testing.assert_array_equal(worlds.memory, worlds.episode_length)
+    assert steps.done.sum(axis=0).min() >= 2 and steps.end.memory.max() == 4
+
+def test_evaluation_carries_the_policys_memory(counting_policy):
+    """In MJX and on the host, where each episode starts with the initial one."""
+    total = 0 + 1 + 2 + 3  # the reward is the action, which is what the policy remembers
+    keys = jax.random.split(jax.random.key(0), 2)
+    np.testing.assert_array_equal(ppo_mjx.evaluate_mjx(COUNTED, {}, keys), [total, total])
+
+    class Host:
+        def reset(self, seed):
+            self.elapsed = 0
+            return np.zeros(1), {}
+        def step(self, action):
+            self.elapsed += 1
+            return np.zeros(1), action[0], self.elapsed == 4, False, {}
+    np.testing.assert_array_equal(ppo_mjx.evaluate_on_host(Host(), {}, 2, 0), [total, total])
+
+def test_no_memory_adds_nothing(make_mesh, make_state):
+    """Neither to a checkpoint nor to what is compiled."""
+    assert jax.tree.leaves(ppo_mjx.initial_memory((4,))) == []
+    state = make_state(ppo_mjx.Args(num_envs=4, hidden_sizes=(1,)), COUNTED, make_mesh(1))
+    assert not [name for name in ppo_mjx.to_arrays(state) if "memory" in name]
 
 # ---- Learning
 

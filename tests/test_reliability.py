@@ -217,6 +217,20 @@ def test_exploding_world_is_reset_and_can_be_replayed(script, tmp_path, monkeypa
 def test_sane_run_dumps_nothing(run_dir):
     assert not list(run_dir.glob("nan_dump*"))
 
+def test_black_box_is_fetched_once(tmp_path, monkeypatch):
+    """A resumed run, whose count of resets begins above 0, looks once and then waits for the next break; after that it
+    looks no more."""
+    calls = []
+    def dump(args, file, box):
+        calls.append(box["iteration"])
+        return box["iteration"] == 5  # earlier ones were before the resume
+    monkeypatch.setattr(ppo_mjx, "dump", dump)
+    log = ppo_mjx.Log(ppo_mjx.Args(), tmp_path, 2)
+    for iteration, resets in (3, 7), (4, 7), (5, 8), (6, 8), (7, 9):
+        log.write(iteration, {"charts/episodes_finished": 0, "charts/skipped_in_a_row": 0, "charts/nan_resets": resets,
+                              "black_box": {"iteration": iteration}})
+    assert calls == [3, 5]
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_gradient_that_is_not_finite_is_skipped_and_counted(script):
     """No step, no trace in Adam's moments, a count in a row that the next finite one ends."""

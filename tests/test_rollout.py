@@ -108,15 +108,39 @@ def test_broken_world_leaves_the_others_alone(start, run_rollout):
     assert_same(jax.tree.map(lambda x: x[:, others], steps), jax.tree.map(lambda x: x[:, others], broken_steps))
     assert broken_steps.done[:, 3].tolist() == [True] + 7 * [False] and not broken_steps.finished.any()
     assert broken_steps.end.env_state.reward[0, 3] == 0
+    np.testing.assert_array_equal(broken_steps.valid, ~broken_steps.end.env_state.info["broken"])
+    assert (~broken_steps.valid).sum() == 1 and not broken_steps.valid[0, 3]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(worlds))
     np.testing.assert_array_equal(worlds.env_state.info["elapsed"], np.where(others, 8, 7))
     np.testing.assert_array_equal(worlds.broken, np.where(others, 0, 1))
+
+def test_broken_steps_are_not_learnt_from(env, start, run_rollout, make_mesh):
+    """Two worlds that break in all steps: advantages, targets and explained variance are those without them."""
+    state = start(1)
+    _, steps = run_rollout(state)
+    broken = np.isin(np.arange(8), [2, 5])
+    def make(steps):
+        def one_device(steps):
+            return ppo_mjx.make_batch(ARGS, env, state.learner, steps, steps.end.env_state.reward)
+        specs = {"in_specs": P(), "out_specs": P(), "check_vma": False}
+        return jax.device_get(jax.jit(jax.shard_map(one_device, mesh=make_mesh(1), **specs))(steps))
+    steps = steps.replace(end=steps.end.replace(key=None), start=None)  # keys are no NumPy arrays
+    marked = jax.tree.map(np.copy, steps).replace(valid=np.broadcast_to(~broken, (8, 8)))
+    marked.end.env_state.reward[:, broken] = 1e6
+    batch, explained = make(marked)
+    without, expected = make(jax.tree.map(lambda x: x[:, ~broken], steps))
+    for name in "advantage", "target", "obs":
+        mine = getattr(batch, name)[np.tile(~broken, 8)]
+        np.testing.assert_allclose(mine, getattr(without, name), rtol=1e-4, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(explained, expected, rtol=1e-4)
+    assert batch.valid.sum() == 48
 
 def test_broken_world_does_not_reach_the_networks(env, start, make_mesh):
     """Training goes on with finite numbers, and counts the reset."""
     mesh = make_mesh(2)
     state, metrics = ppo_mjx.train_iteration(ARGS, env, mesh, with_nan(start(2), 3))
     assert metrics["charts/nan_resets"] == 1
+    assert float(state.learner.obs_stats.count) == float(state.learner.return_stats.count) == pytest.approx(63, abs=1e-3)
     assert all(np.isfinite(as_numpy(x)).all() for x in jax.tree.leaves(state))
     losses = {name: value for name, value in metrics.items() if name.startswith(("losses/", "reward/"))}
     assert len(losses) == 12 and all(np.isfinite(value) for value in losses.values())

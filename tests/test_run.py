@@ -87,10 +87,10 @@ def test_exported_policy_is_the_actor(run_dir, hopper, make_mesh, make_state):
     mean = actor.apply(learner.params["actor"], ppo_mjx.normalize(learner.obs_stats, obs))
     with np.load(run_dir / "policy.npz") as arrays:
         policy = dict(arrays)
-    action = ppo_mjx.act(policy, obs)
+    _, action = ppo_mjx.act(policy, ppo_mjx.initial_memory((50,)), obs)
     assert type(action) is np.ndarray and np.ptp(action) > 0.01
     np.testing.assert_allclose(action, np.clip(mean, -1, 1), atol=1e-5)
-    doubled = ppo_mjx.act(policy | {"w2": 1000 * policy["w2"]}, obs)
+    _, doubled = ppo_mjx.act(policy | {"w2": 1000 * policy["w2"]}, (), obs)
     assert np.abs(doubled).max() == 1
 
 def test_finished_run_can_be_resumed_and_evaluated(run_dir, capsys):
@@ -188,7 +188,8 @@ def test_dependencies_are_declared_once():
     (block,) = re.findall(r"(?ms)^# /// script\n(.*?)^# ///$", SCRIPT.read_text())
     metadata = tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
     lines = (line.split("#")[0].strip() for line in (SCRIPT.parent / "requirements.txt").read_text().splitlines())
-    assert {line for line in lines if line} - set(metadata["dependencies"]) == {"matplotlib==3.11.2"}  # SAC's
+    assert {line for line in lines if line} - set(metadata["dependencies"]) == {
+        "matplotlib==3.11.2", "tensorboardX==2.6.5"}  # SAC's
     assert metadata["requires-python"] == ">=3.11"
 
 def test_every_setting_is_used():
