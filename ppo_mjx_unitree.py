@@ -98,11 +98,11 @@ class Args:
     command_x: tuple[float, float] = (-0.6, 1.0)  # range of the commanded velocity forwards, m/s
     command_y: tuple[float, float] = (-0.4, 0.4)  # to the left, m/s
     command_yaw: tuple[float, float] = (-0.8, 0.8)  # counterclockwise, rad/s
-    command_every: float = 5.0  # seconds between commands
+    command_every: float = 5.0  # mean seconds between commands; each control step has the same chance of a new one
     standing: float = 0.15  # share of the commands that say: stand still
     obs_noise: float = 1.0  # factor of the noise on the actor's observation
     push_speed: float = 0.5  # largest sudden change of the base's horizontal velocity, m/s along each axis
-    push_every: float = 4.0  # seconds between pushes
+    push_every: float = 4.0  # mean seconds between pushes; each control step has the same chance of one
     friction: tuple[float, float] = (0.4, 1.25)  # range of the feet's sliding friction
     added_mass: tuple[float, float] = (-1.0, 3.0)  # range of what is added to the base, kg
     shifted_center: float = 0.03  # largest shift of the base's centre of mass along each axis, m
@@ -505,9 +505,9 @@ class Env:
         return data, jax.tree.map(lambda values: values[-1], readings)
     def push(self, info: dict) -> jax.Array:
         """What the step after `info` adds to the base's velocity [2]."""
-        limit, key = self.args.push_speed, jax.random.split(info["key"], 4)[1]
-        push = jax.random.uniform(key, (2,), minval=-limit, maxval=limit)
-        return jnp.where((info["elapsed"] + 1) % round(self.args.push_every / CONTROL_DT) == 0, push, 0.0)
+        limit, (due_key, push_key) = self.args.push_speed, jax.random.split(jax.random.split(info["key"], 4)[1])
+        push = jax.random.uniform(push_key, (2,), minval=-limit, maxval=limit)
+        return jnp.where(jax.random.uniform(due_key) < CONTROL_DT / self.args.push_every, push, 0.0)
 
     def step(self, state: State, action: jax.Array) -> State:
         """One control step. action [A]: the joints' targets, as offsets from the default pose over action_scale."""
@@ -528,7 +528,8 @@ class Env:
         errors = {"error_velocity": jnp.linalg.norm(motion.command[:2] - motion.velocity[:2]),
                   "error_yaw": jnp.abs(motion.command[2] - motion.rates[2])}
         metrics = {name: jnp.where(sane, value, 0.0) for name, value in (terms | errors).items()}
-        due = elapsed % round(args.command_every / CONTROL_DT) == 0
+        due_key, command_key = jax.random.split(command_key)
+        due = jax.random.uniform(due_key) < CONTROL_DT / args.command_every
         command = jnp.where(due, self.draw_command(command_key), info["command"])
         obs = self.observations(noise_key, data, command, action, elapsed)
         obs = {name: jnp.where(sane, new, state.obs[name]) for name, new in obs.items()}
@@ -950,14 +951,15 @@ class CMujocoEnv:
 GATE = {"stand": (0, 0, 0), "forward 0.3": (0.3, 0, 0), "forward 0.6": (0.6, 0, 0), "forward 1.0": (1, 0, 0),
         "backward 0.4": (-0.4, 0, 0), "left 0.3": (0, 0.3, 0), "right 0.3": (0, -0.3, 0), "turn left 0.6": (0, 0, 0.6),
         "turn right 0.6": (0, 0, -0.6), "mixed": (0.5, 0.2, 0.5)}
-GATE_STARTS, GATE_STEPS, PUSH_STEPS, PUSH_SPEED = 8, 500, 125, 0.5  # starts, steps of 0.02 s, steps between pushes, m/s
+GATE_STARTS, GATE_STEPS, PUSH_SPEED = 8, 500, 0.5  # starts, steps of 0.02 s, m/s
+PUSH_STEPS = (105, 210, 315, 420)  # at four phases of a gait of 0.8 s; a fall by the last one has 1.6 s to show
 
 def drive(original: CMujocoEnv, policy: dict, command, seed: int, push: bool) -> dict[str, float]:
     """10 s on one command. Velocities are means over a gait period, as the body sways with each step, after 1 s."""
     random, rows = np.random.default_rng(seed), []
     original.reset(seed)
     while len(rows) < GATE_STEPS and not (rows and rows[-1]["fallen"]):
-        if push and len(rows) % PUSH_STEPS == PUSH_STEPS - 1:
+        if push and len(rows) in PUSH_STEPS:
             angle = random.uniform(0, 2 * math.pi)
             original.data.qvel[:2] += PUSH_SPEED * np.array([math.cos(angle), math.sin(angle)])
         rows.append(original.step(act(policy, original.observe(command))))

@@ -639,23 +639,32 @@ def path(env, state, steps: int):
         return state, state
     return jax.tree.map(as_numpy, run(lambda state: jax.lax.scan(step, state, length=steps)[1], state))
 
-@pytest.mark.parametrize(("args", "commands", "pushes"), [
+@pytest.mark.parametrize(("args", "command_every", "push_every"), [
     (USUAL, 250, 200), (dataclasses.replace(USUAL, command_every=0.1, push_every=0.06), 5, 3), (NOTHING, 0, 0)])
-def test_commands_and_pushes_come_on_schedule(args, commands, pushes):
-    """Every 5 s another command, every 4 s a push of at most 0.5 m/s along each axis, at no other time; by other
-    settings at theirs; where their ranges are 0, never. The old command is what a step is rewarded for."""
-    env, steps = make(Toy, args), 2 * commands or 60
-    start = reset_worlds(make(Toy, USUAL), 32) if commands else reset_worlds(env, 32)
+def test_commands_and_pushes_come_by_chance(args, command_every, push_every):
+    """Another command every 5 s and a push of at most 0.5 m/s along each axis every 4 s on average, each control step
+    as likely as any other, so that they meet all phases of the gait; by other settings as often as these say; where
+    their ranges are 0, never. The old command is what a step is rewarded for."""
+    env, steps, worlds = make(Toy, args), 400, 200
+    start = reset_worlds(make(Toy, USUAL) if command_every else env, worlds)
     states = path(env, start, steps)
     command, speed = (np.concatenate([as_numpy(first)[None], rest]) for first, rest in (
         (start.info["command"], states.info["command"]), (start.data.qvel[:, :6], states.data.qvel[:, :, :6])))
-    changed = (command[1:] != command[:-1]).any(axis=-1)
     kicked = speed[1:] - speed[:-1]
-    for moved, period in ((changed, commands), (kicked[:, :, 0] != 0, pushes), (kicked[:, :, 1] != 0, pushes)):
-        for elapsed in range(1, steps + 1):
-            share = moved[elapsed - 1].mean()
-            assert share > 0.8 if period and elapsed % period == 0 else share == 0, elapsed
-    assert not kicked[:, :, 2:].any() and (np.abs(kicked).max() > 0.45 if pushes else not kicked.any())
+    visible = 1 - args.standing**2  # a new command that says to stand, as the old one did, cannot be seen
+    for moved, every, seen in ((command[1:] != command[:-1], command_every, visible), (kicked[..., :2], push_every, 1)):
+        moved = moved.astype(bool)
+        together = moved.any(axis=-1)  # [steps, worlds]
+        if not every:
+            assert not together.any()
+            continue
+        count, expected = together.sum(), steps * worlds * seen / every
+        assert count == pytest.approx(expected, abs=4 * math.sqrt(expected))  # 4 standard deviations of a rare event
+        phases = together.reshape(10, 40, worlds).sum(axis=(0, 2))  # of the gait
+        assert phases.min() > 0 and phases.max() < 4 * count / 40
+        assert (together.sum(axis=1) < 0.9 * worlds).all()  # no step takes all worlds at once
+    assert push_every == 0 or (kicked[..., 0] != 0).sum() == (kicked[..., 1] != 0).sum()
+    assert not kicked[:, :, 2:].any() and (np.abs(kicked).max() > 0.45 if push_every else not kicked.any())
     assert np.abs(kicked).max() <= 0.5 + 1e-6
     np.testing.assert_allclose(states.obs["critic"][:, :, 9:12], command[1:] * [2, 2, 0.25], rtol=1e-6)
     velocity = [rotation(quat).T @ v for quat, v in zip(
@@ -1180,6 +1189,21 @@ def test_trained_policy_in_the_deployment_loop(command):
         assert np.abs(mean[:, 2]).mean() < 0.2 and seen["qpos"][-1, 0] > 4
     else:
         assert np.linalg.norm(seen["qpos"][:, :2], axis=1).max() < 0.1
+
+def test_each_push_of_the_test_is_followed_by_a_second(monkeypatch):
+    """The pushes of 0.5 m/s come at four phases of a step, none so late that a fall would not be seen."""
+    kicks = []
+    class Still(unitree.CMujocoEnv):
+        def step(self, action):
+            kicks.append(np.linalg.norm(self.data.qvel[:2]))
+            self.data.qvel[:] = 0
+            return dict.fromkeys(("power", "slip"), 0.0) | {
+                "velocity": np.zeros(3), "position": np.zeros(2), "action": action, "fallen": False}
+    unitree.drive(Still(ROBOT), random_policy(0), np.zeros(3), 0, True)
+    (when,) = np.nonzero(kicks)
+    assert len(kicks) == 500 and len(when) == 4 and when[-1] <= 500 - 50 and when[0] >= 50
+    np.testing.assert_allclose(np.array(kicks)[when], 0.5)
+    assert sorted(when % 20) == [0, 5, 10, 15]  # a step, of the left or the right foot, takes 20
 
 @pytest.mark.parametrize(("change", "passed"), [
     ({}, True), ({"falls": 1}, False), ({"error": 0.16}, False), ({"yaw": 0.21}, False), ({"drift": 0.11}, False),
