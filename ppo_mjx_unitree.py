@@ -106,8 +106,8 @@ class Args:
     friction: tuple[float, float] = (0.4, 1.25)  # range of the feet's sliding friction
     added_mass: tuple[float, float] = (-1.0, 3.0)  # range of what is added to the base, kg
     shifted_center: float = 0.03  # largest shift of the base's centre of mass along each axis, m
-    gain_noise: float = 0.1  # largest relative error of the joints' stiffness and damping
-    strength_noise: float = 0.1  # largest relative error of the motors' torque
+    gain_noise: float = 0.1  # largest relative error of each joint's stiffness and damping
+    strength_noise: float = 0.1  # largest relative error of the torque, the same for all motors, as by a low battery
     action_delay: float = 1.0  # largest delay of an action, control steps
     # The algorithm, by CleanRL's names
     total_timesteps: int = 15_000_000  # environment steps, over all worlds
@@ -369,7 +369,7 @@ class State:
     done: jax.Array  # float, 1 if the robot fell; the time limit is told apart, in info
     metrics: dict[str, jax.Array]  # the reward's terms, and the errors of tracking
     info: dict  # key, command, action, elapsed (steps since the reset), truncated, broken (see Env), domain (of
-    # randomisation: friction, payload, factors of stiffness, damping and strength, delay in physics steps)
+    # randomisation: friction, payload, factors of stiffness [A], damping [A] and strength, delay in physics steps)
 
 def joint_array(robot: Robot, name: str) -> np.ndarray:
     """A property of all joints, in the order of actions: [A, ...]."""
@@ -458,9 +458,12 @@ class Env:
         return jnp.where(slow | (jax.random.uniform(stand_key) < args.standing), 0.0, command)
     def draw_domain(self, key: jax.Array) -> dict[str, jax.Array]:
         """What domain randomisation draws for one episode."""
-        args, (factor_key, friction_key, payload_key, delay_key) = self.args, jax.random.split(key, 4)
-        spread = np.array([args.gain_noise, args.gain_noise, args.strength_noise])
-        stiffness, damping, strength = 1 + jax.random.uniform(factor_key, (3,), minval=-spread, maxval=spread)
+        args, keys = self.args, jax.random.split(key, 6)
+        stiffness_key, damping_key, strength_key, friction_key, payload_key, delay_key = keys
+        gain_noise, strength_noise, joints = args.gain_noise, args.strength_noise, (self.action_size,)
+        stiffness = 1 + jax.random.uniform(stiffness_key, joints, minval=-gain_noise, maxval=gain_noise)
+        damping = 1 + jax.random.uniform(damping_key, joints, minval=-gain_noise, maxval=gain_noise)
+        strength = 1 + jax.random.uniform(strength_key, (), minval=-strength_noise, maxval=strength_noise)
         friction = jax.random.uniform(friction_key, (), minval=args.friction[0], maxval=args.friction[1])
         delay = jax.random.randint(delay_key, (), 0, round(args.action_delay * args.decimation) + 1)
         return {"friction": friction, "payload": jax.random.randint(payload_key, (), 0, NUM_PAYLOADS),

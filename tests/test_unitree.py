@@ -468,7 +468,8 @@ def mirror_state(state):
         axis=1) for name, signs in flip.items()}
     return with_info(
         state.replace(data=data.replace(**mirrored)), command=info["command"] * np.array([1, -1, -1]),
-        elapsed=info["elapsed"] + 20, action=jnp.array(mirror_joints(info["action"])))
+        elapsed=info["elapsed"] + 20, action=jnp.array(mirror_joints(info["action"])),
+        domain=info["domain"] | {name: info["domain"][name][:, SIDES] for name in ("stiffness", "damping")})
 
 def test_mirrored_twice_is_the_original():
     """The mirror's maps are involutions, in NumPy and JAX, and no number stays where it is but those in the plane."""
@@ -487,7 +488,7 @@ def test_mirrored_twice_is_the_original():
 def mirror_errors(step, env, moments) -> dict[str, float]:
     """How far the mirrored worlds' next states are from the mirrored next states, at most."""
     state, action = moments
-    domain = jax.tree.map(lambda x: jnp.tile(x[:8], 2) if x.ndim == 1 else x, state.info["domain"])
+    domain = jax.tree.map(lambda x: jnp.concatenate([x[:8], x[:8]]), state.info["domain"])
     state = with_info(state, domain=domain)
     twin = mirror_state(state)
     both = jax.tree.map(lambda a, b: jnp.concatenate([a[:8], b[:8]]), state, twin)
@@ -542,15 +543,16 @@ def test_payloads_are_compiled_models(env):
     assert_same(env.model, usual)  # drawing payloads leaves the robot as it was
 
 def test_every_randomised_number_changes_the_physics(step, moments):
-    """Worlds that differ in one number of their domain go apart; equal ones do not."""
+    """Worlds that differ in one number of their domain go apart; equal ones do not. A joint's gains are its own."""
     (state, action), names = moments, sorted(moments[0].info["domain"])
     contact = int(np.argmin(np.asarray(state.data.qpos[:, 2])))
     alike = jax.tree.map(lambda x: jnp.stack([x[contact]] * WORLDS), state)
     alike = alike.replace(data=alike.data.replace(qvel=alike.data.qvel.at[:, 0].set(1.0)))
-    usual = {"friction": 0.8, "payload": 0, "stiffness": 1.0, "damping": 1.0, "strength": 1.0, "delay": 0}
-    other = {"friction": 0.4, "payload": 1, "stiffness": 1.1, "damping": 1.1, "strength": 0.9, "delay": 2}
+    ones, knee = np.ones(12), np.where(np.arange(12) == 3, 1.1, 1.0)
+    usual = {"friction": 0.8, "payload": 0, "stiffness": ones, "damping": ones, "strength": 1.0, "delay": 0}
+    other = {"friction": 0.4, "payload": 1, "stiffness": knee, "damping": knee, "strength": 0.9, "delay": 2}
     assert names == sorted(other)
-    changed = {name: jnp.array([other[name] if i == world else usual[name] for world in range(WORLDS)])
+    changed = {name: jnp.stack([jnp.asarray(other[name] if i == world else usual[name]) for world in range(WORLDS)])
                for i, name in enumerate(names)}
     data = step(with_domain(alike, **changed), np.tile(action[contact], (WORLDS, 1))).data
     for i, name in enumerate(names):
@@ -692,11 +694,12 @@ def test_domains_cover_their_ranges():
     domain = reset_worlds(make(Toy, args), count).info["domain"]
     ranges = {"friction": args.friction} | dict.fromkeys(("stiffness", "damping", "strength"), (0.9, 1.1))
     for name, (low, high) in ranges.items():
-        values = domain[name]
+        values = np.ravel(domain[name])
         assert low - 1e-6 <= values.min() < low + 0.01 and high - 0.01 < values.max() <= high + 1e-6
         assert values.mean() == pytest.approx((low + high) / 2, rel=0.03)
-    numbers = np.stack([domain[name] for name in (*ranges, "payload")])
-    assert np.abs(np.corrcoef(numbers) - np.eye(5)).max() < 0.15  # each is drawn for itself
+    numbers = np.concatenate([np.reshape(domain[name], (count, -1)) for name in (*ranges, "payload")], axis=1).T
+    assert len(numbers) == 1 + 12 + 12 + 1 + 1  # each joint has its own stiffness and damping
+    assert np.abs(np.corrcoef(numbers) - np.eye(27)).max() < 0.15  # each is drawn for itself
     np.testing.assert_array_equal(np.unique(domain["payload"]), np.arange(unitree.NUM_PAYLOADS))
     np.testing.assert_array_equal(np.unique(domain["delay"]), np.arange(args.decimation + 1))
     assert np.bincount(domain["delay"]).min() > 0.15 * count
