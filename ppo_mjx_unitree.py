@@ -803,7 +803,7 @@ def update_epochs(args: Args, env: Env, learner: Learner, batch: Batch) -> tuple
     """All epochs over a batch [B, ...], each device on its share. Metrics are means over all minibatches."""
     progress = learner.iteration / float(args.num_iterations)
     ent_coef = args.ent_coef + progress * (args.final_ent_coef - args.ent_coef)
-    rate = learner.learning_rate if args.desired_kl else args.learning_rate * (1 - progress)
+    rate = args.learning_rate * (1 - progress) if args.desired_kl is None else learner.learning_rate
     # As one vector, with the metrics, the gradient takes one exchange between devices, not one a layer.
     vector, unravel = ravel_pytree(learner.params)
     def minibatch_step(carry, mb: Batch):
@@ -826,7 +826,8 @@ def update_epochs(args: Args, env: Env, learner: Learner, batch: Batch) -> tuple
     metrics = {tag: values.mean() for tag, values in metrics.items()} | {
         "charts/learning_rate": jnp.float32(rate), "charts/skipped_in_a_row": skipped.max(),
         "charts/skipped_updates": opt_state.total_notfinite}
-    if args.desired_kl:  # after rsl_rl, but once an iteration: so many minibatches would drive it to its bounds
+    if args.desired_kl is not None:
+        # After rsl_rl, but once an iteration: so many minibatches would drive it to its bounds.
         factor = jnp.where(metrics["losses/kl"] < args.desired_kl / 2, 1.5, 1.0)
         factor = jnp.where(metrics["losses/kl"] > 2 * args.desired_kl, 1 / 1.5, factor)
         rate = jnp.clip(factor * rate, 1e-5, 1e-2)
@@ -1477,6 +1478,8 @@ def check_args(args: Args) -> None:
         require(value is None or least <= low <= high <= most, f"{flag} {value}: must be between {least} and {most}")
     widths = args.hidden_sizes and min(args.hidden_sizes) > 0 and max(args.hidden_sizes) <= 4096
     require(widths, f"--hidden-sizes {args.hidden_sizes}: must be widths up to 4096, like 256 128")
+    advice = "must be more than 0; None anneals the step size linearly to 0"
+    require(args.desired_kl is None or args.desired_kl > 0, f"--desired-kl {args.desired_kl}: {advice}")
     steps = args.steps_per_iteration
     require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: less than a rollout of {steps}")
     require(steps % args.num_minibatches == 0, f"--num-minibatches {args.num_minibatches}: must divide {steps}")

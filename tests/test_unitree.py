@@ -1109,7 +1109,8 @@ BAD_CALLS = [
     "--robot r2d2", "--num-envs 0", "--num-devices 1000", "--num-minibatches 7", "--total-timesteps 100", "--gamma nan",
     "--decimation 0", "--command-x 1.0 0.5", "--command-x 1.0", "--friction 0 1", "--added-mass -20 0",
     "--action-delay 1.5", "--standing -0.1", "--obs-noise -1", "--push-every 0", "--command-every nan",
-    "--desired-kl -1", "--mirror-coef -1", "--hidden-sizes 0", "--init-log-std 1e6", "--no-such-flag", "stray",
+    "--desired-kl -1", "--desired-kl 0", "--mirror-coef -1", "--hidden-sizes 0", "--init-log-std 1e6", "--no-such-flag",
+    "stray",
     "--resume missing", "--evaluate missing", "--evaluate garbage", "--resume started --gamma 0.5",
     "--runs-dir a_file/below", "--export-onnx"]
 
