@@ -438,7 +438,8 @@ def kernel(function):
 
 class Env:
     """One world; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes. A world that is
-    not finite, or faster than MAX_SPEED, is broken: its step ends the episode, earns nothing, the observation stays."""
+    not finite, or faster than MAX_SPEED, is broken: its step ends the episode, earns nothing and is not learnt from,
+    and its observation stays as it was."""
     MAX_SPEED, TIME_LIMIT = 100.0, 1000  # m/s and rad/s; steps
     def __init__(self, args: Args):
         self.args, self.robot = args, ROBOTS[args.robot]
@@ -552,14 +553,20 @@ class RunningStats:
     var: jax.Array
 
 
-def update_stats(stats: RunningStats, batch: jax.Array) -> RunningStats:
-    """Merge in the batches [T, N, ...] of all devices.
+def update_stats(stats: RunningStats, batch: jax.Array, valid: jax.Array) -> RunningStats:
+    """Merge in the valid samples of the batches [T, N, ...] of all devices. valid: bool [T, N].
 
     Source: Chan, Golub and LeVeque's parallel variance.
     """
-    count = batch.shape[0] * batch.shape[1] * jax.lax.axis_size("devices")
-    mean = jax.lax.pmean(batch.mean(axis=(0, 1)), "devices")
-    var = jax.lax.pmean(jnp.square(batch - mean).mean(axis=(0, 1)), "devices")
+    count = jax.lax.psum(valid.sum(), "devices")
+    mask = jnp.expand_dims(valid, range(2, batch.ndim))
+
+    def mean_of(x: jax.Array) -> jax.Array:
+        total = jnp.where(mask, x, 0.0).sum(axis=(0, 1))
+        return jax.lax.psum(total, "devices") / jnp.maximum(count, 1)
+
+    mean = mean_of(batch)
+    var = mean_of(jnp.square(batch - mean))
 
     share = count / (stats.count + count)
     delta = mean - stats.mean
@@ -704,6 +711,7 @@ class Transition:
     end: Worlds  # where it ended, before any reset, with its reward, observation, episode return, ...
     terminated: jax.Array  # bool
     done: jax.Array  # bool: terminated, or at the time limit
+    valid: jax.Array  # bool: the world did not break; a step that breaks it teaches nothing
     finished: jax.Array  # bool: done after a whole episode, neither broken nor started on a staggered clock
 
 def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Worlds, Transition]:
@@ -726,12 +734,17 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
         zeros, counts = jnp.zeros_like(end.episode_return), jnp.zeros_like(end.episode_length)
         fresh = Worlds(jax.vmap(kernel(env.reset))(reset_key), key, zeros, zeros, counts, end.broken)
         select = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
-        transition = Transition(obs, action, mean, worlds.env_state, end, terminated, done, finished)
+        transition = Transition(obs, action, mean, worlds.env_state, end, terminated, done, ~broken, finished)
         return select(done, fresh, end), transition
     return jax.lax.scan(step, worlds, None, length=args.num_steps)
 
 # ---- 10. Advantages -------------------------------------------------------------------------------------------------
 # shared: advantages
+def masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """The mean of the valid samples: two arrays [...] -> []. It is 0 where none is valid."""
+    return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
 def compute_gae(
     args: Args,
     reward: jax.Array,
@@ -739,23 +752,26 @@ def compute_gae(
     next_value: jax.Array,
     terminated: jax.Array,
     done: jax.Array,
+    valid: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimates and value targets of a rollout, in units of the reward.
 
     All arguments and results are [T, N]. next_value belongs to the state in which the step ended,
     before any reset: nothing is to come after a termination, but an episode that the time limit
-    cuts keeps what that state promised.
-    Source: arXiv:1506.02438, equation 16; the time limit's part is ours.
+    cuts keeps what that state promised. So does one whose next step is not valid; an invalid step
+    has the advantage 0.
+    Source: arXiv:1506.02438, equation 16; the parts of the time limit and of `valid` are ours.
     """
 
     def backwards(next_advantage, step):
-        reward, value, next_value, terminated, done = step
+        reward, value, next_value, terminated, done, valid = step
         delta = reward + args.gamma * jnp.where(terminated, 0.0, next_value) - value
         following = jnp.where(done, 0.0, next_advantage)
         advantage = delta + args.gamma * args.gae_lambda * following
+        advantage = jnp.where(valid, advantage, 0.0)
         return advantage, advantage
 
-    steps = (reward, value, next_value, terminated, done)
+    steps = (reward, value, next_value, terminated, done, valid)
     _, advantage = jax.lax.scan(backwards, jnp.zeros_like(reward[0]), steps, reverse=True)
     return advantage, advantage + value
 
@@ -771,6 +787,7 @@ class Batch:
     mean: jax.Array  # [A] of the policy that acted
     advantage: jax.Array
     target: jax.Array  # of the value
+    valid: jax.Array  # bool: to be learnt from
 
 def ppo_loss(args: Args, env: Env, learner: Learner, params: dict, mb: Batch, ent_coef) -> tuple[jax.Array, dict]:
     """PPO's loss (arXiv:1707.06347, equations 7 and 9), symmetry's (1801.08093, equation 6), imitation's; and metrics.
@@ -780,16 +797,19 @@ def ppo_loss(args: Args, env: Env, learner: Learner, params: dict, mb: Batch, en
     mean = actor.apply(params["actor"], normalize(learner.obs_stats["actor"], mb.obs["actor"]))
     ratio = jnp.exp(log_prob(mean, log_std, mb.action) - log_prob(mb.mean, old_log_std, mb.action))
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio).mean()
-    value_loss = 0.5 * jnp.square(value - mb.target).mean()
+    mean_valid = partial(masked_mean, valid=mb.valid)
+    policy_loss = -mean_valid(jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio))
+    value_loss = 0.5 * mean_valid(jnp.square(value - mb.target))
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
     seen = normalize(learner.obs_stats["actor"], mirror_observation(env.robot, mb.obs["actor"]))
-    mirror_loss = jnp.square(actor.apply(params["actor"], seen) - mirror_action(env.robot, mean)).mean()
+    mirror_error = actor.apply(params["actor"], seen) - mirror_action(env.robot, mean)
+    mirror_loss = mean_valid(jnp.square(mirror_error).mean(axis=-1))
     steps = learner.iteration * float(args.steps_per_iteration)
     stands = (mb.obs["actor"][:, 6:9] == 0).all(axis=-1) & (steps >= args.standing_after)
     stands &= jnp.linalg.norm(mb.obs["critic"][:, :2], axis=-1) < 0.5  # 0.25 m/s; who was pushed has to step
     share = jnp.where(stands, 1.0, jnp.maximum(1 - steps / args.imitation_steps, 0.0))
-    imitation_loss = (share[:, None] * jnp.square(mean - stepping_action(env.robot, mb.obs["actor"]))).mean()
+    imitation_error = mean - stepping_action(env.robot, mb.obs["actor"])
+    imitation_loss = mean_valid(share * jnp.square(imitation_error).mean(axis=-1))
     loss = (policy_loss - ent_coef * entropy + args.vf_coef * value_loss + args.mirror_coef * mirror_loss
             + args.imitation_coef * imitation_loss)
     variance, old_variance = jnp.exp(2 * log_std), jnp.exp(2 * old_log_std)
@@ -797,7 +817,7 @@ def ppo_loss(args: Args, env: Env, learner: Learner, params: dict, mb: Batch, en
     return loss, {
         "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy,
         "losses/mirror_loss": mirror_loss, "losses/imitation_loss": imitation_loss, "losses/loss": loss,
-        "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(), "losses/kl": kl.mean()}
+        "losses/clipfrac": mean_valid(jnp.abs(ratio - 1) > args.clip_coef), "losses/kl": mean_valid(kl)}
 
 def update_epochs(args: Args, env: Env, learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
     """All epochs over a batch [B, ...], each device on its share. Metrics are means over all minibatches."""
@@ -853,24 +873,29 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
     one's black box."""
     learner, pmean = state.learner, partial(jax.lax.pmean, axis_name="devices")
     worlds, steps = rollout(args, env, learner, state.worlds)
-    return_stats = update_stats(learner.return_stats, steps.end.discounted_return)
+    return_stats = update_stats(learner.return_stats, steps.end.discounted_return, steps.valid)
     reward = jnp.clip(steps.end.env_state.reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
     (_, critic), seen = make_networks(args, env), jnp.stack([steps.obs["critic"], steps.end.env_state.obs["critic"]])
     seen = normalize(learner.obs_stats["critic"], seen)
     value, next_value = critic.apply(learner.params["critic"], seen)[..., 0]
-    advantage, target = compute_gae(args, reward, value, next_value, steps.terminated, steps.done)
-    target_var = pmean(jnp.square(target - pmean(target.mean())).mean())
-    explained_variance = 1 - pmean(jnp.square(target - value).mean()) / (target_var + 1e-8)
-    advantage -= pmean(advantage.mean())
-    advantage /= jnp.sqrt(pmean(jnp.square(advantage).mean())) + 1e-8
-    batch = Batch(steps.obs, steps.action, steps.mean, advantage, target)
+    advantage, target = compute_gae(args, reward, value, next_value, steps.terminated, steps.done, steps.valid)
+    def mean(x):
+        return pmean(masked_mean(x, steps.valid))
+    target_var = mean(jnp.square(target - mean(target)))
+    explained_variance = 1 - mean(jnp.square(target - value)) / (target_var + 1e-8)
+    advantage -= mean(advantage)
+    advantage /= jnp.sqrt(mean(jnp.square(advantage))) + 1e-8
+    batch = Batch(steps.obs, steps.action, steps.mean, advantage, target, steps.valid)
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)  # [T, N, ...] -> [B, ...]
     learner, metrics = update_epochs(args, env, learner, batch)
     # Only now, since the policy that acted and the one that learns must see the same normalised observations.
-    obs_stats = {name: update_stats(stats, steps.obs[name]) for name, stats in learner.obs_stats.items()}
-    metrics |= {name.replace("_", "/", 1): term.mean() for name, term in steps.end.env_state.metrics.items()}
+    obs_stats = {
+        name: update_stats(stats, steps.obs[name], steps.valid) for name, stats in learner.obs_stats.items()}
+    terms = steps.end.env_state.metrics.items()
+    metrics |= {name.replace("_", "/", 1): masked_mean(term, steps.valid) for name, term in terms}
     returns, lengths = steps.finished * steps.end.episode_return, steps.finished * steps.end.episode_length
-    sums = (steps.finished.sum(), returns.sum(), lengths.sum(), steps.terminated.sum(), worlds.broken.sum())
+    sums = (steps.finished.sum(), returns.sum(), lengths.sum(), (steps.terminated & steps.valid).sum(),
+            worlds.broken.sum())
     episodes, returns, lengths, falls, broken = jax.lax.psum(sums, "devices")
     metrics = pmean(metrics) | {
         "losses/explained_variance": explained_variance, "charts/nan_resets": broken, "charts/falls": falls,

@@ -783,6 +783,7 @@ def test_rollout_of_short_episodes(make_mesh):
     time = started + np.arange(1, 9)[:, None]
     np.testing.assert_array_equal(steps.done, time % 5 == 0)
     np.testing.assert_array_equal(steps.end.env_state.info["truncated"], steps.done)
+    assert steps.valid.all()
     np.testing.assert_array_equal(steps.finished, (time == 10) | (time == 5) & (started == 0))
     assert steps.finished.any() and (steps.done & ~steps.finished).any()
     for name in ("actor", "critic"):
@@ -819,13 +820,46 @@ def test_broken_world_does_not_reach_the_networks(make_mesh):
     state = state.replace(worlds=state.worlds.replace(env_state=state.worlds.env_state.replace(data=data)))
     state, metrics = unitree.train_iteration.lower(USUAL, env, mesh, state).compile(QUICK)(state)
     assert metrics.pop("black_box")["broken"].any(axis=1).sum() == 1  # in the box of the device that holds the world
-    assert metrics["charts/nan_resets"] == 1 and metrics["charts/falls"] == 1
+    assert metrics["charts/nan_resets"] == 1 and metrics["charts/falls"] == 0
     assert all(np.isfinite(as_numpy(x)).all() for x in jax.tree.leaves(state))
     assert all(np.isfinite(x) for x in metrics.values()) and metrics["charts/episodic_length"] == 5
     np.testing.assert_array_equal(state.worlds.broken, np.arange(64) == 3)
-    assert state.learner.obs_stats["actor"].count == pytest.approx(512, rel=1e-3) and int(state.learner.iteration) == 1
+    for stats in (*state.learner.obs_stats.values(), state.learner.return_stats):
+        assert float(stats.count) == pytest.approx(511, abs=1e-2)  # not of the step that broke
+    assert int(state.learner.iteration) == 1
     for leaf in jax.tree.leaves(state.learner):
         np.testing.assert_array_equal(*(as_numpy(shard.data) for shard in leaf.addressable_shards))
+
+@pytest.mark.parametrize("reward", [1e6, math.nan])
+def test_broken_steps_are_not_learnt_from(make_mesh, reward):
+    """Whatever is in the steps of two worlds that break again and again: an iteration learns what it learns if these
+    steps earned nothing, and the step before a broken one keeps what the state that it reached promised."""
+    env, mesh = make(Short, USUAL), make_mesh(1)
+    state, (worlds, steps) = make_state(env, mesh), run_rollout(env, mesh)
+    breaks = np.zeros((8, 64), bool)
+    breaks[2:7, 5] = breaks[3, 9] = True
+    def learn(value):
+        end = steps.end.env_state.replace(reward=np.where(breaks, value, steps.end.env_state.reward))
+        returns = np.where(breaks, value, steps.end.discounted_return)
+        changed = steps.replace(valid=~breaks, start=None, end=steps.end.replace(
+            env_state=end.replace(info={"broken": breaks}), key=None, discounted_return=returns))
+        changed = jax.tree.map(jnp.asarray, changed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(unitree, "rollout", lambda *_: (worlds.replace(key=None), changed))
+            patch.setattr(unitree, "black_box", lambda *_: {})
+            def one_device(state):
+                state, metrics, _ = unitree.device_iteration(env.args, env, state)
+                return state.learner, metrics
+            specs = {"in_specs": (unitree.STATE_SPEC,), "out_specs": P(), "check_vma": False}
+            return jax.tree.map(as_numpy, run(jax.shard_map(one_device, mesh=mesh, **specs), state))
+    (learner, metrics), (expected, expected_metrics) = learn(reward), learn(0.0)
+    assert_same(learner, expected)
+    assert_same(metrics, expected_metrics)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(learner))
+    value, ones = np.full((8, 64), 2.0, np.float32), np.ones((8, 64), np.float32)
+    advantage, target = unitree.compute_gae(USUAL, ones, value, 3 * ones, breaks, breaks, ~breaks)
+    np.testing.assert_allclose(advantage[1, 5], 1 + 0.99 * 3 - 2, rtol=1e-6)  # bootstraps, and looks no further
+    assert not np.asarray(advantage)[breaks].any() and advantage.shape == target.shape == (8, 64)
 
 def random_policy(seed: int) -> dict[str, np.ndarray]:
     """Arrays as in policy.npz, of a network that does something of its own in every state."""
@@ -887,7 +921,9 @@ def test_loss_by_hand(mirror_coef, imitation_coef, iteration):
     args = unitree.Args(hidden_sizes=(3,), clip_coef=0.2, vf_coef=0.5, mirror_coef=mirror_coef, num_envs=5, num_steps=2,
                         imitation_coef=imitation_coef, imitation_steps=40, standing_after=70)
     batch = unitree.Batch(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (
-        {"actor": actor_obs, "critic": critic_obs}, action, old_mean, advantage, target)))
+        {"actor": actor_obs, "critic": critic_obs}, action, old_mean, advantage, target)), jnp.full(3, True))
+    wrong = jax.tree.map(lambda x: 1e3 + 0 * x[:1], batch).replace(valid=jnp.array([False]))  # a broken world's step
+    batch = jax.tree.map(lambda *x: jnp.concatenate(x), batch, wrong)
     loss, metrics = run(partial(unitree.ppo_loss, args, TINY), learner, params, batch, jnp.float32(0.01))
 
     grid = np.linspace(-12, 12, 200_001)
@@ -942,7 +978,7 @@ def update(make_mesh):
         old_mean = mean + [math.exp(-0.5) * math.sqrt(2 * kl), 0]  # at equal std, the divergence is (shift / std)^2 / 2
         action, (advantage, target) = mean + random.standard_normal((16, 2)), random.standard_normal((2, 16))
         batch = unitree.Batch(*jax.tree.map(
-            lambda x: jnp.asarray(x, jnp.float32), (obs, action, old_mean, advantage, target)))
+            lambda x: jnp.asarray(x, jnp.float32), (obs, action, old_mean, advantage, target)), jnp.full(16, True))
         if args not in programs:
             program = jax.shard_map(partial(unitree.update_epochs, args, TINY), mesh=make_mesh(1), in_specs=(P(), P()),
                                     out_specs=(P(), P()), check_vma=False)
