@@ -187,6 +187,10 @@ class Robot:
     passive: tuple[float, float, float] = (0.01, 0.001, 0.1)  # joints' armature, damping, dry friction
 
     @property
+    def gait_ticks(self) -> int:
+        """Control steps in a period of the gait: the clock counts them, as shares of it in float32 would be rounded."""
+        return round(self.gait_period / CONTROL_DT)
+    @property
     def joints(self) -> dict[str, Link]:
         """The joints in the order of actions."""
         right = {link.name: mirrored(link, self.right.get(link.name, {})) for link in self.leg}
@@ -398,11 +402,16 @@ def to_base_frame(quat, vector, xp=jnp):
     cross = xp.cross(axis, vector)
     return vector + 2 * (w * cross + xp.cross(axis, cross))
 
+def is_stance(robot: Robot, elapsed, xp=jnp):
+    """Whether the clock wants each leg on the floor: elapsed int [...], control steps -> bool [..., F]."""
+    offsets = [round(offset * robot.gait_ticks) for offset in robot.gait_offsets]
+    return (elapsed[..., None] + xp.array(offsets)) % robot.gait_ticks < round(robot.stance_share * robot.gait_ticks)
+
 def observe(robot: Robot, qpos, qvel, command, action, elapsed, xp=jnp):
     """What the robot's computer knows, in Unitree's order and scales: [..., 11 + 3 A]. Inputs are [..., n], elapsed
     [...] in control steps. xp is jax.numpy or numpy."""
     down = xp.broadcast_to(xp.array([0.0, 0.0, -1.0]), qvel[..., :3].shape)
-    phase = 2 * math.pi * (elapsed * (CONTROL_DT / robot.gait_period) % 1)
+    phase = elapsed % robot.gait_ticks * (2 * math.pi / robot.gait_ticks)
     return xp.concatenate([
         0.25 * qvel[..., 3:6], to_base_frame(qpos[..., 3:7], down, xp), command * COMMAND_SCALE,
         qpos[..., 7:] - joint_array(robot, "default"), 0.05 * qvel[..., 6:], action,
@@ -520,13 +529,12 @@ class Env:
         data, readings = self.advance(
             before.replace(qvel=before.qvel.at[:2].add(self.push(info))), action, info["action"], info["domain"])
         sane = jnp.isfinite(data.qpos).all() & (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN, too
-        phases = (elapsed * (CONTROL_DT / robot.gait_period) + np.array(robot.gait_offsets)) % 1
         motion = Motion(
             command=info["command"], height=data.qpos[2], velocity=to_base_frame(data.qpos[3:7], data.qvel[:3]),
             rates=data.qvel[3:6], gravity=to_base_frame(data.qpos[3:7], jnp.array([0.0, 0.0, -1.0])),
             angles=data.qpos[7:], speeds=data.qvel[6:], accelerations=(data.qvel[6:] - before.qvel[6:]) / CONTROL_DT,
             action=action, action_before=info["action"], **readings,
-            stance=(phases < robot.stance_share) | (info["command"] == 0).all())
+            stance=is_stance(robot, elapsed) | (info["command"] == 0).all())
         terms = reward_terms(robot, motion)
         reward = jnp.where(sane, jnp.maximum(sum(terms.values()), 0.0), 0.0)
         errors = {"error_velocity": jnp.linalg.norm(motion.command[:2] - motion.velocity[:2]),

@@ -205,6 +205,21 @@ def test_observation_layout_and_scales():
     np.testing.assert_allclose(unitree.observe(ROBOT, *batch), expected, atol=3e-5)
     assert np.unique(np.array(expected).round(9)).size > 6 * 40  # no two parts can be mistaken for another
 
+def test_clock_does_not_flip():
+    """A step's feet are due exactly when the ticks say so, also where a share of the period is rounded."""
+    elapsed = np.arange(2000)
+    for robot in unitree.ROBOTS.values():
+        period, stance = robot.gait_period / 0.02, robot.stance_share * robot.gait_period / 0.02
+        for share in (period, stance, *(period * offset for offset in robot.gait_offsets)):
+            assert share == pytest.approx(round(share), abs=1e-9)  # whole ticks
+        ticks = (elapsed[:, None] + np.round(np.multiply(robot.gait_offsets, period)).astype(int)) % round(period)
+        for xp in (np, jnp):
+            np.testing.assert_array_equal(unitree.is_stance(robot, xp.asarray(elapsed), xp), ticks < round(stance))
+    command, action = jnp.zeros((2000, 3)), jnp.zeros((2000, 12))
+    clock = unitree.observe(ROBOT, jnp.zeros((2000, 19)), jnp.zeros((2000, 18)), command, action, jnp.asarray(elapsed))
+    for period in range(50):  # each period is the first one again, to the bit
+        np.testing.assert_array_equal(clock[40 * period:40 * (period + 1), -2:], clock[:40, -2:])
+
 @pytest.mark.parametrize("factor", [0.0, 1.0, 2.0])
 def test_actor_sees_noise_and_the_critic_more(factor):
     """Noise is uniform within its half-widths, none without a factor; the critic sees clean values and the base's
@@ -316,7 +331,7 @@ def moments(step, starts):
     for _ in range(30):
         actions.append(random.uniform(-1, 1, (WORLDS, 12)).astype(np.float32))
         states.append(step(states[-1], actions[-1]))
-    when = random.choice(np.delete(np.arange(8, 30), 21 - 8), WORLDS)  # at step 22 the clock is between two phases
+    when = random.choice(np.arange(8, 30), WORLDS)
     def pick(*leaves):
         return jnp.stack([leaves[t][i] for i, t in enumerate(when)])
     chosen = np.array([actions[t][i] for i, t in enumerate(when)])
@@ -426,14 +441,14 @@ def test_worlds_move_alone_as_they_do_together(step, advanced, moments):
     np.testing.assert_allclose(new.data.qvel, data.qvel, atol=5e-4)  # observed: 7e-5
     qpos, qvel, info = np.float64(new.data.qpos), np.float64(new.data.qvel), state.info
     turn, elapsed = [rotation(quat).T for quat in qpos[:, 3:7]], np.asarray(info["elapsed"])[:, None] + 1
-    phase = (elapsed * 0.02 / FACTS["gait_period"] + [0, 0.5]) % 1
+    ticks = (elapsed + [0, 20]) % 40
     stands = (np.asarray(info["command"]) == 0).all(axis=1, keepdims=True)
     assert 2 <= stands.sum() < 10
     rows = {
         "command": info["command"], "height": qpos[:, 2], "velocity": np.einsum("nij,nj->ni", turn, qvel[:, :3]),
         "rates": qvel[:, 3:6], "gravity": -np.array(turn)[:, :, 2], "angles": qpos[:, 7:], "speeds": qvel[:, 6:],
         "accelerations": (qvel[:, 6:] - np.float64(state.data.qvel[:, 6:])) / 0.02, "action": action,
-        "action_before": info["action"], "stance": (phase < 0.55) | stands, **readings}
+        "action_before": info["action"], "stance": (ticks < 22) | stands, **readings}
     rows = unitree.Motion(**{name: jnp.asarray(column) for name, column in rows.items()})
     terms = jax.vmap(partial(unitree.reward_terms, ROBOT))(rows)
     for name, term in terms.items():
