@@ -151,7 +151,7 @@ class Args:
     decimation: Annotated[int, Range(1, 100)] = 4
     """physics steps in one control step of 0.02 s"""
     command_x: Command = (-0.6, 1.0)
-    """range of the commanded velocity forwards, m/s; by default the robot's, as of the next two"""
+    """range of the commanded velocity forwards, m/s; by default the robot's, like the next two"""
     command_y: Command = (-0.4, 0.4)
     """range of the commanded velocity to the left, m/s"""
     command_yaw: Command = (-0.8, 0.8)
@@ -244,10 +244,10 @@ class Joint:
     default: float = 0.0  # its angle in the default pose, rad
     upright: bool = False  # it had better stay at 0
 
-    # The stepping motion that the actor imitates at first
-    lift: float = 0.0  # what the middle of a swing adds to the angle, rad
-    sweep: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    # What m/s, m/s and rad/s of the command add to it at landing; at lift-off they take it away
+    # The stepping motion that the actor imitates at first: what the middle of a swing adds to the
+    # angle, and what m/s, m/s and rad/s of the command add to it at landing and take at lift-off.
+    lift: float = 0.0  # rad
+    sweep: tuple[float, float, float] = (0.0, 0.0, 0.0)  # rad s/m, rad s/m, 1
 
 
 def both_legs(leg: dict[str, Joint]) -> dict[str, Joint]:
@@ -275,6 +275,8 @@ class Robot:
     min_height: float  # m: below it the robot has fallen
     max_tilt: float  # rad: tilted by more, too
 
+    # The gait. The legs of a pair are half a period apart, so that a mirror shows it as it is half
+    # a period later.
     gait_period: float  # s, a multiple of CONTROL_DT
     gait_offsets: tuple[float, ...]  # phase of each leg, as a share of the period
     stance_share: float  # of the period, that a foot spends on the floor
@@ -476,14 +478,14 @@ class Part:
 
 # The actor's parts are those that the robot's own computer knows, in Unitree's order and scales.
 OBSERVATION = {
-    "velocity": Part(width=3, scale=2.0, noise=0.0, mirror=(1, -1, 1), for_actor=False),
-    "rates": Part(width=3, scale=0.25, noise=0.05, mirror=(-1, 1, -1)),
-    "gravity": Part(width=3, scale=1.0, noise=0.05, mirror=(1, -1, 1)),
-    "command": Part(width=3, scale=(2.0, 2.0, 0.25), noise=0.0, mirror=(1, -1, -1)),
-    "angles": Part(width=None, scale=1.0, noise=0.01, mirror=None),
-    "speeds": Part(width=None, scale=0.05, noise=0.075, mirror=None),
-    "action": Part(width=None, scale=1.0, noise=0.0, mirror=None),
-    "clock": Part(width=2, scale=1.0, noise=0.0, mirror=(-1, -1)),  # half a period off
+    "velocity": Part(width=3, scale=2.0, noise=0.0, mirror=(1, -1, 1), for_actor=False),  # m/s
+    "rates": Part(width=3, scale=0.25, noise=0.05, mirror=(-1, 1, -1)),  # rad/s
+    "gravity": Part(width=3, scale=1.0, noise=0.05, mirror=(1, -1, 1)),  # direction
+    "command": Part(width=3, scale=(2.0, 2.0, 0.25), noise=0.0, mirror=(1, -1, -1)),  # m/s, rad/s
+    "angles": Part(width=None, scale=1.0, noise=0.01, mirror=None),  # rad
+    "speeds": Part(width=None, scale=0.05, noise=0.075, mirror=None),  # rad/s
+    "action": Part(width=None, scale=1.0, noise=0.0, mirror=None),  # the last one
+    "clock": Part(width=2, scale=1.0, noise=0.0, mirror=(-1, -1)),  # sine and cosine of the phase
 }
 SEEN = {
     "actor": {name: part for name, part in OBSERVATION.items() if part.for_actor},
@@ -1027,11 +1029,11 @@ def initial_memory(batch: tuple[int, ...] = ()) -> tuple:
 def apply_policy(
     args: Args, env: Env, params: dict, memory: tuple, obs: jax.Array
 ) -> tuple[tuple, Gaussian]:
-    """The policy: its memory and the actor's normalised observations [..., O] -> next memory,
-    distribution.
+    """The policy: its memory and normalised observations [..., O] -> next memory, distribution.
 
-    A recurrent network would keep its state in `memory`, which rollout and test carry along and
-    set to `initial_memory` when an episode begins. ppo_mjx.py says what else it would change.
+    obs: the actor's. A recurrent network would keep its state in `memory`, which rollout and test
+    carry along and set to `initial_memory` when an episode begins; ppo_mjx.py says what else it
+    would change.
     """
     actor, _ = make_networks(args, env)
     return memory, Gaussian(actor.apply(params["actor"], obs), params["log_std"])
