@@ -1,20 +1,43 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "flax==0.12.6", "imageio[ffmpeg]==2.38.1", "jax==0.9.2", "llvmlite==0.50.0", "mujoco==3.17.0", "mujoco-mjx==3.17.0",
-#   "optax==0.2.8", "tensorboard==2.21.0", "tensorboardX==2.6.5", "tqdm==4.70.1", "typeguard==4.6.0", "tyro==1.0.17"]
+#   "flax==0.12.6",
+#   "imageio[ffmpeg]==2.38.1",
+#   "jax==0.9.2",
+#   "llvmlite==0.50.0",
+#   "mujoco==3.17.0",
+#   "mujoco-mjx==3.17.0",
+#   "optax==0.2.8",
+#   "tensorboard==2.21.0",
+#   "tqdm==4.70.1",
+#   "typeguard==4.6.0",
+#   "tyro==1.0.17",
+# ]
 # ///
-"""PPO for Unitree's legged robots, on MuJoCo XLA (MJX): one file, one jitted program per iteration.
+"""PPO for Unitree's legged robots, on MuJoCo XLA (MJX): one file, one compiled program.
 
-    python ppo_mjx_unitree.py                        the G1 learns to walk; watch it with: tensorboard --logdir runs
-    python ppo_mjx_unitree.py --resume runs/NAME     go on, bit for bit, where a run stopped
-    python ppo_mjx_unitree.py --evaluate runs/NAME   put its policy to the test in C MuJoCo, as Unitree's loop runs it
-    python ppo_mjx_unitree.py --smoke                check the set-up of this machine
-The map: 1 settings, 2 robots, 3 model, 4 rewards, 5 environment, 6 statistics, 7 networks, 8 training state, 9 rollout,
-10 advantages, 11 loss and update, 12 the iteration; then 13 evaluation, 14 log and files, 15 command line, 16 main.
-Shapes: T = num_steps, N = worlds on this device, B = T * N, O = observation, A = action = joints, F = feet. A record's
-fields are [T, N, ...] in a rollout, [B, ...] in a batch, [B / num_minibatches, ...] in a minibatch.
-Robots, observation, gains and rewards follow unitreerobotics/unitree_rl_gym (276801e); names are CleanRL's.
+    python ppo_mjx_unitree.py                      teach the G1 to walk; tensorboard --logdir runs
+    python ppo_mjx_unitree.py --resume runs/NAME   continue a stopped run, bit for bit
+    python ppo_mjx_unitree.py --evaluate runs/NAME test its policy in C MuJoCo, in Unitree's loop
+    python ppo_mjx_unitree.py --smoke              check the installation on this machine
+
+The robot's body is an MJCF file in the folder robots/ beside this file. The science comes first,
+and is all that learning to walk needs:
+
+    1 settings       5 environment       9 rollout
+    2 robots         6 statistics       10 advantages
+    3 observation    7 networks         11 loss and update
+    4 rewards        8 training state   12 training iteration
+
+After it come 13 evaluation, 14 log and files, 15 command line, 16 main.
+
+Shapes: T = num_steps, N = worlds on this device, B = T * N, M = num_minibatches, O = observation
+size, A = action size = number of joints, F = number of feet, S = spheres under a foot. A record
+describes one world; its fields are [T, N, ...] in a rollout, [B, ...] in a batch and [B / M, ...]
+in a minibatch.
+
+Robots, observation, gains and rewards follow unitreerobotics/unitree_rl_gym (276801e); names follow
+CleanRL. All metrics and flags are explained in docs/ppo_mjx_unitree.md.
 """
 
 import contextlib
@@ -33,12 +56,13 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 START = time.perf_counter()
-os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")  # else XLA prints pages of CPU features on a cache hit
+# Without this, XLA prints pages of CPU features whenever it reads a program from the cache.
+os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")
 
 import flax.linen as nn
 import jax
@@ -53,267 +77,503 @@ from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from mujoco.rendering.classic import gl_context
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-with contextlib.redirect_stdout(io.StringIO()):  # it tells everyone that the optional Warp backend is missing
+with contextlib.redirect_stdout(io.StringIO()):  # it announces that the optional Warp is missing
     from mujoco import mjx
-
-if hide_torch := "torch" not in sys.modules:
-    sys.modules["torch"] = None  # else tensorboardX imports it where it is installed, which takes seconds
-from tensorboardX import SummaryWriter
-from tensorboardX.event_file_writer import EventFileWriter
-from tensorboardX.proto.summary_pb2 import Summary
-
-if hide_torch:
-    del sys.modules["torch"]
 
 try:
     import onekernel.mjx
-except ImportError:  # in a copy of this file alone; its physics go by XLA, slowly
+except ImportError:  # this file was copied alone: XLA runs the physics, slowly
     onekernel = None
 
-# ---- 1. Settings ----------------------------------------------------------------------------------------------------
+
+# ---- 1. Settings ---------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that a flag may have, both ends included; `check_args` reads it."""
+
+    least: float
+    most: float
+
+
+Count = Annotated[int, Range(1, 1e9)]
+MaybeCount = Annotated[int | None, Range(1, 1e9)]
+Index = Annotated[int, Range(0, 1e9)]
+NonNegative = Annotated[float, Range(0, 1e9)]
+Fraction = Annotated[float, Range(0, 1)]
+RelativeError = Annotated[float, Range(0, 0.9)]
+Seconds = Annotated[float, Range(0.02, 1e6)]  # from a control step on
+Command = Annotated[tuple[float, float], Range(-5, 5)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Args:
     """PPO for Unitree's legged robots, on MuJoCo XLA."""
+
     # The run
-    exp_name: str = "ppo_mjx_unitree"  # name of the experiment, part of the run folder's name
-    seed: int = 1  # every random number follows from it and the number of devices
-    num_devices: int | None = None  # that share the worlds; by default as many GPUs or CPU cores as divide the work
-    runs_dir: str = "runs"  # where the run folders are made
-    track: bool = False  # log to Weights & Biases too; its project is WANDB_PROJECT
-    capture_video: bool = False  # write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate
-    export_onnx: bool = False  # write policy.onnx beside policy.npz, after training or with --evaluate
-    checkpoint_every: int = 50  # iterations between checkpoints; the last three are kept
-    compile_cache: bool = True  # keep compiled programs in the user's cache folder, for a quicker start next time
-    resume: str | None = None  # run folder to go on with, by the settings that it was started with
-    evaluate: str | None = None  # run folder whose policy to put to the test; nothing is trained
-    coordinator_address: str | None = None  # host:port of process 0, if several train together; auto: ask the cluster
-    num_processes: int | None = None  # that train together, each with its own devices
-    process_id: int | None = None  # of this one, from 0
-    smoke: bool = False  # build, train, save, resume and evaluate in short, and tell what works
+    exp_name: str = "ppo_mjx_unitree"
+    """name of the experiment, part of the run folder's name"""
+    seed: Index = 1
+    """every random number follows from it and from the number of devices"""
+    num_devices: MaybeCount = None
+    """devices to split the worlds over; by default as many GPUs or CPU cores as divide the work"""
+    runs_dir: str = "runs"
+    """folder for the run folders"""
+    track: bool = False
+    """log to Weights & Biases as well; WANDB_PROJECT names the project"""
+    capture_video: bool = False
+    """write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate"""
+    checkpoint_every: Count = 50
+    """iterations between checkpoints; the last three are kept"""
+    compile_cache: bool = True
+    """keep compiled programs in the user's cache folder, for a quicker start next time"""
+    resume: str | None = None
+    """run folder to continue, with the settings that it was started with"""
+    evaluate: str | None = None
+    """run folder whose policy to put to the test; nothing is trained"""
+    coordinator_address: str | None = None
+    """host:port of process 0, if several processes train together; auto: ask the cluster"""
+    num_processes: MaybeCount = None
+    """processes that train together, each with its own devices"""
+    process_id: Annotated[int | None, Range(0, 1e9)] = None
+    """number of this process, from 0"""
+    smoke: bool = False
+    """check this installation: a short run, which is resumed and must end the same"""
+
     # The environment
-    robot: Literal["g1"] = "g1"  # a row of ROBOTS
-    decimation: int = 4  # physics steps in one control step of 0.02 s
-    command_x: tuple[float, float] = (-0.6, 1.0)  # range of the commanded velocity forwards, m/s
-    command_y: tuple[float, float] = (-0.4, 0.4)  # to the left, m/s
-    command_yaw: tuple[float, float] = (-0.8, 0.8)  # counterclockwise, rad/s
-    command_every: float = 5.0  # seconds between commands
-    standing: float = 0.15  # share of the commands that say: stand still
-    obs_noise: float = 1.0  # factor of the noise on the actor's observation
-    push_speed: float = 0.5  # largest sudden change of the base's horizontal velocity, m/s along each axis
-    push_every: float = 4.0  # seconds between pushes
-    friction: tuple[float, float] = (0.4, 1.25)  # range of the feet's sliding friction
-    added_mass: tuple[float, float] = (-1.0, 3.0)  # range of what is added to the base, kg
-    shifted_center: float = 0.03  # largest shift of the base's centre of mass along each axis, m
-    gain_noise: float = 0.1  # largest relative error of the joints' stiffness and damping
-    strength_noise: float = 0.1  # largest relative error of the motors' torque
-    action_delay: float = 1.0  # largest delay of an action, control steps
-    # The algorithm, by CleanRL's names
-    total_timesteps: int = 15_000_000  # environment steps, over all worlds
-    learning_rate: float = 1e-3  # Adam's step size at the start
-    num_envs: int = 256  # worlds, over all devices
-    num_steps: int = 16  # steps of each world in one rollout
-    gamma: float = 0.99  # discount
-    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
-    num_minibatches: int = 16  # minibatches of one epoch
-    update_epochs: int = 5  # passes over a rollout
-    clip_coef: float = 0.2  # clipping range of the probability ratio
-    ent_coef: float = 0.006  # weight of the entropy bonus at the start
-    final_ent_coef: float = 0.0  # and at the end; linear between
-    vf_coef: float = 1.0  # weight of the value loss
-    mirror_coef: float = 1.0  # weight of the mirror-symmetry loss; 0 for none
-    imitation_coef: float = 0.5  # weight of the loss that draws the actor to a simple stepping motion, at the start
-    imitation_steps: int = 600_000  # environment steps over which it falls to 0
-    standing_after: int = 6_000_000  # environment steps after which it is whole again, where the command is to stand
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    desired_kl: float | None = 0.02  # adapt the step size to this KL divergence; None: anneal it linearly to 0
-    hidden_sizes: tuple[int, ...] = (256, 128)  # widths of the ELU layers, of the actor and of the critic
-    init_log_std: float = -1.0  # log of the policy's standard deviation at the start
+    robot: Literal["g1"] = "g1"
+    """a row of ROBOTS"""
+    decimation: Annotated[int, Range(1, 100)] = 4
+    """physics steps in one control step of 0.02 s"""
+    command_x: Command = (-0.6, 1.0)
+    """range of the commanded velocity forwards, m/s; by default the robot's, like the next two"""
+    command_y: Command = (-0.4, 0.4)
+    """range of the commanded velocity to the left, m/s"""
+    command_yaw: Command = (-0.8, 0.8)
+    """range of the commanded turn counterclockwise, rad/s"""
+    command_every: Seconds = 5.0
+    """mean seconds between commands; each control step has the same chance of a new one"""
+    standing: Fraction = 0.15
+    """share of the commands that say: stand still"""
+    obs_noise: NonNegative = 1.0
+    """factor of the noise on the actor's observation"""
+    push_speed: NonNegative = 0.5
+    """largest sudden change of the base's horizontal velocity, m/s along each axis"""
+    push_every: Seconds = 4.0
+    """mean seconds between pushes; each control step has the same chance of one"""
+    friction: Annotated[tuple[float, float], Range(0.01, 10)] = (0.4, 1.25)
+    """range of the feet's sliding friction"""
+    added_mass: Annotated[tuple[float, float], Range(-5, 1e3)] = (-1.0, 3.0)
+    """range of the mass that is added to the base, kg"""
+    shifted_center: RelativeError = 0.03
+    """largest shift of the base's centre of mass along each axis, m"""
+    gain_noise: RelativeError = 0.1
+    """largest relative error of each joint's stiffness and damping"""
+    strength_noise: RelativeError = 0.1
+    """largest relative error of the torque, the same for all motors, as from a low battery"""
+    action_delay: Fraction = 1.0
+    """largest delay of an action, control steps"""
+
+    # The algorithm, with CleanRL's names
+    total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
+    """environment steps, over all worlds"""
+    learning_rate: NonNegative = 1e-3
+    """Adam's step size at the start"""
+    num_envs: Count = 256
+    """worlds, over all devices"""
+    num_steps: Count = 16
+    """steps of each world in one rollout"""
+    gamma: Fraction = 0.99
+    """discount factor"""
+    gae_lambda: Fraction = 0.95
+    """lambda of the generalised advantage estimate"""
+    num_minibatches: Count = 16
+    """minibatches of one epoch"""
+    update_epochs: Annotated[int, Range(1, 1e3)] = 5
+    """passes over a rollout"""
+    clip_coef: NonNegative = 0.2
+    """clipping range of the probability ratio"""
+    ent_coef: NonNegative = 0.006
+    """weight of the entropy bonus at the start"""
+    final_ent_coef: NonNegative = 0.0
+    """weight of the entropy bonus at the end; linear in between"""
+    vf_coef: NonNegative = 1.0
+    """weight of the value loss"""
+    mirror_coef: NonNegative = 1.0
+    """weight of the mirror-symmetry loss; 0 for none"""
+    imitation_coef: NonNegative = 0.5
+    """weight, at the start, of the loss that draws the actor to a simple stepping motion"""
+    imitation_steps: Count = 600_000
+    """environment steps over which that weight falls to 0"""
+    standing_after: Count = 6_000_000
+    """environment steps after which it is whole again, where the command is to stand"""
+    max_grad_norm: NonNegative = 1.0
+    """gradients are scaled down to this norm"""
+    desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.02
+    """adapt the step size to this KL divergence; None: anneal it linearly to 0"""
+    hidden_sizes: tuple[int, ...] = (256, 128)
+    """widths of the ELU layers, in the actor and in the critic"""
+    init_log_std: Annotated[float, Range(-20, 20)] = -1.0
+    """log of the policy's standard deviation at the start"""
 
     @property
     def steps_per_iteration(self) -> int:
         return self.num_envs * self.num_steps
+
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.steps_per_iteration
 
-# ---- 2. Robots ------------------------------------------------------------------------------------------------------
-CONTROL_DT, COMMAND_SCALE = 0.02, np.array([2.0, 2.0, 0.25])  # s, of a control step; of the command, in observations
+
+# ---- 2. Robots (SI units and radians) ------------------------------------------------------------
+CONTROL_DT = 0.02  # s, of a control step
+MODELS = Path(__file__).parent / "robots"
+
+
 @dataclasses.dataclass(frozen=True)
-class Link:
-    """One body of a left leg, and the hinge that moves it in its parent. Quaternions are w x y z."""
-    name: str
-    axis: str  # of the hinge
-    limits: tuple[float, float]  # rad
-    max_torque: float  # Nm
-    stiffness: float  # kp of the motor's controller, Nm/rad
+class Joint:
+    """What MJCF does not say of a joint."""
+
+    stiffness: float  # kp of its controller, Nm/rad
     damping: float  # kd, Nm s/rad
-    default: float  # angle of the hinge in the default pose, rad
-    lift: float  # what a simple stepping motion adds to it in the middle of a swing
-    sweep: tuple[float, float, float]  # what m/s, m/s and rad/s of the command add to it at landing, by the same
-    pos: tuple[float, float, float]  # m, in the parent's frame
-    quat: tuple[float, float, float, float]
-    mass: float  # kg
-    center: tuple[float, float, float]  # of mass, m
-    principal: tuple[float, float, float, float]  # orientation of the principal axes
-    moments: tuple[float, float, float]  # of inertia about them, kg m^2
-    shape: str  # that is drawn
-    upright: bool = False  # the hinge had better stay at 0
+    default: float = 0.0  # its angle in the default pose, rad
+    upright: bool = False  # it had better stay at 0
+
+    # The stepping motion that the actor imitates at first: what the middle of a swing adds to the
+    # angle, and what m/s, m/s and rad/s of the command add to it at landing and take at lift-off.
+    lift: float = 0.0  # rad
+    sweep: tuple[float, float, float] = (0.0, 0.0, 0.0)  # rad s/m, rad s/m, 1
+
+
+def both_legs(leg: dict[str, Joint]) -> dict[str, Joint]:
+    """The joints of a left leg and of a right one, which have the same numbers."""
+    return {f"{side}_{name}": joint for side in ("left", "right") for name, joint in leg.items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Robot:
-    """All that is one robot's, and its task: SI units and radians."""
-    mass: float  # of the base, and its centre, axes and moments as in Link
-    center: tuple[float, float, float]
-    principal: tuple[float, float, float, float]
-    moments: tuple[float, float, float]
-    shapes: str  # of the base, drawn
-    leg: tuple[Link, ...]  # the left one, from the hip down; the right one mirrors it, but for
-    right: dict[str, dict]  # these
-    soles: tuple[tuple[float, float, float], ...]  # centres of the spheres under a foot
-    sole_radius: float
-    start_height: float  # of the base, at resets
-    stand_height: float  # of the base in the default pose, soles on the floor
-    target_height: float  # that the reward asks for
-    min_height: float  # below it, or tilted by more than max_tilt, the robot has fallen
-    max_tilt: float
-    gait_period: float  # s
+    """What MJCF does not say of a robot, and the robot's task.
+
+    The MJCF file describes a free base and its legs: in pairs, the left one of each pair first, all
+    with the same joints in the same order. Each joint has a motor, whose ctrl is the torque. The
+    spheres under the feet are all that can touch the floor.
+    """
+
+    mjcf: str  # file in robots/, or an absolute path
+    joints: dict[str, Joint]  # by their names in the file, in the order of actions
+    feet: tuple[str, ...]  # bodies, in the order of the legs
+    weights: dict[str, float]  # of the reward's terms, per second: see section 4
+    gate: dict[str, tuple[float, float, float]]  # commands of the test: see section 13
+
+    start_height: float  # m, of the base, at resets
+    target_height: float  # m, that the reward asks for
+    min_height: float  # m: below it the robot has fallen
+    max_tilt: float  # rad: tilted by more, too
+
+    # The gait. The legs of a pair are half a period apart, so that a mirror shows it as it is half
+    # a period later.
+    gait_period: float  # s, a multiple of CONTROL_DT
     gait_offsets: tuple[float, ...]  # phase of each leg, as a share of the period
     stance_share: float  # of the period, that a foot spends on the floor
-    swing_height: float  # of the foot's origin
-    weights: dict[str, float]  # of the reward's terms, per second: see section 4
+    swing_height: float  # m, of the foot's body in the air
+
     action_scale: float = 0.25  # rad, from an action to the target of its joint
-    passive: tuple[float, float, float] = (0.01, 0.001, 0.1)  # joints' armature, damping, dry friction
+
+    # Defaults of these flags
+    command_x: tuple[float, float] = Args.command_x
+    command_y: tuple[float, float] = Args.command_y
+    command_yaw: tuple[float, float] = Args.command_yaw
+
+    @cached_property
+    def model(self) -> mujoco.MjModel:
+        """The MJCF file's content, to be read; simulations load their own."""
+        return load_model(self, CONTROL_DT)
+
+    def joint_array(self, name: str) -> np.ndarray:
+        """A field of all joints, in the order of actions: [A, ...]."""
+        return np.array([getattr(joint, name) for joint in self.joints.values()], float)
 
     @property
-    def joints(self) -> dict[str, Link]:
-        """The joints in the order of actions."""
-        right = {link.name: mirrored(link, self.right.get(link.name, {})) for link in self.leg}
-        return {f"left_{link.name}": link for link in self.leg} | {f"right_{name}": right[name] for name in right}
+    def limits(self) -> np.ndarray:
+        """Lowest and highest angle of each joint: [A, 2] rad."""
+        return self.model.jnt_range[1:]  # after the base's
+
+    @property
+    def mirror_sign(self) -> np.ndarray:
+        """What a mirror at y = 0 does to the angle of each joint [A]: 1 about y, else -1."""
+        return np.where(self.model.jnt_axis[1:, 1] != 0, 1.0, -1.0)
+
+    @property
+    def gait_ticks(self) -> int:
+        """Control steps in a period of the gait.
+
+        The clock counts them, for shares of the period are rounded in float32.
+        """
+        return round(self.gait_period / CONTROL_DT)
+
 
 ROBOTS = {
     "g1": Robot(
-        mass=17.7349, center=(0.0144905, 0.000151462, 0.144068), moments=(0.552723, 0.454092, 0.211762),
-        principal=(0.999881, -0.000505543, -0.0154276, 0.000328408), shapes="""
-    <geom class="light" type="box" pos=".004 0 .18" size=".065 .1 .15"/>
-    <geom class="dark" type="ellipsoid" pos=".005 0 .43" size=".07 .07 .1"/>
-    <geom class="dark" fromto="0 -.03 -.06 0 .03 -.06" size=".06"/>
-    <geom class="dark" fromto="0 .141 .285 .004 .147 .13" size=".038"/>
-    <geom class="dark" fromto="0 -.141 .285 .004 -.147 .13" size=".038"/>
-    <geom class="light" fromto=".016 .147 .105 .26 .149 .1" size=".034"/>
-    <geom class="light" fromto=".016 -.147 .105 .26 -.149 .1" size=".034"/>""",
-        leg=(
-            Link("hip_pitch", "0 1 0", (-2.5307, 2.8798), 88, 100, 2, -0.1, -0.4, (-0.32, 0, 0), (0, 0.064452, -0.1027),
-                 (1, 0, 0, 0), 1.35, (0.002741, 0.047791, -0.02606), (0.954862, 0.293964, 0.0302556, 0.030122),
-                 (0.00181517, 0.00153422, 0.00116212), 'class="dark" fromto="0 .03 -.015 0 .06 -.03" size=".045"'),
-            Link("hip_roll", "1 0 0", (-0.5236, 2.9671), 139, 100, 2, 0, 0, (0, 0.32, 0), (0, 0.052, -0.030465),
-                 (0.996179, 0, -0.0873386, 0), 1.52, (0.029812, -0.001045, -0.087934),
-                 (0.977808, -1.97119e-05, 0.205576, -0.0403793), (0.00254986, 0.00241169, 0.00148755),
-                 'class="light" fromto=".022 0 -.01 .027 0 -.08" size=".048"', upright=True),
-            Link("hip_yaw", "0 0 1", (-2.7576, 2.7576), 88, 100, 2, 0, 0, (0, 0, 0.22), (0.025001, 0, -0.12412),
-                 (1, 0, 0, 0), 1.702, (-0.057709, -0.010981, -0.15078), (0.600598, 0.15832, 0.223482, 0.751181),
-                 (0.00776166, 0.00717575, 0.00160139), 'class="light" fromto="-.01 0 -.02 -.07 0 -.165" size=".048"',
-                 upright=True),
-            Link("knee", "0 1 0", (-0.087267, 2.8798), 139, 150, 4, 0.3, 0.8, (0, 0, 0),
-                 (-0.078273, 0.0021489, -0.17734), (0.996179, 0, 0.0873386, 0), 1.932, (0.005457, 0.003964, -0.12074),
-                 (0.923418, -0.0327699, 0.0158246, 0.382067), (0.0113804, 0.0112778, 0.00146458),
-                 'class="light" fromto=".005 0 -.02 .005 0 -.26" size=".04"'),
-            Link("ankle_pitch", "0 1 0", (-0.87267, 0.5236), 50, 40, 2, -0.2, -0.4, (0.32, 0, 0),
-                 (0, -9.4445e-05, -0.30001), (1, 0, 0, 0), 0.074, (-0.007269, 0, 0.011137),
-                 (0.603053, 0.369225, 0.369225, 0.603053), (1.89e-05, 1.40805e-05, 6.9195e-06),
-                 'class="dark" fromto="-.005 0 .005 -.005 0 -.012" size=".02"'),
-            Link("ankle_roll", "1 0 0", (-0.2618, 0.2618), 50, 40, 2, 0, 0, (0, -0.32, 0), (0, 0, -0.017558),
-                 (1, 0, 0, 0), 0.608, (0.026505, 0, -0.016425), (-0.000481092, 0.728482, -0.000618967, 0.685065),
-                 (0.00167218, 0.0016161, 0.000217621), 'class="dark" type="box" pos=".04 0 -.02" size=".1 .034 .015"')),
-        right={"knee": {"principal": (0.923439, 0.0345276, 0.0116333, -0.382012),
-                        "moments": (0.011374, 0.0112843, 0.00146452)}},
-        soles=((-0.05, 0.025, -0.03), (-0.05, -0.025, -0.03), (0.12, 0.03, -0.03), (0.12, -0.03, -0.03)),
-        sole_radius=0.005, start_height=0.8, stand_height=0.7842, target_height=0.78, min_height=0.5, max_tilt=0.8,
-        gait_period=0.8, gait_offsets=(0.0, 0.5), stance_share=0.55, swing_height=0.08, weights={
-            "track_velocity": 2.0, "track_yaw": 1.0, "alive": 0.15, "gait": 1.0, "swing_height": -20.0,
-            "stance_slip": -0.2, "vertical_velocity": -2.0, "roll_pitch_rate": -0.05, "tilt": -1.0, "height": -10.0,
-            "joint_acceleration": -2.5e-7, "joint_velocity": -1e-3, "torque": -1e-5, "action_change": -0.01,
-            "joint_limits": -5.0, "upright_joints": -1.0}),
+        mjcf="g1.xml",
+        joints=both_legs(
+            {
+                "hip_pitch": Joint(
+                    stiffness=100, damping=2, default=-0.1, lift=-0.4, sweep=(-0.32, 0.0, 0.0)
+                ),
+                "hip_roll": Joint(stiffness=100, damping=2, upright=True, sweep=(0.0, 0.32, 0.0)),
+                "hip_yaw": Joint(stiffness=100, damping=2, upright=True, sweep=(0.0, 0.0, 0.22)),
+                "knee": Joint(stiffness=150, damping=4, default=0.3, lift=0.8),
+                "ankle_pitch": Joint(
+                    stiffness=40, damping=2, default=-0.2, lift=-0.4, sweep=(0.32, 0.0, 0.0)
+                ),
+                "ankle_roll": Joint(stiffness=40, damping=2, sweep=(0.0, -0.32, 0.0)),
+            }
+        ),
+        feet=("left_ankle_roll", "right_ankle_roll"),
+        weights={
+            "track_velocity": 2.0,
+            "track_yaw": 1.0,
+            "alive": 0.15,
+            "gait": 1.0,
+            "swing_height": -20.0,
+            "stance_slip": -0.2,
+            "vertical_velocity": -2.0,
+            "roll_pitch_rate": -0.05,
+            "tilt": -1.0,
+            "height": -10.0,
+            "joint_acceleration": -2.5e-7,
+            "joint_velocity": -1e-3,
+            "torque": -1e-5,
+            "action_change": -0.01,
+            "joint_limits": -5.0,
+            "upright_joints": -1.0,
+        },
+        gate={
+            "stand": (0.0, 0.0, 0.0),
+            "forward 0.3": (0.3, 0.0, 0.0),
+            "forward 0.6": (0.6, 0.0, 0.0),
+            "forward 1.0": (1.0, 0.0, 0.0),
+            "backward 0.4": (-0.4, 0.0, 0.0),
+            "left 0.3": (0.0, 0.3, 0.0),
+            "right 0.3": (0.0, -0.3, 0.0),
+            "turn left 0.6": (0.0, 0.0, 0.6),
+            "turn right 0.6": (0.0, 0.0, -0.6),
+            "mixed": (0.5, 0.2, 0.5),
+        },
+        start_height=0.8,
+        target_height=0.78,
+        min_height=0.5,
+        max_tilt=0.8,
+        gait_period=0.8,
+        gait_offsets=(0.0, 0.5),
+        stance_share=0.55,
+        swing_height=0.08,
+    ),
 }
 
-# ---- 3. Model -------------------------------------------------------------------------------------------------------
-MJCF = """<mujoco model="unitree">
-  <compiler angle="radian"/><option timestep="{dt}"/><visual><headlight ambient=".4 .4 .4" diffuse=".6 .6 .6"/></visual>
-  <default><geom contype="0" conaffinity="0" type="capsule"/>
-    <joint armature="{passive[0]}" damping="{passive[1]}" frictionloss="{passive[2]}"/>
-    <default class="light"><geom rgba=".9 .9 .9 1"/></default><default class="dark"><geom rgba=".2 .2 .2 1"/></default>
-    <default class="sole"><geom type="sphere" size="{robot.sole_radius}" conaffinity="1" priority="1"/></default>
-  </default>
-  <asset><texture type="skybox" builtin="gradient" rgb1=".9 .95 1" rgb2=".6 .7 .85" width="64" height="64"/>
-    <texture name="grid" type="2d" builtin="checker" rgb1=".55 .6 .65" rgb2=".45 .5 .55" width="64" height="64"/>
-    <material name="grid" texture="grid" texuniform="true"/></asset>
-  <worldbody><geom name="floor" type="plane" size="0 0 .05" material="grid" contype="1"/>
-    <body name="base" pos="0 0 {robot.stand_height}"><freejoint name="base"/>
-      <camera name="track" mode="trackcom" pos="1.6 -2.2 .5" xyaxes=".8 .6 0 -.12 .16 1"/>
-      <light mode="trackcom" pos="-1.5 -1.5 5" dir=".3 .3 -1" cutoff="60"/>
-      {inertial}{body}
-    </body></worldbody><actuator>{motors}</actuator>
-</mujoco>"""
-
-def numbers(values) -> str:
-    return " ".join(map(repr, values))
-
-def inertial(part: Robot | Link) -> str:
-    return f'<inertial pos="{numbers(part.center)}" quat="{numbers(part.principal)}" mass="{part.mass}" ' + (
-        f'diaginertia="{numbers(part.moments)}"/>')
-
-def mirrored(link: Link, changes: dict) -> Link:
-    """The same link of the right leg, reflected at y = 0. Joints about y keep their sign, others change it."""
-    def flip(v):  # a vector, or a quaternion
-        return (v[0], -v[1], v[2]) if len(v) == 3 else (v[0], -v[1], v[2], -v[3])
-    limits = link.limits if link.axis == "0 1 0" else (-link.limits[1], -link.limits[0])
-    reflected = {name: flip(getattr(link, name)) for name in ("pos", "quat", "center", "principal")}
-    return dataclasses.replace(link, limits=limits, **reflected | changes)
 
 def load_model(robot: Robot, dt: float, drawn: bool = True) -> mujoco.MjModel:
-    """The robot on a plane that its soles alone can touch. drawn: with the shapes that only a picture needs."""
-    body, links = robot.shapes if drawn else "", robot.joints
-    for side in "left", "right":
-        chain = "".join(f'<geom class="sole" name="{side}_sole{i}" pos="{numbers(sole)}"/>'
-                        for i, sole in enumerate(robot.soles))
-        for name, link in reversed(links.items()):
-            if name.startswith(side):
-                chain = (f'<body name="{name}" pos="{numbers(link.pos)}" quat="{numbers(link.quat)}">{inertial(link)}'
-                         f'<joint name="{name}" axis="{link.axis}" range="{numbers(link.limits)}"/>'
-                         + f"<geom {link.shape}/>" * drawn + f"{chain}</body>")
-        body += chain
-    motors = "".join(f'<motor joint="{name}" ctrlrange="-{link.max_torque} {link.max_torque}"/>'
-                     for name, link in links.items())
-    return mujoco.MjModel.from_xml_string(MJCF.format(
-        robot=robot, passive=robot.passive, dt=dt, inertial=inertial(robot), body=body, motors=motors))
+    """The robot's model, for C MuJoCo.
 
-def find_feet(model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the feet's bodies [F] and of the spheres under them [F, S]."""
-    soles = np.array([i for i in range(model.ngeom) if "sole" in model.geom(i).name]).reshape(2, -1)
-    return model.geom_bodyid[soles[:, 0]], soles
+    dt: s, of a physics step; drawn: with the shapes that only a picture needs.
+    """
+    spec = mujoco.MjSpec.from_file(str(MODELS / robot.mjcf))
+    spec.option.timestep = dt
+    if not drawn:
+        for geom in spec.geoms:
+            if not geom.contype and not geom.conaffinity:
+                spec.delete(geom)
+    model = spec.compile()
 
-NUM_PAYLOADS, PAYLOAD_FIELDS = 64, ("body_mass", "body_ipos", "body_subtreemass", "body_invweight0", "dof_invweight0")
+    moved = [model.joint(joint).name for joint in model.actuator_trnid[:, 0]]
+    message = f"{robot.mjcf}: its motors move {moved}, but ROBOTS has {list(robot.joints)}"
+    require(moved == list(robot.joints), message)
+    return model
+
+
+def find_feet(robot: Robot, model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the feet's bodies [F], and of the spheres under them [F, S]."""
+    bodies = np.array([model.body(foot).id for foot in robot.feet])
+    touching = model.geom_conaffinity > 0
+    soles = [np.flatnonzero(touching & (model.geom_bodyid == body)) for body in bodies]
+    return bodies, np.array(soles)
+
+
+class Controller(NamedTuple):
+    """The joints' PD controllers: [A] each."""
+
+    default: np.ndarray  # rad, the default pose
+    stiffness: np.ndarray  # Nm/rad
+    damping: np.ndarray  # Nm s/rad
+    max_torque: np.ndarray  # Nm
+
+    def torque(self, target, qpos, qvel, stiffness=1.0, damping=1.0, strength=1.0, xp=jnp):
+        """Torques [A] in Nm that draw the joints to target angles [A].
+
+        qpos: [7 + A]; qvel: [6 + A]. The last three are factors of domain randomisation.
+        """
+        torque = stiffness * self.stiffness * (target - qpos[7:])
+        torque = torque - damping * self.damping * qvel[6:]
+        return xp.clip(strength * torque, -self.max_torque, self.max_torque)
+
+
+def controller(robot: Robot) -> Controller:
+    return Controller(
+        default=robot.joint_array("default"),
+        stiffness=robot.joint_array("stiffness"),
+        damping=robot.joint_array("damping"),
+        max_torque=robot.model.actuator_ctrlrange[:, 1],
+    )
+
+
+# Models whose base bears another mass, elsewhere: how many, and in what they differ.
+NUM_PAYLOADS = 64
+PAYLOAD_FIELDS = (
+    "body_mass",
+    "body_ipos",
+    "body_subtreemass",
+    "body_invweight0",
+    "dof_invweight0",
+)
+
 
 def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
-    """Fields of models whose base bears another mass, elsewhere: [NUM_PAYLOADS, ...] each. MuJoCo computes what derives
-    from them, which is why they are drawn before training, not at each reset. `model` is changed."""
-    random, rows, data = np.random.default_rng(args.seed), [], mujoco.MjData(model)
-    mass, center = model.body_mass[1], model.body_ipos[1].copy()
+    """PAYLOAD_FIELDS of random payloads: name -> [NUM_PAYLOADS, ...].
+
+    MuJoCo computes what follows from mass and centre, so that they are drawn before training, and
+    not at each reset. `model` is changed.
+    """
+    random = np.random.default_rng(args.seed)
+    data = mujoco.MjData(model)
+    mass = model.body_mass[1]  # of the base; 0 is the world
+    center = model.body_ipos[1].copy()
+
+    payloads = {name: [] for name in PAYLOAD_FIELDS}
     for _ in range(NUM_PAYLOADS):
         model.body_mass[1] = mass + random.uniform(*args.added_mass)
-        model.body_ipos[1] = center + random.uniform(-args.shifted_center, args.shifted_center, 3)
+        shift = random.uniform(-args.shifted_center, args.shifted_center, 3)
+        model.body_ipos[1] = center + shift
         mujoco.mj_setConst(model, data)
-        rows.append([getattr(model, name).copy() for name in PAYLOAD_FIELDS])
-    return {name: np.array(values) for name, values in zip(PAYLOAD_FIELDS, zip(*rows, strict=True), strict=True)}
+        for name, values in payloads.items():
+            values.append(getattr(model, name).copy())
+    return {name: np.array(values) for name, values in payloads.items()}
 
-# ---- 4. Rewards -----------------------------------------------------------------------------------------------------
+
+# ---- 3. Observation ------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of the observation."""
+
+    width: int | None  # how many numbers; None: one for each joint
+    scale: float | tuple[float, ...]  # from SI units to the networks' input
+    noise: float  # half the width of the uniform noise on the scaled numbers
+    mirror: tuple[int, ...] | None  # signs that a mirror at y = 0 gives them; None: as joints
+    for_actor: bool = True  # whether the actor sees it; the critic sees all, without noise
+
+
+# The actor's parts are those that the robot's own computer knows, in Unitree's order and scales.
+OBSERVATION = {
+    "velocity": Part(width=3, scale=2.0, noise=0.0, mirror=(1, -1, 1), for_actor=False),  # m/s
+    "rates": Part(width=3, scale=0.25, noise=0.05, mirror=(-1, 1, -1)),  # rad/s
+    "gravity": Part(width=3, scale=1.0, noise=0.05, mirror=(1, -1, 1)),  # direction
+    "command": Part(width=3, scale=(2.0, 2.0, 0.25), noise=0.0, mirror=(1, -1, -1)),  # m/s, rad/s
+    "angles": Part(width=None, scale=1.0, noise=0.01, mirror=None),  # rad
+    "speeds": Part(width=None, scale=0.05, noise=0.075, mirror=None),  # rad/s
+    "action": Part(width=None, scale=1.0, noise=0.0, mirror=None),  # the last one
+    "clock": Part(width=2, scale=1.0, noise=0.0, mirror=(-1, -1)),  # sine and cosine of the phase
+}
+SEEN = {
+    "actor": {name: part for name, part in OBSERVATION.items() if part.for_actor},
+    "critic": OBSERVATION,
+}
+
+
+def to_base_frame(quat, vector, xp=jnp):
+    """Turn a vector [..., 3] of the world by the inverse of a quaternion [..., 4], w x y z."""
+    w = quat[..., :1]
+    axis = -quat[..., 1:]
+    cross = xp.cross(axis, vector)
+    return vector + 2 * (w * cross + xp.cross(axis, cross))
+
+
+def sense(robot: Robot, qpos, qvel, command, action, elapsed, xp=jnp) -> dict[str, Any]:
+    """All parts of the observation in SI units: name -> [..., width].
+
+    qpos: [..., 7 + A]; qvel: [..., 6 + A]; command: [..., 3]; action: [..., A], the last one;
+    elapsed: [...] control steps. xp is jax.numpy or numpy.
+    """
+    quat = qpos[..., 3:7]
+    down = xp.broadcast_to(xp.array([0.0, 0.0, -1.0]), qvel[..., :3].shape)
+    phase = elapsed % robot.gait_ticks * (2 * math.pi / robot.gait_ticks)
+    return {
+        "velocity": to_base_frame(quat, qvel[..., :3], xp),
+        "rates": qvel[..., 3:6],
+        "gravity": to_base_frame(quat, down, xp),
+        "command": command,
+        "angles": qpos[..., 7:] - robot.joint_array("default"),
+        "speeds": qvel[..., 6:],
+        "action": action,
+        "clock": xp.stack([xp.sin(phase), xp.cos(phase)], axis=-1),
+    }
+
+
+def observe(parts: dict[str, Part], senses: dict[str, Any], xp=jnp):
+    """What the actor or the critic sees, without noise: [..., O]. parts: a row of SEEN."""
+    scaled = [senses[name] * np.array(part.scale) for name, part in parts.items()]
+    return xp.concatenate(scaled, axis=-1)
+
+
+def part_slices(robot: Robot, parts: dict[str, Part]) -> dict[str, slice]:
+    """Where the parts stand in the observation, by their names."""
+    slices = {}
+    start = 0
+    for name, part in parts.items():
+        end = start + (part.width or len(robot.joints))
+        slices[name] = slice(start, end)
+        start = end
+    return slices
+
+
+def noise_widths(robot: Robot, parts: dict[str, Part]) -> np.ndarray:
+    """Half the width of the noise on each number of the observation: [O]."""
+    widths = [part.width or len(robot.joints) for part in parts.values()]
+    return np.repeat([part.noise for part in parts.values()], widths)
+
+
+def mirror_joints(robot: Robot, joints, xp=jnp):
+    """Angles, speeds or actions of joints [..., A] as a mirror shows them: legs change sides."""
+    in_pairs = joints.reshape(*joints.shape[:-1], -1, 2, len(robot.joints) // len(robot.feet))
+    swapped = xp.flip(in_pairs, axis=-2).reshape(joints.shape)
+    return swapped * robot.mirror_sign
+
+
+def mirror_observation(robot: Robot, obs, xp=jnp):
+    """The actor's observation [..., O] as a mirror shows it."""
+    parts = SEEN["actor"]
+    mirrored = []
+    for name, where in part_slices(robot, parts).items():
+        signs = parts[name].mirror
+        part = obs[..., where]
+        mirrored.append(mirror_joints(robot, part, xp) if signs is None else part * np.array(signs))
+    return xp.concatenate(mirrored, axis=-1)
+
+
+# ---- 4. Rewards ----------------------------------------------------------------------------------
 @struct.dataclass
 class Motion:
-    """What the rewards look at after a control step. Feet are read before the last physics step's integration, where
-    MJX has their positions, velocities and contacts of one and the same moment; the rest is read after it."""
+    """What the rewards look at after a control step.
+
+    Feet are read before the last physics step's integration, where MJX has their positions,
+    velocities and contacts of one and the same moment; the rest is read after it.
+    """
+
     command: jax.Array  # [3] m/s, m/s, rad/s
-    height: jax.Array  # of the base
+    height: jax.Array  # [] m, of the base
     velocity: jax.Array  # [3] m/s, of the base, in its frame
     rates: jax.Array  # [3] rad/s, of the base, in its frame
     gravity: jax.Array  # [3] direction, in the base's frame
@@ -323,94 +583,83 @@ class Motion:
     torque: jax.Array  # [A] Nm, of the last physics step
     action: jax.Array  # [A]
     action_before: jax.Array  # [A]
-    foot_height: jax.Array  # [F] m, of the foot's origin
+    foot_height: jax.Array  # [F] m, of the feet's bodies
     foot_velocity: jax.Array  # [F, 3] m/s
     contact: jax.Array  # [F] bool
     stance: jax.Array  # [F] bool: the clock wants the foot on the floor
 
-TERMS = {
-    "track_velocity": lambda robot, m: jnp.exp(-jnp.square(m.command[:2] - m.velocity[:2]).sum() / 0.25),
-    "track_yaw": lambda robot, m: jnp.exp(-jnp.square(m.command[2] - m.rates[2]) / 0.25),
-    "alive": lambda robot, m: 1.0,
-    "gait": lambda robot, m: (2.0 * (m.contact == m.stance) - 1).sum(),  # feet as the clock wants them, less the others
-    "swing_height": lambda robot, m: (~m.contact * jnp.square(m.foot_height - robot.swing_height)).sum(),
-    "stance_slip": lambda robot, m: (m.contact * jnp.square(m.foot_velocity).sum(axis=-1)).sum(),
-    "vertical_velocity": lambda robot, m: jnp.square(m.velocity[2]),
-    "roll_pitch_rate": lambda robot, m: jnp.square(m.rates[:2]).sum(),
-    "tilt": lambda robot, m: jnp.square(m.gravity[:2]).sum(),
-    "height": lambda robot, m: jnp.square(m.height - robot.target_height),
-    "joint_acceleration": lambda robot, m: jnp.square(m.accelerations).sum(),
-    "joint_velocity": lambda robot, m: jnp.square(m.speeds).sum(),
-    "torque": lambda robot, m: jnp.square(m.torque).sum(),
-    "action_change": lambda robot, m: jnp.square(m.action - m.action_before).sum(),
-    "joint_limits": lambda robot, m: jnp.maximum(m.angles - joint_array(robot, "limits") @ [0.05, 0.95], 0.0).sum()
-    + jnp.maximum(joint_array(robot, "limits") @ [0.95, 0.05] - m.angles, 0.0).sum(),  # beyond the central 90%
-    "upright_joints": lambda robot, m: jnp.square(joint_array(robot, "upright") * m.angles).sum(),
-}
+
+def is_stance(robot: Robot, elapsed, xp=jnp):
+    """Whether the clock wants each foot on the floor: bool [..., F].
+
+    elapsed: int [...], control steps since the reset.
+    """
+    offsets = xp.array([round(offset * robot.gait_ticks) for offset in robot.gait_offsets])
+    ticks = (elapsed[..., None] + offsets) % robot.gait_ticks  # since each foot's landing
+    return ticks < round(robot.stance_share * robot.gait_ticks)
+
+
+def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
+    """The reward's terms before weighting: name -> []."""
+    lowest = robot.limits @ [0.95, 0.05]  # of the central 90% of each joint's range
+    highest = robot.limits @ [0.05, 0.95]
+    beyond = jnp.maximum(m.angles - highest, 0.0).sum() + jnp.maximum(lowest - m.angles, 0.0).sum()
+    in_the_air = ~m.contact
+
+    return {
+        "track_velocity": jnp.exp(-jnp.square(m.command[:2] - m.velocity[:2]).sum() / 0.25),
+        "track_yaw": jnp.exp(-jnp.square(m.command[2] - m.rates[2]) / 0.25),
+        "alive": jnp.ones(()),
+        # Feet that are where the clock wants them, less the others.
+        "gait": (2.0 * (m.contact == m.stance) - 1).sum(),
+        "swing_height": (in_the_air * jnp.square(m.foot_height - robot.swing_height)).sum(),
+        "stance_slip": (m.contact * jnp.square(m.foot_velocity).sum(axis=-1)).sum(),
+        "vertical_velocity": jnp.square(m.velocity[2]),
+        "roll_pitch_rate": jnp.square(m.rates[:2]).sum(),
+        "tilt": jnp.square(m.gravity[:2]).sum(),
+        "height": jnp.square(m.height - robot.target_height),
+        "joint_acceleration": jnp.square(m.accelerations).sum(),
+        "joint_velocity": jnp.square(m.speeds).sum(),
+        "torque": jnp.square(m.torque).sum(),
+        "action_change": jnp.square(m.action - m.action_before).sum(),
+        "joint_limits": beyond,
+        "upright_joints": jnp.square(robot.joint_array("upright") * m.angles).sum(),
+    }
+
 
 def reward_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
-    """The weighted terms of one control step; the reward is their sum, but at least 0, so that a fall never pays."""
-    return {f"reward_{name}": CONTROL_DT * weight * TERMS[name](robot, m) for name, weight in robot.weights.items()}
+    """The terms of one control step's reward, weighted: name -> [].
 
-# ---- 5. Environment -------------------------------------------------------------------------------------------------
+    The reward is their sum, but at least 0, so that a fall never pays.
+    """
+    terms = unweighted_terms(robot, m)
+    weights = robot.weights.items()
+    return {f"reward_{name}": CONTROL_DT * weight * terms[name] for name, weight in weights}
+
+
+# ---- 5. Environment ------------------------------------------------------------------------------
 @struct.dataclass
 class Physics:
-    """The smallest state that determines the future; each step computes everything else in mjx.Data anew."""
+    """The smallest state that determines the future; a step computes the rest of mjx.Data anew."""
+
     qpos: jax.Array  # [7 + A] m and quaternion of the base, rad
     qvel: jax.Array  # [6 + A] m/s (in the world) and rad/s (in its frame) of the base, rad/s
     qacc_warmstart: jax.Array  # [6 + A] where the constraint solver starts
 
+
 @struct.dataclass
 class State:
     """One world between two steps; names are MuJoCo Playground's."""
+
     data: Physics
-    obs: dict[str, jax.Array]  # of the actor, with noise, and of the critic, which sees more
-    reward: jax.Array
-    done: jax.Array  # float, 1 if the robot fell; the time limit is told apart, in info
+    obs: dict[str, jax.Array]  # the actor's [O], with noise, and the critic's [O + 3]
+    reward: jax.Array  # []
+    done: jax.Array  # [] float, 1 if the robot fell; the time limit is in info
     metrics: dict[str, jax.Array]  # the reward's terms, and the errors of tracking
-    info: dict  # key, command, action, elapsed (steps since the reset), truncated, broken (see Env), domain (of
-    # randomisation: friction, payload, factors of stiffness, damping and strength, delay in physics steps)
+    info: dict[str, Any]
+    # key: of the world; command: [3]; action: [A], the last one; elapsed: steps since the reset;
+    # truncated: the time limit is reached; broken: see Env; domain: see Env.draw_domain
 
-def joint_array(robot: Robot, name: str) -> np.ndarray:
-    """A property of all joints, in the order of actions: [A, ...]."""
-    return np.array([getattr(link, name) for link in robot.joints.values()], float)
-
-def controller(robot: Robot) -> list[np.ndarray]:
-    """The joints' default angles, stiffnesses, dampings and largest torques: [A] each."""
-    return [joint_array(robot, name) for name in ("default", "stiffness", "damping", "max_torque")]
-
-def stepping_action(robot: Robot, obs: jax.Array) -> jax.Array:
-    """Actions [..., A] of a simple stepping motion, by clock and command in the actor's observations [..., O]: on the
-    floor a leg sweeps back, in the air it lifts and sweeps ahead. Without a command they hold the default pose."""
-    command, clock = obs[..., 6:9] / COMMAND_SCALE, jnp.arctan2(obs[..., -2], obs[..., -1]) / (2 * math.pi)
-    phases = (clock[..., None] + CONTROL_DT / robot.gait_period + np.array(robot.gait_offsets)) % 1  # after the action
-    stance, swing = phases / robot.stance_share, (phases - robot.stance_share) / (1 - robot.stance_share)
-    stance, swing = jnp.minimum(stance, 1.0), jnp.maximum(swing, 0.0)  # how far each has come
-    up = jnp.where((command == 0).all(axis=-1, keepdims=True), 0.0, jnp.sin(math.pi * swing))
-    ahead = jnp.cos(math.pi * (stance - swing))  # 1 at landing, -1 at lift-off
-    up, ahead = (jnp.repeat(x, len(robot.leg), axis=-1) for x in (up, ahead))  # [..., A]
-    sweep = ahead * (command @ joint_array(robot, "sweep").T)
-    return (up * joint_array(robot, "lift") + sweep) / robot.action_scale
-
-def to_base_frame(quat, vector, xp=jnp):
-    """Turn a vector [..., 3] of the world by the inverse of a quaternion [..., 4], w x y z."""
-    w, axis = quat[..., :1], -quat[..., 1:]
-    cross = xp.cross(axis, vector)
-    return vector + 2 * (w * cross + xp.cross(axis, cross))
-
-def observe(robot: Robot, qpos, qvel, command, action, elapsed, xp=jnp):
-    """What the robot's computer knows, in Unitree's order and scales: [..., 11 + 3 A]. Inputs are [..., n], elapsed
-    [...] in control steps. xp is jax.numpy or numpy."""
-    down = xp.broadcast_to(xp.array([0.0, 0.0, -1.0]), qvel[..., :3].shape)
-    phase = 2 * math.pi * (elapsed * (CONTROL_DT / robot.gait_period) % 1)
-    return xp.concatenate([
-        0.25 * qvel[..., 3:6], to_base_frame(qpos[..., 3:7], down, xp), command * COMMAND_SCALE,
-        qpos[..., 7:] - joint_array(robot, "default"), 0.05 * qvel[..., 6:], action,
-        xp.stack([xp.sin(phase), xp.cos(phase)], axis=-1)], axis=-1)
-
-def has_fallen(robot: Robot, qpos, xp=jnp):  # [..., 7 + A] -> bool [...]
-    up = 1 - 2 * (xp.square(qpos[..., 4]) + xp.square(qpos[..., 5]))  # cosine of the tilt
-    return (up < math.cos(robot.max_tilt)) | (qpos[..., 2] < robot.min_height)
 
 # shared: physics
 def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
@@ -436,108 +685,243 @@ def kernel(function):
 
 # end shared
 
+
+def has_fallen(robot: Robot, qpos, xp=jnp):
+    """Whether robots with coordinates [..., 7 + A] have fallen: bool [...]."""
+    up = 1 - 2 * (xp.square(qpos[..., 4]) + xp.square(qpos[..., 5]))  # cosine of the tilt
+    return (up < math.cos(robot.max_tilt)) | (qpos[..., 2] < robot.min_height)
+
+
 class Env:
-    """One world; `reset` and `step` are pure, for jax.vmap, and the object holds nothing that changes. A world that is
-    not finite, or faster than MAX_SPEED, is broken: its step ends the episode, earns nothing, the observation stays."""
-    MAX_SPEED, TIME_LIMIT = 100.0, 1000  # m/s and rad/s; steps
+    """One world of a robot. `reset` and `step` are pure functions: batch them with jax.vmap.
+
+    A world that is not finite, or faster than MAX_SPEED, is broken: its step ends the episode,
+    earns nothing and is not learnt from, and its observation stays as it was.
+    """
+
+    MAX_SPEED = 100.0  # m/s and rad/s
+    time_limit = 1000  # steps
+
     def __init__(self, args: Args):
-        self.args, self.robot = args, ROBOTS[args.robot]
-        model = load_model(self.robot, CONTROL_DT / args.decimation, drawn=False)
-        (self.feet, self.soles), n = find_feet(model), model.nu
-        self.payloads = draw_payloads(args, load_model(self.robot, CONTROL_DT / args.decimation, drawn=False))
-        self.model, self.action_size = mjx.put_model(model, jax.local_devices()[0], impl="jax"), n
-        self.template = mjx.make_data(self.model, jax.local_devices()[0])
-        self.noise = args.obs_noise * np.repeat([0.05, 0.05, 0.0, 0.01, 0.075, 0.0, 0.0], [3, 3, 3, n, n, n, 2])
-        self.default, self.stiffness, self.damping, self.max_torque = controller(self.robot)
+        self.args = args
+        self.robot = ROBOTS[args.robot]
+        self.action_size = len(self.robot.joints)
+        self.noise = args.obs_noise * noise_widths(self.robot, SEEN["actor"])  # [O]
+        self.controller = controller(self.robot)
+
+        dt = CONTROL_DT / args.decimation
+        self.payloads = draw_payloads(args, load_model(self.robot, dt, drawn=False))
+        model = load_model(self.robot, dt, drawn=False)
+        self.feet, self.soles = find_feet(self.robot, model)
+        self.sole_radius = float(model.geom_size[self.soles[0, 0], 0])
+
+        device = jax.local_devices()[0]
+        self.model = mjx.put_model(model, device, impl="jax")
+        self.template = mjx.make_data(self.model, device)
+
     def draw_command(self, key: jax.Array) -> jax.Array:
-        """A velocity [3] in the base's frame: m/s, m/s, rad/s. Slow ones are 0: to stand differs from any to walk."""
-        args, (value_key, stand_key) = self.args, jax.random.split(key)
+        """A velocity [3] in the base's frame: m/s, m/s, rad/s.
+
+        Slow ones are 0, so that the command to stand differs from any to walk.
+        """
+        args = self.args
+        value_key, stand_key = jax.random.split(key)
         low, high = np.array([args.command_x, args.command_y, args.command_yaw]).T
         command = jax.random.uniform(value_key, (3,), minval=low, maxval=high)
-        slow = jnp.array([jnp.linalg.norm(command[:2])] * 2 + [jnp.abs(command[2])]) < 0.2
-        return jnp.where(slow | (jax.random.uniform(stand_key) < args.standing), 0.0, command)
+
+        speed = jnp.linalg.norm(command[:2])
+        turn = jnp.abs(command[2])
+        slow = jnp.array([speed, speed, turn]) < 0.2
+        stand = jax.random.uniform(stand_key) < args.standing
+        return jnp.where(slow | stand, 0.0, command)
+
     def draw_domain(self, key: jax.Array) -> dict[str, jax.Array]:
         """What domain randomisation draws for one episode."""
-        args, (factor_key, friction_key, payload_key, delay_key) = self.args, jax.random.split(key, 4)
-        spread = np.array([args.gain_noise, args.gain_noise, args.strength_noise])
-        stiffness, damping, strength = 1 + jax.random.uniform(factor_key, (3,), minval=-spread, maxval=spread)
-        friction = jax.random.uniform(friction_key, (), minval=args.friction[0], maxval=args.friction[1])
-        delay = jax.random.randint(delay_key, (), 0, round(args.action_delay * args.decimation) + 1)
-        return {"friction": friction, "payload": jax.random.randint(payload_key, (), 0, NUM_PAYLOADS),
-                "stiffness": stiffness, "damping": damping, "strength": strength, "delay": delay}
-    def observations(self, key: jax.Array, data: Physics, command, action, elapsed) -> dict[str, jax.Array]:
-        """The actor's [O] and the critic's [O + 3]."""
-        clean = observe(self.robot, data.qpos, data.qvel, command, action, elapsed)
-        return {"actor": clean + self.noise * jax.random.uniform(key, clean.shape, minval=-1.0, maxval=1.0),
-                "critic": jnp.concatenate([2.0 * to_base_frame(data.qpos[3:7], data.qvel[:3]), clean])}
+        args = self.args
+        keys = jax.random.split(key, 6)
+        stiffness_key, damping_key, strength_key, friction_key, payload_key, delay_key = keys
+
+        def factor(key, largest_error, shape):
+            error = jax.random.uniform(key, shape, minval=-largest_error, maxval=largest_error)
+            return 1 + error
+
+        low, high = args.friction
+        longest = round(args.action_delay * args.decimation)
+        return {
+            "stiffness": factor(stiffness_key, args.gain_noise, (self.action_size,)),
+            "damping": factor(damping_key, args.gain_noise, (self.action_size,)),
+            "strength": factor(strength_key, args.strength_noise, ()),
+            "friction": jax.random.uniform(friction_key, (), minval=low, maxval=high),
+            "payload": jax.random.randint(payload_key, (), 0, NUM_PAYLOADS),
+            "delay": jax.random.randint(delay_key, (), 0, longest + 1),  # physics steps
+        }
+
+    def observations(
+        self, key: jax.Array, data: Physics, command: jax.Array, action: jax.Array, elapsed
+    ) -> dict[str, jax.Array]:
+        """The actor's [O], with noise, and the critic's [O + 3]."""
+        senses = sense(self.robot, data.qpos, data.qvel, command, action, elapsed)
+        obs = {name: observe(parts, senses) for name, parts in SEEN.items()}
+        noise = jax.random.uniform(key, obs["actor"].shape, minval=-1.0, maxval=1.0)
+        return {"actor": obs["actor"] + self.noise * noise, "critic": obs["critic"]}
+
     def reset(self, key: jax.Array) -> State:
-        """A new episode near the default pose, with another body and another command. key: one PRNG key."""
-        next_key, angle_key, velocity_key, command_key, domain_key, noise_key = jax.random.split(key, 6)
-        angles = self.default * jax.random.uniform(angle_key, (self.action_size,), minval=0.5, maxval=1.5)
+        """A new episode near the default pose, with another body and command.
+
+        key: one PRNG key.
+        """
+        keys = jax.random.split(key, 6)
+        next_key, angle_key, velocity_key, command_key, domain_key, noise_key = keys
+
+        share = jax.random.uniform(angle_key, (self.action_size,), minval=0.5, maxval=1.5)
+        angles = self.controller.default * share
         base = jnp.array([0.0, 0.0, self.robot.start_height, 1.0, 0.0, 0.0, 0.0])
         velocity = jax.random.uniform(velocity_key, (6,), minval=-0.5, maxval=0.5)
-        action, zero, no, elapsed = jnp.zeros(self.action_size), jnp.zeros(()), jnp.array(False), jnp.int32(0)
-        qpos, qvel = jnp.concatenate([base, angles]), jnp.concatenate([velocity, action])
-        data, command = Physics(qpos, qvel, jnp.zeros_like(qvel)), self.draw_command(command_key)
-        obs = self.observations(noise_key, data, command, action, elapsed)
-        metrics = {f"reward_{name}": zero for name in self.robot.weights} | {"error_velocity": zero, "error_yaw": zero}
-        info = {"key": next_key, "command": command, "action": action, "elapsed": elapsed, "truncated": no,
-                "broken": no, "domain": self.draw_domain(domain_key)}
-        return State(data, obs, reward=zero, done=zero, metrics=metrics, info=info)
-    def advance(self, data: Physics, action, action_before, domain: dict) -> tuple[Physics, dict[str, jax.Array]]:
-        """The physics of one control step, and what was read in the last of its steps."""
+        action = jnp.zeros(self.action_size)
+        qvel = jnp.concatenate([velocity, jnp.zeros(self.action_size)])
+        data = Physics(
+            qpos=jnp.concatenate([base, angles]),
+            qvel=qvel,
+            qacc_warmstart=jnp.zeros_like(qvel),
+        )
+
+        zero = jnp.zeros(())
+        no = jnp.array(False)
+        elapsed = jnp.zeros((), jnp.int32)
+        command = self.draw_command(command_key)
+        names = [f"reward_{name}" for name in self.robot.weights]
+        return State(
+            data=data,
+            obs=self.observations(noise_key, data, command, action, elapsed),
+            reward=zero,
+            done=zero,
+            metrics=dict.fromkeys([*names, "error_velocity", "error_yaw"], zero),
+            info={
+                "key": next_key,
+                "command": command,
+                "action": action,
+                "elapsed": elapsed,
+                "truncated": no,
+                "broken": no,
+                "domain": self.draw_domain(domain_key),
+            },
+        )
+
+    def advance(
+        self, data: Physics, action: jax.Array, action_before: jax.Array, domain: dict
+    ) -> tuple[Physics, dict[str, jax.Array]]:
+        """The physics of one control step.
+
+        Returns the state after it, and what `Motion` needs of the last physics step.
+        """
         soles = self.model.geom_friction.at[self.soles.ravel(), 0].set(domain["friction"])
-        payload = {name: jnp.asarray(values)[domain["payload"]] for name, values in self.payloads.items()}
+        payload = {
+            name: jnp.asarray(values)[domain["payload"]] for name, values in self.payloads.items()
+        }
         model = self.model.replace(geom_friction=soles, **payload)
+        gains = {name: domain[name] for name in ("stiffness", "damping", "strength")}
+
         def substep(data: Physics, i):
-            target = self.default + self.robot.action_scale * jnp.where(i < domain["delay"], action_before, action)
-            torque = domain["stiffness"] * self.stiffness * (target - data.qpos[7:])
-            torque -= domain["damping"] * self.damping * data.qvel[6:]
-            torque = jnp.clip(domain["strength"] * torque, -self.max_torque, self.max_torque)
+            arrived = jnp.where(i < domain["delay"], action_before, action)
+            target = self.controller.default + self.robot.action_scale * arrived
+            torque = self.controller.torque(target, data.qpos, data.qvel, **gains)
             full = physics_step(model, self.template.replace(**vars(data), ctrl=torque))
-            position, cvel = full.xpos[self.feet], full.cvel[self.feet]  # of the feet's bodies
-            arm = position - full.subtree_com[1]  # from the centre of mass, whose point of the body cvel is about
-            velocity = cvel[:, 3:] + jnp.cross(cvel[:, :3], arm)
-            contact = (full.geom_xpos[self.soles, 2] < self.robot.sole_radius).any(axis=-1)
-            return Physics(full.qpos, full.qvel, full.qacc_warmstart), {
-                "torque": torque, "foot_height": position[:, 2], "foot_velocity": velocity, "contact": contact}
+
+            position = full.xpos[self.feet]
+            cvel = full.cvel[self.feet]  # of the point of each foot that is at the centre of mass
+            arm = position - full.subtree_com[1]
+            height = full.geom_xpos[self.soles, 2]
+            readings = {
+                "torque": torque,
+                "foot_height": position[:, 2],
+                "foot_velocity": cvel[:, 3:] + jnp.cross(cvel[:, :3], arm),
+                "contact": (height < self.sole_radius).any(axis=-1),
+            }
+            data = Physics(qpos=full.qpos, qvel=full.qvel, qacc_warmstart=full.qacc_warmstart)
+            return data, readings
+
         data, readings = jax.lax.scan(substep, data, jnp.arange(self.args.decimation))
         return data, jax.tree.map(lambda values: values[-1], readings)
+
     def push(self, info: dict) -> jax.Array:
-        """What the step after `info` adds to the base's velocity [2]."""
-        limit, key = self.args.push_speed, jax.random.split(info["key"], 4)[1]
-        push = jax.random.uniform(key, (2,), minval=-limit, maxval=limit)
-        return jnp.where((info["elapsed"] + 1) % round(self.args.push_every / CONTROL_DT) == 0, push, 0.0)
+        """What the step after `info` adds to the base's velocity: [2] m/s, mostly 0."""
+        limit = self.args.push_speed
+        due_key, push_key = jax.random.split(jax.random.split(info["key"], 4)[1])
+        push = jax.random.uniform(push_key, (2,), minval=-limit, maxval=limit)
+        due = jax.random.uniform(due_key) < CONTROL_DT / self.args.push_every
+        return jnp.where(due, push, 0.0)
+
+    def next_command(self, key: jax.Array, command: jax.Array) -> jax.Array:
+        """The command [3] of the next step: mostly the same one."""
+        due_key, command_key = jax.random.split(key)
+        due = jax.random.uniform(due_key) < CONTROL_DT / self.args.command_every
+        return jnp.where(due, self.draw_command(command_key), command)
+
+    def describe_motion(
+        self, info: dict, before: Physics, data: Physics, action: jax.Array, readings: dict
+    ) -> Motion:
+        """What the rewards look at after a step from `before` to `data`; info: before it."""
+        quat = data.qpos[3:7]
+        standing = (info["command"] == 0).all()  # the clock stops then
+        return Motion(
+            command=info["command"],
+            height=data.qpos[2],
+            velocity=to_base_frame(quat, data.qvel[:3]),
+            rates=data.qvel[3:6],
+            gravity=to_base_frame(quat, jnp.array([0.0, 0.0, -1.0])),
+            angles=data.qpos[7:],
+            speeds=data.qvel[6:],
+            accelerations=(data.qvel[6:] - before.qvel[6:]) / CONTROL_DT,
+            action=action,
+            action_before=info["action"],
+            stance=is_stance(self.robot, info["elapsed"] + 1) | standing,
+            **readings,
+        )
 
     def step(self, state: State, action: jax.Array) -> State:
-        """One control step. action [A]: the joints' targets, as offsets from the default pose over action_scale."""
-        args, robot, info, before = self.args, self.robot, state.info, state.data
-        (next_key, _, command_key, noise_key), elapsed = jax.random.split(info["key"], 4), info["elapsed"] + 1
-        data, readings = self.advance(
-            before.replace(qvel=before.qvel.at[:2].add(self.push(info))), action, info["action"], info["domain"])
-        sane = jnp.isfinite(data.qpos).all() & (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN, too
-        phases = (elapsed * (CONTROL_DT / robot.gait_period) + np.array(robot.gait_offsets)) % 1
-        motion = Motion(
-            command=info["command"], height=data.qpos[2], velocity=to_base_frame(data.qpos[3:7], data.qvel[:3]),
-            rates=data.qvel[3:6], gravity=to_base_frame(data.qpos[3:7], jnp.array([0.0, 0.0, -1.0])),
-            angles=data.qpos[7:], speeds=data.qvel[6:], accelerations=(data.qvel[6:] - before.qvel[6:]) / CONTROL_DT,
-            action=action, action_before=info["action"], **readings,
-            stance=(phases < robot.stance_share) | (info["command"] == 0).all())
-        terms = reward_terms(robot, motion)
-        reward = jnp.where(sane, jnp.maximum(sum(terms.values()), 0.0), 0.0)
-        errors = {"error_velocity": jnp.linalg.norm(motion.command[:2] - motion.velocity[:2]),
-                  "error_yaw": jnp.abs(motion.command[2] - motion.rates[2])}
-        metrics = {name: jnp.where(sane, value, 0.0) for name, value in (terms | errors).items()}
-        due = elapsed % round(args.command_every / CONTROL_DT) == 0
-        command = jnp.where(due, self.draw_command(command_key), info["command"])
-        obs = self.observations(noise_key, data, command, action, elapsed)
-        obs = {name: jnp.where(sane, new, state.obs[name]) for name, new in obs.items()}
-        done = jnp.where(sane & ~has_fallen(robot, data.qpos), 0.0, 1.0)
-        info = info | {"key": next_key, "command": command, "action": action, "elapsed": elapsed,
-                       "truncated": elapsed >= self.TIME_LIMIT, "broken": ~sane}
-        return State(data, obs, reward=reward, done=done, metrics=metrics, info=info)
+        """One control step.
 
-# ---- 6. Running statistics ------------------------------------------------------------------------------------------
+        action: [A], the joints' targets, as offsets from the default pose over action_scale.
+        """
+        info = state.info
+        next_key, _, command_key, noise_key = jax.random.split(info["key"], 4)  # see `push`
+        pushed = state.data.replace(qvel=state.data.qvel.at[:2].add(self.push(info)))
+        data, readings = self.advance(pushed, action, info["action"], info["domain"])
+        slow = (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN as well
+        sane = jnp.isfinite(data.qpos).all() & slow
+
+        motion = self.describe_motion(info, state.data, data, action, readings)
+        terms = reward_terms(self.robot, motion)
+        error = jnp.linalg.norm(motion.command[:2] - motion.velocity[:2])
+        metrics = terms | {
+            "error_velocity": error,
+            "error_yaw": jnp.abs(motion.command[2] - motion.rates[2]),
+        }
+        reward = jnp.maximum(sum(terms.values()), 0.0)
+
+        # The step is rewarded for the old command; the next one is observed already.
+        command = self.next_command(command_key, info["command"])
+        elapsed = info["elapsed"] + 1
+        obs = self.observations(noise_key, data, command, action, elapsed)
+        return State(
+            data=data,
+            obs={name: jnp.where(sane, new, state.obs[name]) for name, new in obs.items()},
+            reward=jnp.where(sane, reward, 0.0),
+            done=jnp.where(sane & ~has_fallen(self.robot, data.qpos), 0.0, 1.0),
+            metrics={name: jnp.where(sane, value, 0.0) for name, value in metrics.items()},
+            info={
+                "key": next_key,
+                "command": command,
+                "action": action,
+                "elapsed": elapsed,
+                "truncated": elapsed >= self.time_limit,
+                "broken": ~sane,
+                "domain": info["domain"],
+            },
+        )
+
+
+# ---- 6. Running statistics -----------------------------------------------------------------------
 # shared: statistics
 @struct.dataclass
 class RunningStats:
@@ -548,14 +932,20 @@ class RunningStats:
     var: jax.Array
 
 
-def update_stats(stats: RunningStats, batch: jax.Array) -> RunningStats:
-    """Merge in the batches [T, N, ...] of all devices.
+def update_stats(stats: RunningStats, batch: jax.Array, valid: jax.Array) -> RunningStats:
+    """Merge in the valid samples of the batches [T, N, ...] of all devices. valid: bool [T, N].
 
     Source: Chan, Golub and LeVeque's parallel variance.
     """
-    count = batch.shape[0] * batch.shape[1] * jax.lax.axis_size("devices")
-    mean = jax.lax.pmean(batch.mean(axis=(0, 1)), "devices")
-    var = jax.lax.pmean(jnp.square(batch - mean).mean(axis=(0, 1)), "devices")
+    count = jax.lax.psum(valid.sum(), "devices")
+    mask = jnp.expand_dims(valid, range(2, batch.ndim))
+
+    def mean_of(x: jax.Array) -> jax.Array:
+        total = jnp.where(mask, x, 0.0).sum(axis=(0, 1))
+        return jax.lax.psum(total, "devices") / jnp.maximum(count, 1)
+
+    mean = mean_of(batch)
+    var = mean_of(jnp.square(batch - mean))
 
     share = count / (stats.count + count)
     delta = mean - stats.mean
@@ -574,68 +964,121 @@ def normalize(stats: RunningStats, obs: jax.Array) -> jax.Array:
 
 # end shared
 
-# ---- 7. Networks and symmetry ---------------------------------------------------------------------------------------
+
+# ---- 7. Networks ---------------------------------------------------------------------------------
 class MLP(nn.Module):
-    """ELU layers with orthogonal weights: [..., O] -> [..., out]. gain scales the weights of the last layer."""
+    """ELU layers with orthogonal weights: [..., O] -> [..., out]."""
+
     hidden_sizes: tuple[int, ...]
     out: int
-    gain: float
+    gain: float  # scale of the last layer's weights
+
     @nn.compact
     def __call__(self, x):
         for width in self.hidden_sizes:
-            x = nn.elu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))(x))
+            orthogonal = nn.initializers.orthogonal(math.sqrt(2))
+            x = nn.elu(nn.Dense(width, kernel_init=orthogonal)(x))
         return nn.Dense(self.out, kernel_init=nn.initializers.orthogonal(self.gain))(x)
 
+
 def make_networks(args: Args, env: Env) -> tuple[MLP, MLP]:
-    """Actor and critic; they share nothing. The actor's first means are near 0, so its first actions are all noise."""
-    return MLP(args.hidden_sizes, env.action_size, gain=0.01), MLP(args.hidden_sizes, 1, gain=1.0)
+    """Actor and critic; they share nothing."""
+    actor = MLP(args.hidden_sizes, env.action_size, gain=0.01)  # the first actions are all noise
+    critic = MLP(args.hidden_sizes, 1, gain=1.0)
+    return actor, critic
 
-def log_prob(mean: jax.Array, log_std: jax.Array, action: jax.Array) -> jax.Array:
-    """Log density of a diagonal Gaussian. mean, action [..., A], log_std [A] -> [...]."""
-    z = (action - mean) * jnp.exp(-log_std)
-    return (-0.5 * jnp.square(z) - log_std - 0.5 * math.log(2 * math.pi)).sum(axis=-1)
 
-def mirror_action(robot: Robot, action, xp=jnp):
-    """Actions, angles or speeds of the joints [..., A] as a mirror shows them: legs change places."""
-    sign = np.array([1.0 if link.axis == "0 1 0" else -1.0 for link in robot.leg] * 2)
-    return xp.roll(action, len(robot.leg), axis=-1) * sign
+@struct.dataclass
+class Gaussian:
+    """A normal distribution of actions with independent components."""
 
-def mirror_observation(robot: Robot, obs, xp=jnp):
-    """The actor's observation [..., O] as a mirror shows it; the gait's clock is half a period off."""
-    n = len(robot.joints)
-    rates, gravity, command, *joints, clock = xp.split(obs, np.cumsum([3, 3, 3, n, n, n]), axis=-1)
-    return xp.concatenate([
-        rates * np.array([-1, 1, -1]), gravity * np.array([1, -1, 1]), command * np.array([1, -1, -1]),
-        *(mirror_action(robot, x, xp) for x in joints), -clock], axis=-1)
+    mean: jax.Array  # [..., A], which is the mode as well
+    log_std: jax.Array  # [A]
 
-# ---- 8. Training state ----------------------------------------------------------------------------------------------
+    def sample(self, keys: jax.Array) -> jax.Array:
+        """Actions [N, A], each from its own key. keys: [N]."""
+        noise = jax.vmap(partial(jax.random.normal, shape=self.log_std.shape))(keys)
+        return self.mean + jnp.exp(self.log_std) * noise
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """Log density: [..., A] -> [...]."""
+        z = (action - self.mean) * jnp.exp(-self.log_std)
+        return (-0.5 * jnp.square(z) - self.log_std - 0.5 * math.log(2 * math.pi)).sum(axis=-1)
+
+    def entropy(self) -> jax.Array:
+        """Differential entropy in nats: [], the same for all means."""
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+
+def kl_divergence(old: Gaussian, new: Gaussian) -> jax.Array:
+    """Of the old distributions from the new ones, in nats: [...]."""
+    variance = jnp.exp(2 * new.log_std)
+    old_variance = jnp.exp(2 * old.log_std)
+    distance = (old_variance + jnp.square(new.mean - old.mean)) / (2 * variance)
+    return (new.log_std - old.log_std + distance - 0.5).sum(axis=-1)
+
+
+def initial_memory(batch: tuple[int, ...] = ()) -> tuple:
+    """What the policy remembers when an episode begins: a tree of arrays [*batch, ...].
+
+    This one remembers nothing, so that nothing is carried, saved or compiled.
+    """
+    return ()
+
+
+def apply_policy(
+    args: Args, env: Env, params: dict, memory: tuple, obs: jax.Array
+) -> tuple[tuple, Gaussian]:
+    """The policy: its memory and normalised observations [..., O] -> next memory, distribution.
+
+    obs: the actor's. A recurrent network would keep its state in `memory`, which rollout and test
+    carry along and set to `initial_memory` when an episode begins; ppo_mjx.py says what else it
+    would change.
+    """
+    actor, _ = make_networks(args, env)
+    return memory, Gaussian(actor.apply(params["actor"], obs), params["log_std"])
+
+
+# ---- 8. Training state ---------------------------------------------------------------------------
 @struct.dataclass
 class Learner:
     """What is learnt; the same on every device."""
-    params: dict  # actor and critic (Flax parameters), log_std [A] (whatever the observation)
+
+    params: dict  # "actor" and "critic": Flax parameters; "log_std": [A]
     opt_state: optax.OptState  # of the parameters as one vector
-    learning_rate: jax.Array
+    learning_rate: jax.Array  # []
     obs_stats: dict[str, RunningStats]  # of the actor's and the critic's observations
     return_stats: RunningStats  # [], of the discounted return
     key: jax.Array  # of the shuffles
     iteration: jax.Array  # int32, iterations done
 
+
 @struct.dataclass
 class Worlds:
-    """What belongs to one world: [N, ...], split over the devices; its own key makes it the same on any device."""
+    """What belongs to one world: fields [N, ...], split over the devices.
+
+    Each world draws from its own key, so that it is the same on any number of devices.
+    """
+
     env_state: State
+    memory: tuple  # the policy's
     key: jax.Array
-    discounted_return: jax.Array  # of the rewards so far
+    discounted_return: jax.Array  # of the rewards so far, for their scale
     episode_return: jax.Array
     episode_length: jax.Array  # int32
     broken: jax.Array  # int32, how often this world broke
 
+
 @struct.dataclass
 class TrainState:
-    """All that a run's future depends on; a checkpoint is this and the settings."""
+    """All that a run's future depends on; a checkpoint holds this and the settings."""
+
     learner: Learner
     worlds: Worlds
+
+
 STATE_SPEC = TrainState(learner=P(), worlds=P("devices"))
+
 
 # shared: optimizer
 def shuffle(key: jax.Array, size: int) -> jax.Array:
@@ -653,81 +1096,178 @@ def shuffle(key: jax.Array, size: int) -> jax.Array:
 
 # end shared
 
+
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam, on gradients that are scaled down to max_grad_norm. One that is not finite is skipped and counted, as by
-    optax.apply_if_finite, but with one pass over the gradient for both."""
+    """Adam, on gradients that are scaled down to max_grad_norm.
+
+    A gradient that is not finite is skipped and counted, as by optax.apply_if_finite, but with one
+    pass over the gradient for both.
+    """
     adam = optax.scale_by_adam(eps=1e-5)
+
     def init(params) -> optax.ApplyIfFiniteState:
-        return optax.ApplyIfFiniteState(jnp.int32(0), jnp.array(True), jnp.int32(0), adam.init(params))
+        return optax.ApplyIfFiniteState(
+            notfinite_count=jnp.int32(0),
+            last_finite=jnp.array(True),
+            total_notfinite=jnp.int32(0),
+            inner_state=adam.init(params),
+        )
+
     def update(gradient, state: optax.ApplyIfFiniteState, params=None):
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
+
         def step():
             scale = jnp.minimum(1.0, args.max_grad_norm / norm)
-            return adam.update(jax.tree.map(lambda x: scale * x, gradient), state.inner_state)
+            scaled = jax.tree.map(lambda x: scale * x, gradient)
+            return adam.update(scaled, state.inner_state)
+
         def skip():
             return jax.tree.map(jnp.zeros_like, gradient), state.inner_state
+
         direction, inner_state = jax.lax.cond(finite, step, skip)
-        in_a_row, total = jnp.where(finite, 0, state.notfinite_count + 1), state.total_notfinite + ~finite
-        return direction, optax.ApplyIfFiniteState(in_a_row, finite, total, inner_state)
+        next_state = optax.ApplyIfFiniteState(
+            notfinite_count=jnp.where(finite, 0, state.notfinite_count + 1),
+            last_finite=finite,
+            total_notfinite=state.total_notfinite + ~finite,
+            inner_state=inner_state,
+        )
+        return direction, next_state
+
     return optax.GradientTransformation(init, update)
 
-def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
-    actor_key, critic_key, shuffle_key, reset_key, clock_key, world_key = jax.random.split(key, 6)
-    env_state = jax.vmap(kernel(env.reset))(jax.random.split(reset_key, args.num_envs))
-    # The worlds' clocks start at random, so that their time limits do not come all at once.
-    env_state.info["elapsed"] = jax.random.randint(clock_key, (args.num_envs,), 0, env.TIME_LIMIT)
-    (actor, critic), obs = make_networks(args, env), {name: values[0] for name, values in env_state.obs.items()}
-    params = {"actor": actor.init(actor_key, obs["actor"]), "critic": critic.init(critic_key, obs["critic"])}
-    params["log_std"] = jnp.full(env.action_size, args.init_log_std, jnp.float32)  # with a type, as a checkpoint has it
-    stats = {name: RunningStats(jnp.float32(1e-4), jnp.zeros_like(x), jnp.ones_like(x))
-             for name, x in (obs | {"return": jnp.zeros(())}).items()}
-    return_stats, opt_state = stats.pop("return"), make_optimizer(args).init(ravel_pytree(params)[0])
-    learner = Learner(params, opt_state, jnp.float32(args.learning_rate), stats, return_stats, shuffle_key,
-                      jnp.zeros((), jnp.int32))
-    zeros, counts = jnp.zeros(args.num_envs), jnp.zeros(args.num_envs, jnp.int32)
-    worlds = Worlds(env_state, jax.random.split(world_key, args.num_envs), zeros, zeros, counts, counts)
-    return TrainState(learner, worlds)
 
-# ---- 9. Rollout -----------------------------------------------------------------------------------------------------
+def start_stats(shape: tuple[int, ...]) -> RunningStats:
+    """Statistics before the first sample; the small count keeps divisions finite."""
+    return RunningStats(count=jnp.float32(1e-4), mean=jnp.zeros(shape), var=jnp.ones(shape))
+
+
+def start_worlds(env_state: State, keys: jax.Array, broken: jax.Array) -> Worlds:
+    """Worlds [N] at the start of an episode."""
+    return Worlds(
+        env_state=env_state,
+        memory=initial_memory(keys.shape),
+        key=keys,
+        discounted_return=jnp.zeros(keys.shape),
+        episode_return=jnp.zeros(keys.shape),
+        episode_length=jnp.zeros(keys.shape, jnp.int32),
+        broken=broken,
+    )
+
+
+def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
+    """The state before the first iteration."""
+    keys = jax.random.split(key, 6)
+    actor_key, critic_key, shuffle_key, reset_key, clock_key, world_key = keys
+
+    n = args.num_envs
+    env_state = jax.vmap(kernel(env.reset))(jax.random.split(reset_key, n))
+    # The worlds' clocks start at random, so that their time limits do not come all at once.
+    env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.time_limit)
+    worlds = start_worlds(env_state, jax.random.split(world_key, n), jnp.zeros(n, jnp.int32))
+
+    actor, critic = make_networks(args, env)
+    obs = {name: values[0] for name, values in env_state.obs.items()}
+    params = {
+        "actor": actor.init(actor_key, obs["actor"]),
+        "critic": critic.init(critic_key, obs["critic"]),
+        # With a type, as a checkpoint has it.
+        "log_std": jnp.full(env.action_size, args.init_log_std, jnp.float32),
+    }
+    vector, _ = ravel_pytree(params)
+    learner = Learner(
+        params=params,
+        opt_state=make_optimizer(args).init(vector),
+        learning_rate=jnp.float32(args.learning_rate),
+        obs_stats={name: start_stats(values.shape) for name, values in obs.items()},
+        return_stats=start_stats(()),
+        key=shuffle_key,
+        iteration=jnp.zeros((), jnp.int32),
+    )
+    return TrainState(learner=learner, worlds=worlds)
+
+
+# ---- 9. Rollout ----------------------------------------------------------------------------------
 @struct.dataclass
 class Transition:
-    """One step of the worlds: what was seen and done, and what came of it."""
+    """One step of one world; `end` and the flags are the outcome of `action`."""
+
     obs: dict[str, jax.Array]  # of actor and critic
     action: jax.Array  # [A]
     mean: jax.Array  # [A] of the policy
     start: State  # where the step began
-    end: Worlds  # where it ended, before any reset, with its reward, observation, episode return, ...
+    end: Worlds  # where it ended, before any reset: reward, observation, episode's return, ...
     terminated: jax.Array  # bool
     done: jax.Array  # bool: terminated, or at the time limit
-    finished: jax.Array  # bool: done after a whole episode, neither broken nor started on a staggered clock
+    valid: jax.Array  # bool: the world did not break; a step that breaks it teaches nothing
+    finished: jax.Array  # bool: a whole episode is over, not broken, its clock started at 0
+
+
+def split_keys(keys: jax.Array, n: int) -> jax.Array:
+    """n new keys for each key: [N] -> [n, N]."""
+    return jnp.unstack(jax.vmap(partial(jax.random.split, num=n))(keys), axis=1)
+
+
+def where_done(done: jax.Array, fresh: Worlds, end: Worlds) -> Worlds:
+    """Each world from `fresh` where its episode is done, else from `end`. done: bool [N]."""
+
+    def choose(done, fresh, end):
+        return jax.tree.map(partial(jnp.where, done), fresh, end)
+
+    return jax.vmap(choose)(done, fresh, end)
+
 
 def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Worlds, Transition]:
-    """num_steps steps of the policy in all worlds, each episode from a fresh reset. Returns transitions [T, N, ...]."""
-    (actor, _), log_std = make_networks(args, env), learner.params["log_std"]
+    """num_steps steps of the policy in all worlds, with a fresh reset after each episode.
+
+    Returns the worlds [N, ...] and transitions [T, N, ...].
+    """
+
     def step(worlds: Worlds, _):
-        key, action_key, reset_key = jnp.unstack(jax.vmap(partial(jax.random.split, num=3))(worlds.key), axis=1)
-        obs = worlds.env_state.obs
-        mean = actor.apply(learner.params["actor"], normalize(learner.obs_stats["actor"], obs["actor"]))
-        noise = jax.vmap(partial(jax.random.normal, shape=log_std.shape))(action_key)
-        action = mean + jnp.exp(log_std) * noise
-        state = jax.vmap(kernel(env.step))(worlds.env_state, action)
-        terminated, broken = state.done > 0, state.info["broken"]
+        key, action_key, reset_key = split_keys(worlds.key, 3)
+        start = worlds.env_state
+
+        obs = normalize(learner.obs_stats["actor"], start.obs["actor"])
+        memory, policy = apply_policy(args, env, learner.params, worlds.memory, obs)
+        action = policy.sample(action_key)
+        state = jax.vmap(kernel(env.step))(start, action)
+
+        terminated = state.done > 0
         done = terminated | state.info["truncated"]
+        broken = state.info["broken"]
         end = Worlds(
-            state, key, discounted_return=args.gamma * worlds.discounted_return + state.reward,
-            episode_return=worlds.episode_return + state.reward, episode_length=worlds.episode_length + 1,
-            broken=worlds.broken + broken)
-        finished = done & ~broken & (end.episode_length == state.info["elapsed"])
-        zeros, counts = jnp.zeros_like(end.episode_return), jnp.zeros_like(end.episode_length)
-        fresh = Worlds(jax.vmap(kernel(env.reset))(reset_key), key, zeros, zeros, counts, end.broken)
-        select = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
-        transition = Transition(obs, action, mean, worlds.env_state, end, terminated, done, finished)
-        return select(done, fresh, end), transition
+            env_state=state,
+            memory=memory,
+            key=key,
+            discounted_return=args.gamma * worlds.discounted_return + state.reward,
+            episode_return=worlds.episode_return + state.reward,
+            episode_length=worlds.episode_length + 1,
+            broken=worlds.broken + broken,
+        )
+        transition = Transition(
+            obs=start.obs,
+            action=action,
+            mean=policy.mean,
+            start=start,
+            end=end,
+            terminated=terminated,
+            done=done,
+            valid=~broken,
+            finished=done & ~broken & (end.episode_length == state.info["elapsed"]),
+        )
+        fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key, end.broken)
+        return where_done(done, fresh, end), transition
+
     return jax.lax.scan(step, worlds, None, length=args.num_steps)
 
-# ---- 10. Advantages -------------------------------------------------------------------------------------------------
+
+# ---- 10. Advantages ------------------------------------------------------------------------------
 # shared: advantages
+def masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """The mean of the valid samples: two arrays [...] -> []. It is 0 where none is valid."""
+    return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
 def compute_gae(
     args: Args,
     reward: jax.Array,
@@ -735,101 +1275,228 @@ def compute_gae(
     next_value: jax.Array,
     terminated: jax.Array,
     done: jax.Array,
+    valid: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimates and value targets of a rollout, in units of the reward.
 
     All arguments and results are [T, N]. next_value belongs to the state in which the step ended,
     before any reset: nothing is to come after a termination, but an episode that the time limit
-    cuts keeps what that state promised.
-    Source: arXiv:1506.02438, equation 16; the time limit's part is ours.
+    cuts keeps what that state promised. So does one whose next step is not valid; an invalid step
+    has the advantage 0.
+    Source: arXiv:1506.02438, equation 16; the parts of the time limit and of `valid` are ours.
     """
 
     def backwards(next_advantage, step):
-        reward, value, next_value, terminated, done = step
+        reward, value, next_value, terminated, done, valid = step
         delta = reward + args.gamma * jnp.where(terminated, 0.0, next_value) - value
         following = jnp.where(done, 0.0, next_advantage)
         advantage = delta + args.gamma * args.gae_lambda * following
+        advantage = jnp.where(valid, advantage, 0.0)
         return advantage, advantage
 
-    steps = (reward, value, next_value, terminated, done)
+    steps = (reward, value, next_value, terminated, done, valid)
     _, advantage = jax.lax.scan(backwards, jnp.zeros_like(reward[0]), steps, reverse=True)
     return advantage, advantage + value
 
 
 # end shared
 
-# ---- 11. Loss and update --------------------------------------------------------------------------------------------
+
+# ---- 11. Loss and update -------------------------------------------------------------------------
 @struct.dataclass
 class Batch:
     """What the loss needs of each transition."""
+
     obs: dict[str, jax.Array]  # of actor and critic
     action: jax.Array  # [A]
     mean: jax.Array  # [A] of the policy that acted
     advantage: jax.Array
     target: jax.Array  # of the value
+    valid: jax.Array  # bool: to be learnt from
 
-def ppo_loss(args: Args, env: Env, learner: Learner, params: dict, mb: Batch, ent_coef) -> tuple[jax.Array, dict]:
-    """PPO's loss (arXiv:1707.06347, equations 7 and 9), symmetry's (1801.08093, equation 6), imitation's; and metrics.
-    learner: the one that acted, for its statistics and the standard deviation; params: those that are learnt."""
-    (actor, critic), log_std, old_log_std = make_networks(args, env), params["log_std"], learner.params["log_std"]
-    value = critic.apply(params["critic"], normalize(learner.obs_stats["critic"], mb.obs["critic"]))[..., 0]
-    mean = actor.apply(params["actor"], normalize(learner.obs_stats["actor"], mb.obs["actor"]))
-    ratio = jnp.exp(log_prob(mean, log_std, mb.action) - log_prob(mb.mean, old_log_std, mb.action))
+
+def stepping_action(robot: Robot, obs: jax.Array) -> jax.Array:
+    """Actions [..., A] of a simple stepping motion, for the actor's observations [..., O].
+
+    By clock and command: on the floor a leg sweeps back, in the air it lifts and sweeps ahead.
+    Without a command the joints hold the default pose.
+    """
+    parts = SEEN["actor"]
+    where = part_slices(robot, parts)
+    command = obs[..., where["command"]] / np.array(parts["command"].scale)
+    sine, cosine = jnp.unstack(obs[..., where["clock"]], axis=-1)
+    clock = jnp.arctan2(sine, cosine) / (2 * math.pi)
+
+    after = clock[..., None] + CONTROL_DT / robot.gait_period  # when the action has been done
+    phases = (after + np.array(robot.gait_offsets)) % 1  # [..., F]
+    # How far stance and swing have come, from 0 to 1. The motion has no jump where a phase wraps.
+    stance = jnp.minimum(phases / robot.stance_share, 1.0)
+    swing = jnp.maximum((phases - robot.stance_share) / (1 - robot.stance_share), 0.0)
+
+    standing = (command == 0).all(axis=-1, keepdims=True)
+    up = jnp.where(standing, 0.0, jnp.sin(math.pi * swing))
+    ahead = jnp.cos(math.pi * (stance - swing))  # 1 at landing, -1 at lift-off
+
+    joints_of_a_leg = len(robot.joints) // len(robot.feet)
+    up = jnp.repeat(up, joints_of_a_leg, axis=-1)  # [..., A]
+    ahead = jnp.repeat(ahead, joints_of_a_leg, axis=-1)
+    sweep = ahead * (command @ robot.joint_array("sweep").T)
+    return (up * robot.joint_array("lift") + sweep) / robot.action_scale
+
+
+def imitation_weight(args: Args, robot: Robot, iteration: jax.Array, obs: dict) -> jax.Array:
+    """How much each sample is drawn to the stepping motion: [...] in 0 to 1.
+
+    All at first, then less and less; and later, once more, those that are told to stand. Who was
+    pushed has to step, and is left alone. obs: of actor and critic, [..., O].
+    """
+    command = obs["actor"][..., part_slices(robot, SEEN["actor"])["command"]]
+    velocity = obs["critic"][..., part_slices(robot, SEEN["critic"])["velocity"]][..., :2]
+    slow = 0.25 * OBSERVATION["velocity"].scale  # 0.25 m/s
+
+    steps = iteration * float(args.steps_per_iteration)
+    stands = (command == 0).all(axis=-1) & (steps >= args.standing_after)
+    stands &= jnp.linalg.norm(velocity, axis=-1) < slow
+    return jnp.where(stands, 1.0, jnp.maximum(1 - steps / args.imitation_steps, 0.0))
+
+
+def ppo_loss(
+    args: Args, env: Env, learner: Learner, params: dict, mb: Batch, ent_coef: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a minibatch [B / M, ...], and its metrics by tag.
+
+    learner: the one that acted, for its statistics and standard deviation; params: those that are
+    learnt; ent_coef: [], weight of the entropy bonus.
+    Source: arXiv:1707.06347, equations 7 and 9; of the mirror loss 1801.08093, equation 6; the
+    imitation loss is ours.
+    """
+    robot = env.robot
+    mean_valid = partial(masked_mean, valid=mb.valid)
+    memory = initial_memory(mb.advantage.shape)  # single steps have no past
+
+    def policy_at(actor_obs: jax.Array) -> Gaussian:
+        obs = normalize(learner.obs_stats["actor"], actor_obs)
+        _, policy = apply_policy(args, env, params, memory, obs)
+        return policy
+
+    policy = policy_at(mb.obs["actor"])
+    old_policy = Gaussian(mb.mean, learner.params["log_std"])
+    ratio = jnp.exp(policy.log_prob(mb.action) - old_policy.log_prob(mb.action))
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio).mean()
-    value_loss = 0.5 * jnp.square(value - mb.target).mean()
-    entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-    seen = normalize(learner.obs_stats["actor"], mirror_observation(env.robot, mb.obs["actor"]))
-    mirror_loss = jnp.square(actor.apply(params["actor"], seen) - mirror_action(env.robot, mean)).mean()
-    steps = learner.iteration * float(args.steps_per_iteration)
-    stands = (mb.obs["actor"][:, 6:9] == 0).all(axis=-1) & (steps >= args.standing_after)
-    stands &= jnp.linalg.norm(mb.obs["critic"][:, :2], axis=-1) < 0.5  # 0.25 m/s; who was pushed has to step
-    share = jnp.where(stands, 1.0, jnp.maximum(1 - steps / args.imitation_steps, 0.0))
-    imitation_loss = (share[:, None] * jnp.square(mean - stepping_action(env.robot, mb.obs["actor"]))).mean()
-    loss = (policy_loss - ent_coef * entropy + args.vf_coef * value_loss + args.mirror_coef * mirror_loss
-            + args.imitation_coef * imitation_loss)
-    variance, old_variance = jnp.exp(2 * log_std), jnp.exp(2 * old_log_std)
-    kl = (log_std - old_log_std + (old_variance + jnp.square(mean - mb.mean)) / (2 * variance) - 0.5).sum(axis=-1)
-    return loss, {
-        "losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy,
-        "losses/mirror_loss": mirror_loss, "losses/imitation_loss": imitation_loss, "losses/loss": loss,
-        "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(), "losses/kl": kl.mean()}
+    objective = jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio)
+    policy_loss = -mean_valid(objective)
 
-def update_epochs(args: Args, env: Env, learner: Learner, batch: Batch) -> tuple[Learner, dict[str, jax.Array]]:
-    """All epochs over a batch [B, ...], each device on its share. Metrics are means over all minibatches."""
+    _, critic = make_networks(args, env)
+    critic_obs = normalize(learner.obs_stats["critic"], mb.obs["critic"])
+    value = critic.apply(params["critic"], critic_obs)[..., 0]
+    value_loss = 0.5 * mean_valid(jnp.square(value - mb.target))
+
+    mirrored_policy = policy_at(mirror_observation(robot, mb.obs["actor"]))
+    error = mirrored_policy.mean - mirror_joints(robot, policy.mean)
+    mirror_loss = mean_valid(jnp.square(error).mean(axis=-1))
+
+    weight = imitation_weight(args, robot, learner.iteration, mb.obs)
+    error = policy.mean - stepping_action(robot, mb.obs["actor"])
+    imitation_loss = mean_valid(weight * jnp.square(error).mean(axis=-1))
+
+    entropy = policy.entropy()
+    loss = (
+        policy_loss
+        - ent_coef * entropy
+        + args.vf_coef * value_loss
+        + args.mirror_coef * mirror_loss
+        + args.imitation_coef * imitation_loss
+    )
+    metrics = {
+        "losses/loss": loss,
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/mirror_loss": mirror_loss,
+        "losses/imitation_loss": imitation_loss,
+        "losses/clipfrac": mean_valid(jnp.abs(ratio - 1) > args.clip_coef),
+        "losses/kl": mean_valid(kl_divergence(old_policy, policy)),
+    }
+    return loss, metrics
+
+
+def current_learning_rate(args: Args, learner: Learner) -> jax.Array:
+    """Adam's step size in this iteration."""
+    if args.desired_kl is not None:
+        return learner.learning_rate
+    return jnp.float32(args.learning_rate * (1 - learner.iteration / float(args.num_iterations)))
+
+
+def next_learning_rate(args: Args, learning_rate: jax.Array, kl: jax.Array) -> jax.Array:
+    """Adam's step size after an iteration whose mean KL divergence was kl.
+
+    After rsl_rl, but once an iteration: so many minibatches would drive it to its bounds.
+    """
+    if args.desired_kl is None:
+        return learning_rate
+    factor = jnp.where(kl < args.desired_kl / 2, 1.5, 1.0)
+    factor = jnp.where(kl > 2 * args.desired_kl, 1 / 1.5, factor)
+    return jnp.clip(factor * learning_rate, 1e-5, 1e-2)
+
+
+def update_epochs(
+    args: Args, env: Env, learner: Learner, batch: Batch
+) -> tuple[Learner, dict[str, jax.Array]]:
+    """All epochs over a batch [B, ...], each device with its own share of it.
+
+    Returns the learner after them, and metrics by tag: means over all minibatches.
+    """
+    learning_rate = current_learning_rate(args, learner)
     progress = learner.iteration / float(args.num_iterations)
     ent_coef = args.ent_coef + progress * (args.final_ent_coef - args.ent_coef)
-    rate = learner.learning_rate if args.desired_kl else args.learning_rate * (1 - progress)
-    # As one vector, with the metrics, the gradient takes one exchange between devices, not one a layer.
+    optimizer = make_optimizer(args)
+    # The gradient as one vector, with the metrics, takes one exchange between devices, not one for
+    # each layer.
     vector, unravel = ravel_pytree(learner.params)
+
     def minibatch_step(carry, mb: Batch):
         vector, opt_state = carry
         gradient_and_metrics = jax.grad(ppo_loss, argnums=3, has_aux=True)(
-            args, env, learner, unravel(vector), mb, ent_coef)
+            args, env, learner, unravel(vector), mb, ent_coef
+        )
         flat, unravel_both = ravel_pytree(gradient_and_metrics)
         gradient, metrics = unravel_both(jax.lax.pmean(flat, "devices"))
-        gradient = ravel_pytree(gradient)[0]
-        direction, opt_state = make_optimizer(args).update(gradient, opt_state)
+        gradient, _ = ravel_pytree(gradient)
+        direction, opt_state = optimizer.update(gradient, opt_state)
+
         metrics |= {"losses/grad_norm": jnp.linalg.norm(gradient)}
-        return (vector - rate * direction, opt_state), (metrics, opt_state.notfinite_count)
+        carry = (vector - learning_rate * direction, opt_state)
+        return carry, (metrics, opt_state.notfinite_count)
+
     def epoch(carry, key):
         order = shuffle(key, len(batch.target))
-        shuffled = jax.tree.map(lambda x: x[order].reshape(args.num_minibatches, -1, *x.shape[1:]), batch)
-        return jax.lax.scan(minibatch_step, carry, shuffled)
-    key = jax.random.fold_in(jax.random.fold_in(learner.key, learner.iteration), jax.lax.axis_index("devices"))
-    (vector, opt_state), (metrics, skipped) = jax.lax.scan(
-        epoch, (vector, learner.opt_state), jax.random.split(key, args.update_epochs))
-    metrics = {tag: values.mean() for tag, values in metrics.items()} | {
-        "charts/learning_rate": jnp.float32(rate), "charts/skipped_in_a_row": skipped.max(),
-        "charts/skipped_updates": opt_state.total_notfinite}
-    if args.desired_kl:  # after rsl_rl, but once an iteration: so many minibatches would drive it to its bounds
-        factor = jnp.where(metrics["losses/kl"] < args.desired_kl / 2, 1.5, 1.0)
-        factor = jnp.where(metrics["losses/kl"] > 2 * args.desired_kl, 1 / 1.5, factor)
-        rate = jnp.clip(factor * rate, 1e-5, 1e-2)
-    return learner.replace(params=unravel(vector), opt_state=opt_state, learning_rate=jnp.float32(rate),
-                           iteration=learner.iteration + 1), metrics
+        minibatches = jax.tree.map(
+            lambda x: x[order].reshape(args.num_minibatches, -1, *x.shape[1:]), batch
+        )
+        return jax.lax.scan(minibatch_step, carry, minibatches)
 
-# ---- 12. One training iteration -------------------------------------------------------------------------------------
+    key = jax.random.fold_in(learner.key, learner.iteration)
+    key = jax.random.fold_in(key, jax.lax.axis_index("devices"))
+    keys = jax.random.split(key, args.update_epochs)
+    carry = (vector, learner.opt_state)
+    (vector, opt_state), (metrics, skipped) = jax.lax.scan(epoch, carry, keys)
+
+    metrics = {tag: values.mean() for tag, values in metrics.items()}
+    metrics |= {
+        "charts/learning_rate": learning_rate,
+        "charts/skipped_in_a_row": skipped.max(),
+        "charts/skipped_updates": opt_state.total_notfinite,
+    }
+    learner = learner.replace(
+        params=unravel(vector),
+        opt_state=opt_state,
+        learning_rate=next_learning_rate(args, learning_rate, metrics["losses/kl"]),
+        iteration=learner.iteration + 1,
+    )
+    return learner, metrics
+
+
+# ---- 12. One training iteration ------------------------------------------------------------------
 # shared: black_box
 def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
     """What the first world to break went through, for `dump`.
@@ -843,154 +1510,302 @@ def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
 
 # end shared
 
-def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict, dict]:
-    """Rollout, advantages and update with one device's worlds. Returns metrics over all devices, by tag, and this
-    one's black box."""
-    learner, pmean = state.learner, partial(jax.lax.pmean, axis_name="devices")
-    worlds, steps = rollout(args, env, learner, state.worlds)
-    return_stats = update_stats(learner.return_stats, steps.end.discounted_return)
-    reward = jnp.clip(steps.end.env_state.reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
-    (_, critic), seen = make_networks(args, env), jnp.stack([steps.obs["critic"], steps.end.env_state.obs["critic"]])
-    seen = normalize(learner.obs_stats["critic"], seen)
-    value, next_value = critic.apply(learner.params["critic"], seen)[..., 0]
-    advantage, target = compute_gae(args, reward, value, next_value, steps.terminated, steps.done)
-    target_var = pmean(jnp.square(target - pmean(target.mean())).mean())
-    explained_variance = 1 - pmean(jnp.square(target - value).mean()) / (target_var + 1e-8)
-    advantage -= pmean(advantage.mean())
-    advantage /= jnp.sqrt(pmean(jnp.square(advantage).mean())) + 1e-8
-    batch = Batch(steps.obs, steps.action, steps.mean, advantage, target)
+
+def mean_over_devices(x):
+    """The mean of the devices' arrays or trees, each a mean over about as many samples."""
+    return jax.lax.pmean(x, "devices")
+
+
+def make_batch(
+    args: Args, env: Env, learner: Learner, steps: Transition, reward: jax.Array
+) -> tuple[Batch, jax.Array]:
+    """The batch [B, ...] to learn from, of transitions [T, N, ...] and scaled rewards [T, N].
+
+    Returns with it the critic's explained variance: 1 if it foresaw all value targets.
+    """
+    _, critic = make_networks(args, env)
+    both = jnp.stack([steps.obs["critic"], steps.end.env_state.obs["critic"]])  # [2, T, N, O]
+    both = normalize(learner.obs_stats["critic"], both)
+    value, next_value = critic.apply(learner.params["critic"], both)[..., 0]
+    advantage, target = compute_gae(
+        args, reward, value, next_value, steps.terminated, steps.done, steps.valid
+    )
+
+    def mean(x: jax.Array) -> jax.Array:
+        return mean_over_devices(masked_mean(x, steps.valid))
+
+    target_var = mean(jnp.square(target - mean(target)))
+    explained_variance = 1 - mean(jnp.square(target - value)) / (target_var + 1e-8)
+
+    advantage -= mean(advantage)
+    advantage /= jnp.sqrt(mean(jnp.square(advantage))) + 1e-8
+
+    batch = Batch(
+        obs=steps.obs,
+        action=steps.action,
+        mean=steps.mean,
+        advantage=advantage,
+        target=target,
+        valid=steps.valid,
+    )
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)  # [T, N, ...] -> [B, ...]
+    return batch, explained_variance
+
+
+def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
+    """Of the episodes that ended in a rollout, over all devices."""
+    sums = {
+        "episodes": steps.finished.sum(),
+        "returns": (steps.finished * steps.end.episode_return).sum(),
+        "lengths": (steps.finished * steps.end.episode_length).sum(),
+        "falls": (steps.terminated & steps.valid).sum(),
+        "broken": worlds.broken.sum(),
+    }
+    sums = jax.lax.psum(sums, "devices")
+    return {
+        # NaN, and not logged, where no episode has finished.
+        "charts/episodic_return": sums["returns"] / sums["episodes"],
+        "charts/episodic_length": sums["lengths"] / sums["episodes"],
+        "charts/episodes_finished": sums["episodes"],
+        "charts/falls": sums["falls"],
+        "charts/nan_resets": sums["broken"],
+    }
+
+
+def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict, dict]:
+    """Rollout, advantages and update with one device's worlds.
+
+    Returns the next state, metrics over all devices by tag, and this device's black box.
+    """
+    learner = state.learner
+    worlds, steps = rollout(args, env, learner, state.worlds)
+
+    discounted = steps.end.discounted_return
+    return_stats = update_stats(learner.return_stats, discounted, steps.valid)
+    reward = steps.end.env_state.reward
+    reward = jnp.clip(reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
+
+    batch, explained_variance = make_batch(args, env, learner, steps, reward)
     learner, metrics = update_epochs(args, env, learner, batch)
-    # Only now, since the policy that acted and the one that learns must see the same normalised observations.
-    obs_stats = {name: update_stats(stats, steps.obs[name]) for name, stats in learner.obs_stats.items()}
-    metrics |= {name.replace("_", "/", 1): term.mean() for name, term in steps.end.env_state.metrics.items()}
-    returns, lengths = steps.finished * steps.end.episode_return, steps.finished * steps.end.episode_length
-    sums = (steps.finished.sum(), returns.sum(), lengths.sum(), steps.terminated.sum(), worlds.broken.sum())
-    episodes, returns, lengths, falls, broken = jax.lax.psum(sums, "devices")
-    metrics = pmean(metrics) | {
-        "losses/explained_variance": explained_variance, "charts/nan_resets": broken, "charts/falls": falls,
-        "charts/episodic_return": returns / episodes,  # NaN, and not logged, where no episode has finished
-        "charts/episodic_length": lengths / episodes, "charts/episodes_finished": episodes}
+
+    # Only now, since the policy that acted and the one that learns must see the same normalised
+    # observations.
+    obs_stats = {
+        name: update_stats(stats, steps.obs[name], steps.valid)
+        for name, stats in learner.obs_stats.items()
+    }
+    learner = learner.replace(obs_stats=obs_stats, return_stats=return_stats)
+
+    terms = steps.end.env_state.metrics.items()
+    metrics |= {name.replace("_", "/", 1): masked_mean(term, steps.valid) for name, term in terms}
+    metrics = mean_over_devices(metrics)
+    metrics |= {"losses/explained_variance": explained_variance}
+    metrics |= episode_metrics(worlds, steps)
+
     box = black_box(steps.start, steps.action, steps.end.env_state.info["broken"])
-    return TrainState(learner.replace(obs_stats=obs_stats, return_stats=return_stats), worlds), metrics, box
+    return TrainState(learner=learner, worlds=worlds), metrics, box
+
 
 @partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state")
-def train_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One iteration as one program over the mesh's devices; `state` is donated, its memory is used again."""
-    run = jax.shard_map(partial(device_iteration, args, env), mesh=mesh, in_specs=(STATE_SPEC,),
-                        out_specs=(STATE_SPEC, P(), P("devices")), check_vma=False)
+def train_iteration(
+    args: Args, env: Env, mesh: Mesh, state: TrainState
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One iteration as one program over the mesh's devices.
+
+    `state` is donated: its memory is used again. Returns the next state and metrics by tag, with
+    the devices' black boxes.
+    """
+    run = jax.shard_map(
+        partial(device_iteration, args, env),
+        mesh=mesh,
+        in_specs=(STATE_SPEC,),
+        out_specs=(STATE_SPEC, P(), P("devices")),
+        check_vma=False,
+    )
     state, metrics, box = run(state)
     return state, metrics | {"black_box": box}
 
-# ---- 13. Evaluation -------------------------------------------------------------------------------------------------
-def export_policy(learner: Learner) -> dict[str, np.ndarray]:
-    """All that the deterministic policy needs: the normaliser's mean and variance, and layers w0, b0, w1, ..."""
-    policy = {"obs_mean": learner.obs_stats["actor"].mean, "obs_var": learner.obs_stats["actor"].var}
+
+# ---- You may stop reading here: what follows is evaluation, files and the command line -----------
+
+
+# ---- 13. Evaluation ------------------------------------------------------------------------------
+def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
+    """All that the deterministic policy needs: normaliser, layers w0, b0, w1, ..."""
+    policy = {
+        "obs_mean": learner.obs_stats["actor"].mean,
+        "obs_var": learner.obs_stats["actor"].var,
+    }
     for name, layer in learner.params["actor"]["params"].items():  # Dense_0, Dense_1, ...
-        policy |= {name.replace("Dense_", "w"): layer["kernel"], name.replace("Dense_", "b"): layer["bias"]}
+        number = name.removeprefix("Dense_")
+        policy["w" + number] = layer["kernel"]
+        policy["b" + number] = layer["bias"]
     return jax.device_get(policy)
 
-def act(policy: dict, obs, xp=np):
-    """The policy's mean action for the actor's observations: [..., O] -> [..., A]. NumPy is enough to run it."""
+
+def act(policy: dict, memory: tuple, obs, xp=np) -> tuple[tuple, Any]:
+    """The exported policy: its memory and the actor's observations [..., O] -> next memory, action.
+
+    The actions [..., A] are the distribution's mean. NumPy suffices.
+    """
     x = xp.clip((obs - policy["obs_mean"]) / xp.sqrt(policy["obs_var"] + 1e-8), -10.0, 10.0)
-    last = len(policy) // 2 - 2
+    last = sum(name.startswith("w") for name in policy) - 1
     for i in range(last):
         x = x @ policy[f"w{i}"] + policy[f"b{i}"]
         x = xp.where(x > 0, x, xp.expm1(xp.minimum(x, 0.0)))  # ELU
-    return x @ policy[f"w{last}"] + policy[f"b{last}"]
+    return memory, x @ policy[f"w{last}"] + policy[f"b{last}"]
 
-def export_onnx(policy: dict, file: Path) -> None:
-    """The same function as an ONNX graph, normaliser inside: obs [N, O] -> action [N, A], both float32."""
-    onnx, last, x, layers = importlib.import_module("onnx"), len(policy) // 2 - 2, "clipped", ""
-    for i in range(last):
-        layers, x = f"{layers} sum{i} = Gemm({x}, w{i}, b{i}) x{i} = Elu(sum{i})", f"x{i}"
-    model = onnx.parser.parse_model(
-        f"""<ir_version: 9, opset_import: ["": 17]> policy (float[N, {len(policy["obs_mean"])}] obs) =>
-        (float[N, {len(policy[f"b{last}"])}] action) {{ centered = Sub(obs, obs_mean) var = Add(obs_var, epsilon)
-        std = Sqrt(var) scaled = Div(centered, std) clipped = Clip(scaled, low, high) {layers}
-        action = Gemm({x}, w{last}, b{last}) }}""")
-    for name, values in (policy | {"epsilon": 1e-8, "low": -10.0, "high": 10.0}).items():
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values, np.float32), name))
-    onnx.save(model, file)
-    print(f"ONNX: {file}")
 
 class CMujocoEnv:
-    """The robot in C MuJoCo, as Unitree's loop runs it: 500 physics steps and 50 actions a second, nothing random."""
+    """The robot in C MuJoCo, as Unitree's loop runs it, with nothing random but its start.
+
+    It takes 500 physics steps and 50 actions a second.
+    """
+
     SUBSTEPS = 10
+
     def __init__(self, robot: Robot):
-        self.robot, self.model = robot, load_model(robot, CONTROL_DT / self.SUBSTEPS)
+        self.robot = robot
+        self.model = load_model(robot, CONTROL_DT / self.SUBSTEPS)
         self.data = mujoco.MjData(self.model)
-        self.feet, self.soles = find_feet(self.model)
-        self.default, self.stiffness, self.damping, self.max_torque = controller(robot)
+        self.feet, self.soles = find_feet(robot, self.model)
+        self.sole_radius = self.model.geom_size[self.soles[0, 0], 0]
+        self.controller = controller(robot)
+
     def reset(self, seed: int) -> None:
-        """Standing on the floor in the default pose, each joint off by up to 0.05 rad."""
+        """Stand on the floor in the default pose, each joint off by up to 0.05 rad."""
         mujoco.mj_resetData(self.model, self.data)
         noise = np.random.default_rng(seed).uniform(-0.05, 0.05, self.model.nu)
-        self.data.qpos[2], self.data.qpos[7:] = self.robot.stand_height, self.default + noise
-        self.action, self.elapsed = np.zeros(self.model.nu), 0
+        self.data.qpos[7:] = self.controller.default + noise
+        self.action = np.zeros(self.model.nu)
+        self.elapsed = 0
+
     def observe(self, command) -> np.ndarray:
-        return observe(self.robot, self.data.qpos, self.data.qvel, np.array(command), self.action, self.elapsed, np)
-    def step(self, action) -> dict[str, np.ndarray]:
-        """One control step; returns what the test measures."""
-        data, power, feet_before = self.data, 0.0, self.data.xpos[self.feet].copy()
-        target = self.default + self.robot.action_scale * action
+        """What the actor sees: [O]. command: [3]."""
+        data = self.data
+        command = np.array(command)
+        senses = sense(self.robot, data.qpos, data.qvel, command, self.action, self.elapsed, np)
+        return observe(SEEN["actor"], senses, np)
+
+    def step(self, action) -> dict[str, Any]:
+        """One control step. Returns what the test measures."""
+        data = self.data
+        feet_before = data.xpos[self.feet].copy()
+        target = self.controller.default + self.robot.action_scale * action
+        power = 0.0
         for _ in range(self.SUBSTEPS):
-            torque = self.stiffness * (target - data.qpos[7:]) - self.damping * data.qvel[6:]
-            data.ctrl = np.clip(torque, -self.max_torque, self.max_torque)
+            data.ctrl = self.controller.torque(target, data.qpos, data.qvel, xp=np)
             power += np.abs(data.ctrl * data.qvel[6:]).sum() / self.SUBSTEPS
             mujoco.mj_step(self.model, data)
-        self.action, self.elapsed = action, self.elapsed + 1
-        speed = np.linalg.norm((data.xpos[self.feet] - feet_before)[:, :2], axis=1) / CONTROL_DT
-        loaded = data.geom_xpos[self.soles, 2].min(axis=1) < self.robot.sole_radius
-        velocity = np.append(to_base_frame(data.qpos[3:7], data.qvel[:3], np)[:2], data.qvel[5])
-        return {"velocity": velocity, "position": data.qpos[:2].copy(), "action": action, "power": power,
-                "slip": (speed * loaded).sum() / max(1, loaded.sum()), "fallen": has_fallen(self.robot, data.qpos, np)}
+        self.action = action
+        self.elapsed += 1
 
-# The test is frozen: results of different policies and versions compare only while it stays as it is.
-GATE = {"stand": (0, 0, 0), "forward 0.3": (0.3, 0, 0), "forward 0.6": (0.6, 0, 0), "forward 1.0": (1, 0, 0),
-        "backward 0.4": (-0.4, 0, 0), "left 0.3": (0, 0.3, 0), "right 0.3": (0, -0.3, 0), "turn left 0.6": (0, 0, 0.6),
-        "turn right 0.6": (0, 0, -0.6), "mixed": (0.5, 0.2, 0.5)}
-GATE_STARTS, GATE_STEPS, PUSH_STEPS, PUSH_SPEED = 8, 500, 125, 0.5  # starts, steps of 0.02 s, steps between pushes, m/s
+        speed = np.linalg.norm((data.xpos[self.feet] - feet_before)[:, :2], axis=1) / CONTROL_DT
+        loaded = data.geom_xpos[self.soles, 2].min(axis=1) < self.sole_radius
+        velocity = to_base_frame(data.qpos[3:7], data.qvel[:3], np)
+        return {
+            "velocity": np.append(velocity[:2], data.qvel[5]),
+            "position": data.qpos[:2].copy(),
+            "action": action,
+            "power": power,
+            "slip": (speed * loaded).sum() / max(1, loaded.sum()),
+            "fallen": has_fallen(self.robot, data.qpos, np),
+        }
+
+
+# The test is frozen: results of different policies and versions compare only while it stays as it
+# is. Its commands stand in the robot's row.
+GATE_STARTS = 8
+GATE_STEPS = 500  # control steps of each
+PUSH_SPEED = 0.5  # m/s, in a random direction
+PUSH_STEPS = (105, 210, 315, 420)  # at four phases of a gait; a fall has 1.6 s left to show
+
 
 def drive(original: CMujocoEnv, policy: dict, command, seed: int, push: bool) -> dict[str, float]:
-    """10 s on one command. Velocities are means over a gait period, as the body sways with each step, after 1 s."""
-    random, rows = np.random.default_rng(seed), []
+    """10 s on one command [3], from the start of that seed. Returns a row of the test's table.
+
+    Velocities are means over a gait period, as the body sways with each step, after 1 s.
+    """
+    random = np.random.default_rng(seed)
+    memory = initial_memory()
     original.reset(seed)
-    while len(rows) < GATE_STEPS and not (rows and rows[-1]["fallen"]):
-        if push and len(rows) % PUSH_STEPS == PUSH_STEPS - 1:
+    rows = []
+    for step in range(GATE_STEPS):
+        if push and step in PUSH_STEPS:
             angle = random.uniform(0, 2 * math.pi)
-            original.data.qvel[:2] += PUSH_SPEED * np.array([math.cos(angle), math.sin(angle)])
-        rows.append(original.step(act(policy, original.observe(command))))
-    if rows[-1]["fallen"]:
-        return {"falls": 1}
-    trace, start = {name: np.array([row[name] for row in rows]) for name in rows[0]}, round(1 / CONTROL_DT)
-    window, error = round(original.robot.gait_period / CONTROL_DT), trace["velocity"][start:] - command
-    means = np.stack([np.convolve(column, np.full(window, 1 / window), "valid") for column in error.T], axis=1)
-    return {"falls": 0, "error": np.linalg.norm(means[:, :2], axis=1).mean(), "yaw": np.abs(means[:, 2]).mean(),
-            "sway": np.linalg.norm(error[:, :2], axis=1).mean(), "slip": trace["slip"].mean(),
-            "jerk": np.sqrt(np.square(np.diff(trace["action"], n=2, axis=0)).mean()), "power": trace["power"].mean(),
-            "drift": np.linalg.norm(trace["position"][-1] - trace["position"][0])}
+            direction = np.array([math.cos(angle), math.sin(angle)])
+            original.data.qvel[:2] += PUSH_SPEED * direction
+        memory, action = act(policy, memory, original.observe(command))
+        rows.append(original.step(action))
+        if rows[-1]["fallen"]:
+            return {"falls": 1}
+
+    trace = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    error = trace["velocity"][round(1 / CONTROL_DT) :] - command
+    window = np.full(original.robot.gait_ticks, 1 / original.robot.gait_ticks)
+    columns = [np.convolve(column, window, "valid") for column in error.T]
+    mean_error = np.stack(columns, axis=1)
+    jerk = np.diff(trace["action"], n=2, axis=0)
+    return {
+        "falls": 0,
+        "error": np.linalg.norm(mean_error[:, :2], axis=1).mean(),
+        "yaw": np.abs(mean_error[:, 2]).mean(),
+        "sway": np.linalg.norm(error[:, :2], axis=1).mean(),
+        "slip": trace["slip"].mean(),
+        "jerk": np.sqrt(np.square(jerk).mean()),
+        "power": trace["power"].mean(),
+        "drift": np.linalg.norm(trace["position"][-1] - trace["position"][0]),
+    }
+
+
+GATE_COLUMNS = ("falls", "error", "yaw", "sway", "slip", "jerk", "power", "drift")
+
 
 def judge(robot: Robot, policy: dict) -> dict:
-    """The test: each command from 8 starts, without and with pushes. Prints the table (means over the starts; falls are
-    counted; m/s, rad/s, W, m) and PASS or FAIL."""
-    original, table, columns = CMujocoEnv(robot), {}, (*"falls error yaw sway slip jerk power drift".split(),)
-    print(f"{'command':22}" + "".join(f"{name:>9}" for name in columns))
-    for push in False, True:
-        for name, command in GATE.items():
-            starts = [drive(original, policy, np.array(command, float), seed, push) for seed in range(GATE_STARTS)]
+    """The test: each command from GATE_STARTS starts, without and with pushes.
+
+    Prints the table (means over the starts that did not end in a fall; falls are counted; m/s,
+    rad/s, W, m) and PASS or FAIL. Returns what it prints.
+    """
+    original = CMujocoEnv(robot)
+    table = {}
+    print(f"{'command':22}" + "".join(f"{name:>9}" for name in GATE_COLUMNS))
+    for push in (False, True):
+        for command_name, command in robot.gate.items():
+            name = f"{command_name}, pushed" if push else command_name
+            starts = [
+                drive(original, policy, np.array(command), seed, push)
+                for seed in range(GATE_STARTS)
+            ]
             stood = [start for start in starts if not start["falls"]]
-            row = {key: float(np.mean([start[key] for start in stood])) if stood else math.nan for key in columns}
-            row["falls"], name = len(starts) - len(stood), name + ", pushed" * push
+            row = {"falls": len(starts) - len(stood)}
+            for key in GATE_COLUMNS[1:]:
+                row[key] = float(np.mean([start[key] for start in stood])) if stood else math.nan
             table[name] = row
             print(f"{name:22}" + "".join(f"{value:9.3g}" for value in row.values()))
-    walking = [row for name, row in table.items() if name in GATE and name != "stand"]
-    error, yaw = (float(np.mean([row[key] for row in walking])) for key in ("error", "yaw"))
-    falls, drift = sum(row["falls"] for row in table.values()), table["stand"]["drift"]
-    passed = bool(falls == 0 and error <= 0.15 and yaw <= 0.2 and drift <= 0.1)  # False for NaN, too
-    print(f"{'PASS' if passed else 'FAIL'}: {falls} falls (0), velocity error {error:.3f} m/s (0.15), yaw error "
-          f"{yaw:.3f} rad/s (0.2), standing drift {drift:.3f} m (0.1)")
-    return {"passed": passed, "falls": falls, "error": error, "yaw": yaw, "drift": drift, "table": table}
+
+    walking = [table[name] for name, command in robot.gate.items() if any(command)]
+    standing = [table[name] for name, command in robot.gate.items() if not any(command)]
+    result = {
+        "falls": sum(row["falls"] for row in table.values()),
+        "error": float(np.mean([row["error"] for row in walking])),
+        "yaw": float(np.mean([row["yaw"] for row in walking])),
+        "drift": float(np.mean([row["drift"] for row in standing])),
+    }
+    passed = (  # not with NaN
+        result["falls"] == 0
+        and result["error"] <= 0.15
+        and result["yaw"] <= 0.2
+        and result["drift"] <= 0.1
+    )
+    print(
+        f"{'PASS' if passed else 'FAIL'}: {result['falls']} falls (0), "
+        f"velocity error {result['error']:.3f} m/s (0.15), "
+        f"yaw error {result['yaw']:.3f} rad/s (0.2), "
+        f"standing drift {result['drift']:.3f} m (0.1)"
+    )
+    return {"passed": passed, **result, "table": table}
+
 
 # shared: renderer
 def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
@@ -1004,74 +1819,94 @@ def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
 
 # end shared
 
+
+def draw_arrow(scene: mujoco.MjvScene, start, velocity, color: tuple[float, ...]) -> None:
+    """Add an arrow of 1 m for 1 m/s. start: [3] m; velocity: [2] m/s."""
+    geom = scene.geoms[scene.ngeom]
+    arrow = mujoco.mjtGeom.mjGEOM_ARROW
+    mujoco.mjv_initGeom(geom, arrow, np.zeros(3), np.zeros(3), np.zeros(9), np.float32(color))
+    end = start + np.array([*velocity, 1e-3])
+    mujoco.mjv_connector(geom, arrow, 0.02, start, end)
+    scene.ngeom += 1
+
+
 def write_video(robot: Robot, policy: dict, file: Path) -> None:
-    """Film 3 s of each of the test's commands, in C MuJoCo. Arrows of 1 m for 1 m/s: the commanded velocity in red, the
-    robot's, smoothed, in blue."""
-    original, arrow, smooth = CMujocoEnv(robot), mujoco.mjtGeom.mjGEOM_ARROW, np.zeros(2)
-    renderer, data = make_renderer(original.model), original.data
-    scene, no = renderer.scene, np.zeros(9)
-    file.parent.mkdir(exist_ok=True)
-    original.reset(0)
+    """Film 3 s of each of the test's commands, in C MuJoCo, at 25 frames a second.
+
+    Arrows show the commanded velocity in red, and the robot's, smoothed, in blue.
+    """
+    original = CMujocoEnv(robot)
+    data = original.data
     imageio = importlib.import_module("imageio")
-    with warnings.catch_warnings(action="ignore"), imageio.get_writer(file, fps=0.5 / CONTROL_DT) as video:
-        for i in range(150 * len(GATE)):
-            command = np.array(list(GATE.values())[i // 150], float)
-            original.step(act(policy, original.observe(command)))
-            smooth = smooth + 0.05 * (data.qvel[:2] - smooth)
-            if i % 2 == 0:
+    renderer = make_renderer(original.model)
+
+    def film(video) -> None:
+        memory = initial_memory()
+        smooth = np.zeros(2)
+        original.reset(0)
+        for command in robot.gate.values():
+            for step in range(round(3 / CONTROL_DT)):
+                memory, action = act(policy, memory, original.observe(command))
+                original.step(action)
+                smooth = smooth + 0.05 * (data.qvel[:2] - smooth)
+                if step % 2:
+                    continue
                 renderer.update_scene(data, camera="track")
                 wanted = data.xmat[1].reshape(3, 3)[:2, :2] @ command[:2]
-                for velocity, above, color in (wanted, 0.75, (0.9, 0.2, 0.1, 1)), (smooth, 0.69, (0.1, 0.4, 0.9, 1)):
-                    start = data.qpos[:3] + [0, 0, above]
-                    mujoco.mjv_initGeom(scene.geoms[scene.ngeom], arrow, no[:3], no[:3], no, np.float32(color))
-                    mujoco.mjv_connector(scene.geoms[scene.ngeom], arrow, 0.02, start, start + [*velocity, 1e-3])
-                    scene.ngeom += 1
+                above = data.qpos[:3] + [0, 0, 0.75]
+                below = data.qpos[:3] + [0, 0, 0.69]
+                draw_arrow(renderer.scene, above, wanted, (0.9, 0.2, 0.1, 1))
+                draw_arrow(renderer.scene, below, smooth, (0.1, 0.4, 0.9, 1))
                 video.append_data(renderer.render())
+
+    with writing(file):
+        file.parent.mkdir(exist_ok=True)
+        with warnings.catch_warnings(action="ignore"):
+            with imageio.get_writer(file, fps=0.5 / CONTROL_DT) as video:
+                film(video)
     print(f"video: {file}")
 
+
 class Twin:
-    """What `Env.advance` does, in C MuJoCo at full accuracy, with the draws of one world's episode."""
+    """One world's episode in C MuJoCo, with that world's draws, for tools/replay_nan.py."""
+
     def __init__(self, env: Env, start: State):
-        self.env, self.info = env, start.info
+        self.env = env
+        self.info = start.info
         self.model = load_model(env.robot, CONTROL_DT / env.args.decimation, drawn=False)
+        payload = int(start.info["domain"]["payload"])
         for name, values in env.payloads.items():
-            getattr(self.model, name)[:] = values[int(self.info["domain"]["payload"])]
-        self.model.geom_friction[env.soles.ravel(), 0] = float(self.info["domain"]["friction"])
+            getattr(self.model, name)[:] = values[payload]
+        friction = float(start.info["domain"]["friction"])
+        self.model.geom_friction[env.soles.ravel(), 0] = friction
         self.data = mujoco.MjData(self.model)
+
     def step(self, action) -> None:
-        env, domain, data = self.env, self.info["domain"], self.data
+        """What `Env.advance` does, at C MuJoCo's accuracy."""
+        env = self.env
+        data = self.data
+        domain = self.info["domain"]
+        gains = {name: domain[name] for name in ("stiffness", "damping", "strength")}
+
         data.qvel[:2] += env.push(self.info)
         for i in range(env.args.decimation):
-            target = env.default + env.robot.action_scale * (self.info["action"] if i < domain["delay"] else action)
-            torque = domain["stiffness"] * env.stiffness * (target - data.qpos[7:])
-            torque -= domain["damping"] * env.damping * data.qvel[6:]
-            data.ctrl = np.clip(domain["strength"] * torque, -env.max_torque, env.max_torque)
+            arrived = self.info["action"] if i < domain["delay"] else action
+            target = env.controller.default + env.robot.action_scale * arrived
+            data.ctrl = env.controller.torque(target, data.qpos, data.qvel, **gains, xp=np)
             mujoco.mj_step(self.model, data)
-        self.info = self.info | {"action": action, "elapsed": self.info["elapsed"] + 1,
-                                 "key": jax.random.split(self.info["key"], 4)[0]}
+        self.info = self.info | {
+            "action": action,
+            "elapsed": self.info["elapsed"] + 1,
+            "key": jax.random.split(self.info["key"], 4)[0],
+        }
 
-# ---- 14. Log and files ----------------------------------------------------------------------------------------------
+
+# ---- 14. Log and files ---------------------------------------------------------------------------
 # shared: log
 def say(text: str) -> None:
     """Print a line with the seconds since the start; of several processes only the first does."""
     if jax.process_index() == 0:
         print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
-
-
-# TensorBoard's events go to their file at once: the library's thread loses its queue when the
-# process is killed, and a full disk ends it unseen. Closing the file, at the latest when Python
-# ends, does not report a full disk once more.
-def write_event(self: EventFileWriter, event) -> None:
-    self._ev_writer.write_event(event)
-
-
-def close_file(self: EventFileWriter, close=EventFileWriter.close) -> None:
-    with contextlib.suppress(OSError):
-        close(self)
-
-
-EventFileWriter.add_event = write_event
-EventFileWriter.close = close_file
 
 
 class Log:
@@ -1087,15 +1922,22 @@ class Log:
         self.start = time.time()
         self.first_step = first * args.steps_per_iteration
         self.shown = "-"  # the last return
-        self.dumped = False  # a broken world
+        self.resets = 0  # of worlds that broke, in the whole run; after a resume not known yet
+        self.dumped = False  # the first of them
 
         quiet = jax.process_index() > 0
-        purge = self.first_step + 1 if first else 0  # what an interrupted run wrote from there on
-        rows = [f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items()]
+        name = f"events.out.tfevents.{time.time_ns()}"
         with writing(run_dir / "events*"):
-            self.writer = SummaryWriter(str(run_dir), purge_step=purge, write_to_disk=not quiet)
-            table = "|param|value|\n|-|-|" + "".join(rows)
-            self.writer.add_text("hyperparameters", table, self.first_step)
+            self.writer = RecordWriter(open(os.devnull if quiet else run_dir / name, "ab"))
+        self.write_event(0, file_version="brain.Event:2")
+        if first:  # TensorBoard forgets what an interrupted run wrote from this step on
+            session = SessionLog(status=SessionLog.START)
+            self.write_event(self.first_step + 1, session_log=session)
+        rows = [f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items()]
+        table = "|param|value|\n|-|-|" + "".join(rows)
+        summary = text_pb("hyperparameters/text_summary", table)
+        self.write_event(self.first_step, summary=summary)
+
         self.bar = tqdm(
             total=args.num_iterations * args.steps_per_iteration,
             initial=self.first_step,
@@ -1104,16 +1946,24 @@ class Log:
             disable=quiet or None,  # None: without a terminal
         )
 
-    def scalars(self, step: int, values: dict) -> None:
-        """Write all values that are finite, by tag, in one event: ten times as fast as one each."""
+    def write_event(self, step: int, **content) -> None:
+        """Write to TensorBoard's file at once, so that it has all when the process is killed.
+
+        The libraries' writers have threads, which lose their queues, and which a full disk ends
+        unseen.
+        """
+        event = Event(step=step, wall_time=time.time(), **content)
         with writing(self.run_dir / "events*"):
-            rows = [
-                Summary.Value(tag=tag, simple_value=float(value))
-                for tag, value in values.items()
-                if math.isfinite(value)
-            ]
-            self.writer.file_writer.add_summary(Summary(value=rows), step)
+            self.writer.write(event.SerializeToString())
             self.writer.flush()
+
+    def scalars(self, step: int, values: dict) -> None:
+        """Write all values that are finite, by tag, in one event."""
+        finite = {tag: float(value) for tag, value in values.items() if math.isfinite(value)}
+        rows = [Summary.Value(tag=tag, simple_value=value) for tag, value in finite.items()]
+        self.write_event(step, summary=Summary(value=rows))
+        if self.args.track and jax.process_index() == 0:
+            importlib.import_module("wandb").log(finite | {"global_step": step})
 
     def write(self, iteration: int, metrics: dict) -> dict:
         """Log the metrics of an iteration, with its black box. Returns them as numbers."""
@@ -1124,8 +1974,10 @@ class Log:
         values["charts/SPS"] = sps
         self.scalars(step, values)
 
-        if values["charts/nan_resets"] and not self.dumped:
+        resets = values["charts/nan_resets"]
+        if resets > self.resets and not self.dumped:
             self.dumped = dump(self.args, self.run_dir / "nan_dump.npz", box)
+        self.resets = resets
         skipped = values["charts/skipped_in_a_row"]  # NaN before the first update
         message = f"{self.run_dir}: step {step}: {skipped:.0f} gradients in a row are not finite"
         require(not skipped >= 10, message, 1)
@@ -1141,6 +1993,7 @@ class Log:
 
 
 # end shared
+
 
 # shared: files
 def count_bytes(tree) -> int:
@@ -1297,7 +2150,8 @@ def read_run(run_dir: Path) -> Args:
 
 # end shared
 
-# ---- 15. Command line -----------------------------------------------------------------------------------------------
+
+# ---- 15. Command line ----------------------------------------------------------------------------
 # shared: command_line
 def require(condition, message: str, code: int = 2) -> None:
     """Unless the condition holds, end with one line and an exit code: 2 for bad input."""
@@ -1454,167 +2308,286 @@ def check_memory(mesh: Mesh | None, size: int, flag: str = "--num-envs") -> None
 
 # end shared
 
+
 def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is built."""
-    bounds = {field.name: (1, 1e9) for field in dataclasses.fields(args) if field.type in (int, int | None)}
-    zero_up = ("seed process_id learning_rate ent_coef final_ent_coef vf_coef clip_coef mirror_coef imitation_coef "
-               "max_grad_norm desired_kl obs_noise push_speed")
-    bounds |= dict.fromkeys(zero_up.split(), (0, 1e9)) | {"decimation": (1, 100), "update_epochs": (1, 1e3)}
-    bounds |= {"total_timesteps": (1, 2**62)}
-    bounds |= dict.fromkeys("gamma gae_lambda standing action_delay".split(), (0, 1)) | {"init_log_std": (-20, 20)}
-    bounds |= dict.fromkeys("gain_noise strength_noise shifted_center".split(), (0, 0.9))
-    bounds |= dict.fromkeys(["command_every", "push_every"], (CONTROL_DT, 1e6)) | {"friction": (0.01, 10)}
-    bounds |= dict.fromkeys(["command_x", "command_y", "command_yaw"], (-5, 5)) | {"added_mass": (-5, 1e3)}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        low, high = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
+        for allowed in getattr(field.type, "__metadata__", ()):
+            fits = value is None or allowed.least <= low <= high <= allowed.most  # not NaN
+            message = f"must be between {allowed.least} and {allowed.most}"
+            require(fits, f"{flag} {value}: {message}")
+
+    advice = "must be more than 0; None anneals the step size linearly to 0"
+    good = args.desired_kl is None or args.desired_kl > 0
+    require(good, f"--desired-kl {args.desired_kl}: {advice}")
+    widths = args.hidden_sizes
+    good = widths and min(widths) > 0 and max(widths) <= 4096
+    require(good, f"--hidden-sizes {widths}: must be widths up to 4096, like 256 128")
+
     require(args.robot in ROBOTS, f"--robot {args.robot}: no such robot")
-    for name, (least, most) in bounds.items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        low, high = value if isinstance(value, tuple) else (value, value)
-        require(value is None or least <= low <= high <= most, f"{flag} {value}: must be between {least} and {most}")
-    widths = args.hidden_sizes and min(args.hidden_sizes) > 0 and max(args.hidden_sizes) <= 4096
-    require(widths, f"--hidden-sizes {args.hidden_sizes}: must be widths up to 4096, like 256 128")
+    file = MODELS / ROBOTS[args.robot].mjcf
+    message = f"--robot {args.robot}: {file} is missing; copy the folder {MODELS.name}, too"
+    require(file.exists(), message)
+
     steps = args.steps_per_iteration
-    require(args.num_iterations, f"--total-timesteps {args.total_timesteps}: less than a rollout of {steps}")
-    require(steps % args.num_minibatches == 0, f"--num-minibatches {args.num_minibatches}: must divide {steps}")
-    for flag, package in {"track": "wandb", "export_onnx": "onnx"}.items():
-        missing = getattr(args, flag) and not importlib.util.find_spec(package)
-        require(not missing, f"--{flag.replace('_', '-')}: {package} is missing; pip install {package}")
+    message = f"--total-timesteps {args.total_timesteps}: less than a rollout of {steps}"
+    require(args.num_iterations, message)
+    message = f"--num-minibatches {args.num_minibatches}: must divide {steps}"
+    require(steps % args.num_minibatches == 0, message)
 
-# ---- 16. Main and smoke test ----------------------------------------------------------------------------------------
-def finish(args: Args, run_dir: Path, policy: dict) -> dict:
-    """What is done with a trained policy. Returns the result of the test."""
-    result = judge(ROBOTS[args.robot], policy)
-    if args.export_onnx:
-        with writing(run_dir / "policy.onnx"):
-            export_onnx(policy, run_dir / "policy.onnx")
-    if args.capture_video:
-        with writing(run_dir / "videos"):
-            write_video(ROBOTS[args.robot], policy, run_dir / "videos" / "c_mujoco.mp4")
-    return result
+    wandb = not args.track or importlib.util.find_spec("wandb")
+    require(wandb, "--track: wandb is missing; pip install wandb")
 
-def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
-    """Train from the start, or on from the newest checkpoint of run_dir. Returns the run's folder and its policy."""
-    start, resuming, stops = time.time(), run_dir is not None, listen()
-    if args.capture_video:
-        make_renderer(load_model(ROBOTS[args.robot], CONTROL_DT)).close()  # better to fail now than after training
-    mesh = make_mesh(args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches)
-    args = dataclasses.replace(args, num_devices=mesh.size, **{x: getattr(Args, x) for x in CALL_FLAGS})
-    run_dir = run_dir or Path(args.runs_dir) / f"{args.robot}__{args.exp_name}__{args.seed}__{int(start)}"
+
+# ---- 16. Main ------------------------------------------------------------------------------------
+def open_run_dir(args: Args, run_dir: Path | None) -> Path:
+    """The folder of a new run, or that of the run to continue. Fails if nothing can be written."""
+    resuming = run_dir is not None
+    if not resuming:
+        name = f"{args.robot}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        run_dir = Path(args.runs_dir) / name
     if jax.process_index() == 0:
         with or_fail(f"--runs-dir {args.runs_dir}"):
             run_dir.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()  # better to fail now
-    slowly = "" if onekernel else "; physics by XLA, slowly, as the folder onekernel is not beside this file"
+            tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()
+    return run_dir
+
+
+@dataclasses.dataclass
+class Programs:
+    """What `train` runs, compiled."""
+
+    env: Env
+    state: TrainState  # before the first iteration
+    iterate: Any  # state -> state, metrics
+    facts: dict  # of the compilation and the memory, for run.json
+
+
+def build(args: Args, mesh: Mesh) -> Programs:
+    """Compile all programs of a run, and run the first: the state before training."""
+    slowly = "" if onekernel else "; without the folder onekernel beside it, XLA's slow physics"
     say(f"building {args.robot} for {mesh.size} x {mesh.devices[0].device_kind}{slowly}")
-    env, key, shardings = Env(args), jax.random.key(args.seed), jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
-    init = jax.jit(init_train_state, static_argnames=("args", "env"), out_shardings=shardings).lower(args, env, key)
-    shapes = jax.tree.map(
-        lambda sharding, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part),
-        shardings, init.out_info)
+    env = Env(args)
+    key = jax.random.key(args.seed)
+
+    shardings = jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
+    init = jax.jit(init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
+    init = init.lower(args, env, key)
+
+    def shape(sharding, tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    shapes = jax.tree.map(shape, shardings, init.out_info)
     check_memory(mesh, count_bytes(shapes))
-    events, compile_start = [], time.perf_counter()
-    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+
     say("compiling the training iteration")
+    start = time.perf_counter()
+    events = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     with ThreadPoolExecutor() as pool:  # XLA compiles one program while JAX traces the next
         init = pool.submit(init.compile)
-        compiled = train_iteration.lower(args, env, mesh, shapes).compile()
+        iterate = train_iteration.lower(args, env, mesh, shapes).compile()
         state = init.result()(key)
-    seconds, memory = time.perf_counter() - compile_start, compiled.memory_analysis()  # of one device
-    state = restore(args, run_dir, state) if resuming else state
-    first = iteration = saved = int(state.learner.iteration)
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    run = {
-        "compile_s": round(seconds, 2), "compile_cache": "hit" if any("cache_hits" in e for e in events) else "miss",
+
+    memory = iterate.memory_analysis()  # of one device
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    facts = {
+        "compile_s": round(time.perf_counter() - start, 2),
+        "compile_cache": "hit" if any("cache_hits" in event for event in events) else "miss",
         "bytes_per_world": count_bytes(state.worlds) // args.num_envs,
-        "peak_bytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) * mesh.size}
-    check_memory(mesh, run["peak_bytes"])
-    say("compiled: " + ", ".join(f"{name} {value}" for name, value in run.items()))
-    packages, kinds = ("jax", "mujoco", "mujoco-mjx", "flax", "optax"), [device.device_kind for device in mesh.devices]
-    run |= {"args": dataclasses.asdict(args), "commit": git.stdout.strip(), "devices": kinds,
-            "versions": {name: importlib.metadata.version(name) for name in packages}}
+        "peak_bytes": peak * mesh.size,
+    }
+    check_memory(mesh, facts["peak_bytes"])
+    say("compiled: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+    return Programs(env=env, state=state, iterate=iterate, facts=facts)
+
+
+def describe_run(args: Args, mesh: Mesh) -> dict:
+    """What run.json says of how to repeat the run."""
+    git = ["git", "rev-parse", "HEAD"]
+    commit = ""
+    with contextlib.suppress(OSError):  # git is not installed
+        here = Path(__file__).parent
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
+    packages = ("jax", "mujoco", "mujoco-mjx", "flax", "optax")
+    return {
+        "script": Path(__file__).name,
+        "args": dataclasses.asdict(args),
+        "commit": commit,
+        "devices": [device.device_kind for device in mesh.devices],
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def train_loop(
+    args: Args, run_dir: Path, programs: Programs, log: Log, stops: list[int]
+) -> tuple[int, TrainState]:
+    """Train until the last iteration, or until a signal asks to stop. Saves the result.
+
+    Returns the iterations done in all, and the state.
+    """
+    state = programs.state
+    iteration = int(state.learner.iteration)
+    saved = iteration
+    pending = None  # an iteration and its metrics, read one iteration late: no device waits
+    while iteration < args.num_iterations and not stop_wanted(stops, iteration):
+        state, metrics = programs.iterate(state)
+        iteration += 1
+        if pending:
+            log.write(*pending)
+        pending = (iteration, metrics)
+
+        if iteration % args.checkpoint_every == 0:
+            log.write(*pending)  # so that the curves reach as far as the checkpoint
+            pending = None
+            save(args, run_dir, state, export_policy(programs.env, state.learner))
+            saved = iteration
+
+    if pending:
+        log.write(*pending)
+    log.bar.close()
+    if saved < iteration:
+        save(args, run_dir, state, export_policy(programs.env, state.learner))
+    return iteration, state
+
+
+def finish(args: Args, run_dir: Path, policy: dict) -> dict:
+    """Put a trained policy to the test, and film it. Returns the test's result."""
+    robot = ROBOTS[args.robot]
+    result = judge(robot, policy)
+    if args.capture_video:
+        write_video(robot, policy, run_dir / "videos" / "c_mujoco.mp4")
+    return result
+
+
+def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
+    """Train from the start, or from the newest checkpoint of run_dir.
+
+    Returns the run's folder and its policy.
+    """
+    stops = listen()
+    resuming = run_dir is not None
+    if args.capture_video:  # better to fail now than after training
+        make_renderer(ROBOTS[args.robot].model).close()
+    mesh = make_mesh(
+        args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches
+    )
+    args = dataclasses.replace(args, num_devices=mesh.size, **call_flags(Args))
+    run_dir = open_run_dir(args, run_dir)
+
+    programs = build(args, mesh)
+    if resuming:
+        programs.state = restore(args, run_dir, programs.state)
+    first = int(programs.state.learner.iteration)
+
+    run = programs.facts | describe_run(args, mesh)
     if jax.process_index() == 0:
         with or_fail(f"--runs-dir, --exp-name: {run_dir}"):
             run_dir.mkdir(exist_ok=resuming)
     write_run(run_dir, run)
     if args.track and jax.process_index() == 0:
-        wandb = importlib.import_module("wandb")
-        wandb.init(id=run_dir.name, name=run_dir.name, config=run["args"], sync_tensorboard=True, resume="allow")
-    steps, log, pending = args.steps_per_iteration, Log(args, run_dir, first), None
-    say(f"{args.num_iterations} * {steps} steps, {args.total_timesteps % steps} unused: {run_dir}")
-    with or_fail("the processes differ in their flags, or in the checkpoint that they found", kind=AssertionError):
+        importlib.import_module("wandb").init(
+            id=run_dir.name,
+            name=run_dir.name,
+            config=run["args"],
+            resume="allow",
+        )
+
+    steps = args.steps_per_iteration
+    unused = args.total_timesteps % steps
+    log = Log(args, run_dir, first)
+    say(f"{args.num_iterations} * {steps} steps, {unused} unused: {run_dir}")
+    message = "the processes differ in their flags, or in the checkpoint that they found"
+    with or_fail(message, kind=AssertionError):
         multihost_utils.sync_global_devices(f"{args} {first}")
-    while iteration < args.num_iterations and not stop_wanted(stops, iteration):
-        state, metrics = compiled(state)
-        iteration += 1
-        if pending:  # read one iteration late, so that the device never waits for Python
-            log.write(*pending)
-        pending = (iteration, metrics)
-        if iteration % args.checkpoint_every == 0:
-            log.write(*pending)  # so that the curves reach as far as the checkpoint
-            pending, saved = None, iteration
-            save(args, run_dir, state, export_policy(state.learner))
-    if pending:
-        log.write(*pending)
-    log.bar.close()
-    run["train_s"], policy = time.time() - log.start, export_policy(state.learner)
-    if saved < iteration:
-        save(args, run_dir, state, policy)
+
+    iteration, state = train_loop(args, run_dir, programs, log, stops)
+    run["train_s"] = time.time() - log.start
+    policy = export_policy(programs.env, state.learner)
     log.writer.close()
     if stops:
         again = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-        say(f"stopped after iteration {iteration}; to go on: {again}")
+        say(f"stopped after iteration {iteration}; to continue: {again}")
         raise SystemExit(128 + stops[0])
     on_signals(signal.SIG_DFL)
-    if jax.process_index() > 0:
-        return run_dir, policy  # the first one does the rest
-    say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
-    run["evaluation"] = finish(args, run_dir, policy)
-    write_run(run_dir, run)
+
+    if jax.process_index() == 0:
+        say(f"trained for {run['train_s']:.1f} s; policy: {run_dir / 'policy.npz'}")
+        run["evaluation"] = finish(args, run_dir, policy)
+        write_run(run_dir, run)
     return run_dir, policy
 
+
+def evaluate_run(args: Args, run_dir: Path) -> int:
+    """What --evaluate does. Returns the exit code: 0 if the policy passes the test."""
+    args = dataclasses.replace(args, robot=read_run(run_dir).robot)
+    with or_fail(f"--evaluate {run_dir}: no policy"):
+        with np.load(run_dir / "policy.npz", allow_pickle=False) as file:
+            policy = dict(file)
+    result = finish(args, run_dir, policy)
+    return int(not result["passed"])
+
+
+def smoke(args: Args) -> None:
+    """A short run, the same run resumed from its middle, and a comparison of both ends."""
+    versions = {importlib.metadata.version(name) for name in ("mujoco", "mujoco-mjx")}
+    require(len(versions) == 1, f"--smoke: mujoco and mujoco-mjx differ: {versions}", 1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        short = dataclasses.replace(
+            args,
+            num_envs=32,
+            num_steps=8,
+            num_minibatches=4,
+            total_timesteps=1024,
+            checkpoint_every=2,
+            runs_dir=folder,
+        )
+        run_dir, policy = train(short)
+        checkpoints(run_dir)[0].unlink()
+        _, resumed = train(read_run(run_dir), run_dir)
+    same = all(np.array_equal(resumed[name], policy[name]) for name in policy)  # not if NaN
+    require(same, "--smoke: the resumed run ended with another policy, or with NaN", 1)
+    say("all is well: the resumed run ended with the same policy, to the bit")
+
+
 def main(argv: list[str]) -> None:
-    args = parse_args(argv)
+    """Do what the command line asks for."""
+    robot = ROBOTS[parse_args(argv).robot]
+    default = Args(
+        command_x=robot.command_x,
+        command_y=robot.command_y,
+        command_yaw=robot.command_yaw,
+    )
+    args = parse_args(argv, default)
     check_args(args)
     if args.resume:
-        saved = dataclasses.replace(read_run(Path(args.resume)), **{x: getattr(args, x) for x in CALL_FLAGS})
+        saved = dataclasses.replace(read_run(Path(args.resume)), **call_flags(args))
         unchanged = parse_args(argv, saved) == saved
-        require(unchanged, "--resume: the run keeps its own settings; leave the other flags out, or start a new run")
+        advice = "leave the other flags out, or start a new run"
+        require(unchanged, f"--resume: the run keeps its own settings; {advice}")
         args = saved
     start_jax(args)
+
     if args.smoke:
-        raise SystemExit(smoke(args))
+        smoke(args)
+        return
     if args.evaluate:
-        run_dir, args = Path(args.evaluate), dataclasses.replace(args, robot=read_run(Path(args.evaluate)).robot)
-        with or_fail(f"--evaluate {run_dir}: no policy"), np.load(run_dir / "policy.npz", allow_pickle=False) as file:
-            policy = dict(file)
-        raise SystemExit(int(not finish(args, run_dir, policy)["passed"]))
+        raise SystemExit(evaluate_run(args, Path(args.evaluate)))
     run_dir = Path(args.resume) if args.resume else None
     if not args.coordinator_address:
         train(args, run_dir)
-    else:  # where one fails, all end at once
-        with or_fail("this or another process has failed; start all of them again, with --resume", 1):
-            train(args, run_dir)
+        return
+    # Where one process fails, all end at once.
+    message = "this or another process has failed; start all of them again, with --resume"
+    with or_fail(message, 1):
+        train(args, run_dir)
 
-def smoke(args: Args) -> int:
-    """Go through all that a run does, in short, with a verdict for each stage. Returns the exit code."""
-    failed, versions = [], [importlib.metadata.version(name) for name in ("mujoco", "mujoco-mjx")]
-    def verdict(name: str, passed, note: str) -> None:
-        failed.extend([] if passed else [name])
-        print(f"{'pass' if passed else 'FAIL'}  {name}: {note}", flush=True)
-    note = f"jax {jax.__version__} on {make_mesh(args.num_devices).devices}, mujoco and mjx {versions}"
-    verdict("versions", versions[0] == versions[1], note)  # pip alone takes a mujoco that does not fit
-    x = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
-    error = np.abs(jnp.matmul(x, x, precision="highest") - x.astype(float) @ x).max()
-    verdict("precision", error < 1e-3, f"a float32 product of two 256 x 256 matrices is off by {error:.1e} at most")
-    with tempfile.TemporaryDirectory() as folder:
-        short = {"num_envs": 32, "num_steps": 8, "num_minibatches": 4, "total_timesteps": 1024}
-        run_dir, policy = train(dataclasses.replace(args, **short, checkpoint_every=2, runs_dir=folder))
-        verdict("training", all(np.isfinite(x).all() for x in policy.values()), "4 iterations, the policy is finite")
-        checkpoints(run_dir)[0].unlink()
-        _, resumed = train(read_run(run_dir), run_dir)
-    verdict("resume", all((resumed[name] == policy[name]).all() for name in policy), "the same policy, to the bit")
-    verdict("C MuJoCo", drive(CMujocoEnv(ROBOTS[args.robot]), policy, (0, 0, 0), 0, False)["falls"], "falls untrained")
-    print("FAIL: " + ", ".join(failed) if failed else "all is well")
-    return int(bool(failed))
 
 if __name__ == "__main__":
     main(sys.argv[1:])
