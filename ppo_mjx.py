@@ -825,6 +825,29 @@ class Gaussian:
 # end shared
 
 
+def initial_memory(batch: tuple[int, ...] = ()) -> tuple:
+    """What the policy remembers when an episode begins: a tree of arrays [*batch, ...].
+
+    This one remembers nothing, so that nothing is carried, saved or compiled.
+    """
+    return ()
+
+
+def apply_policy(
+    args: Args, env: Env, params: dict, memory: tuple, obs: jax.Array
+) -> tuple[tuple, Gaussian]:
+    """The policy: its memory and normalised observations [..., O] -> next memory, distribution.
+
+    A recurrent network would keep its state in `memory`, which the rollout and both evaluations
+    carry along and set to `initial_memory` when an episode begins. What it would change besides:
+    `act`, the same policy in NumPy; and the update, which shuffles single steps. It would have to
+    shuffle worlds, and to run the policy along all T steps of each, from the memory that the world
+    had before the rollout, resetting it where an episode ended.
+    """
+    actor, _ = make_networks(args, env)
+    return memory, Gaussian(actor.apply(params["actor"], obs), params["log_std"])
+
+
 # ---- 6. Training state ---------------------------------------------------------------------------
 @struct.dataclass
 class Learner:
@@ -846,6 +869,7 @@ class Worlds:
     """
 
     env_state: State
+    memory: tuple  # the policy's
     key: jax.Array
     discounted_return: jax.Array  # of the rewards so far, for their scale
     episode_return: jax.Array
@@ -930,6 +954,7 @@ def start_worlds(env_state: State, keys: jax.Array, broken: jax.Array) -> Worlds
     """Worlds [N] at the start of an episode."""
     return Worlds(
         env_state=env_state,
+        memory=initial_memory(keys.shape),
         key=keys,
         discounted_return=jnp.zeros(keys.shape),
         episode_return=jnp.zeros(keys.shape),
@@ -1013,14 +1038,13 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
 
     Returns the worlds [N, ...] and transitions [T, N, ...].
     """
-    actor, _ = make_networks(args, env)
 
     def step(worlds: Worlds, _):
         key, action_key, reset_key = split_keys(worlds.key, 3)
         start = worlds.env_state
 
         obs = normalize(learner.obs_stats, start.obs)
-        policy = Gaussian(actor.apply(learner.params["actor"], obs), learner.params["log_std"])
+        memory, policy = apply_policy(args, env, learner.params, worlds.memory, obs)
         action = policy.sample(action_key)
         state = jax.vmap(kernel(env.step))(start, scale_action(env, action))
 
@@ -1029,6 +1053,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
         broken = state.info["broken"]
         end = Worlds(
             env_state=state,
+            memory=memory,
             key=key,
             discounted_return=args.gamma * worlds.discounted_return + state.reward,
             episode_return=worlds.episode_return + state.reward,
@@ -1115,15 +1140,15 @@ def ppo_loss(
 
     Source: arXiv:1707.06347, equations 7 and 9; approx_kl: joschu.net/blog/kl-approx.html.
     """
-    actor, critic = make_networks(args, env)
-
-    policy = Gaussian(actor.apply(params["actor"], mb.obs), params["log_std"])
+    memory = initial_memory(mb.obs.shape[:-1])  # single steps have no past
+    _, policy = apply_policy(args, env, params, memory, mb.obs)
     logratio = policy.log_prob(mb.action) - mb.logprob
     ratio = jnp.exp(logratio)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     objective = jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio)
     policy_loss = -masked_mean(objective, mb.valid)
 
+    _, critic = make_networks(args, env)
     value = critic.apply(params["critic"], mb.obs)[..., 0]
     value_error = jnp.square(value - mb.target)
     if args.clip_vloss:
@@ -1367,14 +1392,17 @@ def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
 # end shared
 
 
-def act(policy: dict, obs, xp=np):
-    """The policy's mean action for raw observations: [..., O] -> [..., A]. NumPy suffices."""
+def act(policy: dict, memory: tuple, obs, xp=np) -> tuple[tuple, Any]:
+    """The exported policy: its memory and raw observations [..., O] -> next memory, action.
+
+    The actions [..., A] are the distribution's mean. NumPy suffices.
+    """
     x = xp.clip((obs - policy["obs_mean"]) / xp.sqrt(policy["obs_var"] + 1e-8), -10.0, 10.0)
     last = sum(name.startswith("w") for name in policy) - 1
     for i in range(last):
         x = xp.tanh(x @ policy[f"w{i}"] + policy[f"b{i}"])
     action = x @ policy[f"w{last}"] + policy[f"b{last}"]
-    return policy["max_action"] * xp.clip(action, -1.0, 1.0)
+    return memory, policy["max_action"] * xp.clip(action, -1.0, 1.0)
 
 
 class CMujocoEnv:
@@ -1424,15 +1452,17 @@ def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
     """Returns of one deterministic episode for each key, in MJX: [E] keys -> [E]."""
 
     def step(carry, _):
-        state, alive, total = carry
-        state = jax.vmap(kernel(env.step))(state, act(policy, state.obs, jnp))
+        state, memory, alive, total = carry
+        memory, action = act(policy, memory, state.obs, jnp)
+        state = jax.vmap(kernel(env.step))(state, action)
         total += alive * state.reward
         alive &= state.done == 0
-        return (state, alive, total), None
+        return (state, memory, alive, total), None
 
     state = jax.vmap(kernel(env.reset))(keys)
-    start = (state, jnp.full(len(keys), True), jnp.zeros(len(keys)))
-    (_, _, total), _ = jax.lax.scan(step, start, None, length=env.task.time_limit)
+    alive = jnp.full(len(keys), True)
+    start = (state, initial_memory(keys.shape), alive, jnp.zeros(len(keys)))
+    (*_, total), _ = jax.lax.scan(step, start, None, length=env.task.time_limit)
     return total
 
 
@@ -1446,9 +1476,11 @@ def evaluate_on_host(
     returns = np.zeros(episodes)
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed + episode)
+        memory = initial_memory()
         over = False
         while not over:
-            obs, reward, terminated, truncated, _ = env.step(act(policy, obs))
+            memory, action = act(policy, memory, obs)
+            obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
             over = terminated or truncated
             on_step()

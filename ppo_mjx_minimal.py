@@ -314,6 +314,22 @@ class Gaussian:
 # end shared
 
 
+def initial_memory(batch: tuple[int, ...] = ()) -> tuple:
+    """What the policy remembers when an episode begins: a tree of arrays [*batch, ...]."""
+    return ()
+
+
+def apply_policy(
+    args: Args, env: Env, params: dict, memory: tuple, obs: jax.Array
+) -> tuple[tuple, Gaussian]:
+    """The policy: its memory and normalised observations [..., O] -> next memory, distribution.
+
+    This one remembers nothing; a recurrent one would, as ppo_mjx.py explains in the same place.
+    """
+    actor, _ = make_networks(args, env)
+    return memory, Gaussian(actor.apply(params["actor"], obs), params["log_std"])
+
+
 # ---- 5. Training state ---------------------------------------------------------------------------
 @struct.dataclass
 class Learner:
@@ -332,6 +348,7 @@ class Worlds:
     """What belongs to one world, which draws from its own key."""
 
     env_state: State
+    memory: tuple  # the policy's
     key: jax.Array
     discounted_return: jax.Array  # of the rewards so far, for their scale
     episode_return: jax.Array  # NaN in an episode that did not start at its beginning
@@ -340,7 +357,13 @@ class Worlds:
 def start_worlds(env_state: State, keys: jax.Array) -> Worlds:
     """Worlds [N] at the start of an episode."""
     zeros = jnp.zeros(keys.shape)
-    return Worlds(env_state=env_state, key=keys, discounted_return=zeros, episode_return=zeros)
+    return Worlds(
+        env_state=env_state,
+        memory=initial_memory(keys.shape),
+        key=keys,
+        discounted_return=zeros,
+        episode_return=zeros,
+    )
 
 
 def make_optimizer(args: Args, learning_rate: float | jax.Array) -> optax.GradientTransformation:
@@ -416,19 +439,19 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
 
     Returns the worlds [N, ...] and transitions [T, N, ...].
     """
-    actor, _ = make_networks(args, env)
 
     def step(worlds: Worlds, _):
         key, action_key, reset_key = split_keys(worlds.key, 3)
         start = worlds.env_state
 
         obs = normalize(learner.obs_stats, start.obs)
-        policy = Gaussian(actor.apply(learner.params["actor"], obs), learner.params["log_std"])
+        memory, policy = apply_policy(args, env, learner.params, worlds.memory, obs)
         action = policy.sample(action_key)
         state = jax.vmap(kernel(env.step))(start, jnp.clip(action, -1.0, 1.0))
 
         end = Worlds(
             env_state=state,
+            memory=memory,
             key=key,
             discounted_return=args.gamma * worlds.discounted_return + state.reward,
             episode_return=worlds.episode_return + state.reward,
@@ -510,15 +533,15 @@ def ppo_loss(
 
     Source: arXiv:1707.06347, equations 7 and 9; approx_kl: joschu.net/blog/kl-approx.html.
     """
-    actor, critic = make_networks(args, env)
-
-    policy = Gaussian(actor.apply(params["actor"], mb.obs), params["log_std"])
+    memory = initial_memory(mb.obs.shape[:-1])  # single steps have no past
+    _, policy = apply_policy(args, env, params, memory, mb.obs)
     logratio = policy.log_prob(mb.action) - mb.logprob
     ratio = jnp.exp(logratio)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     objective = jnp.minimum(mb.advantage * ratio, mb.advantage * clipped_ratio)
     policy_loss = -masked_mean(objective, mb.valid)
 
+    _, critic = make_networks(args, env)
     value = critic.apply(params["critic"], mb.obs)[..., 0]
     value_error = jnp.square(value - mb.target)
     if args.clip_vloss:

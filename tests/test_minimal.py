@@ -82,6 +82,7 @@ def as_minimal(state: ppo_mjx.TrainState) -> tuple[minimal.Learner, minimal.Worl
     )
     return ours, minimal.Worlds(
         env_state=env_state,
+        memory=worlds.memory,
         key=worlds.key,
         discounted_return=worlds.discounted_return,
         episode_return=jnp.where(whole, worlds.episode_return, jnp.nan),

@@ -249,6 +249,56 @@ def test_probe_time_limit_is_no_end(make_mesh, make_state):
     _, value = train_probe(make_mesh, make_state, env)
     assert value(jnp.zeros(1)) == pytest.approx(2.0, abs=0.04)
 
+# ---- A policy with memory
+
+@pytest.fixture
+def counting_policy(monkeypatch):
+    """A policy that remembers how many steps of the episode it has seen, and acts by it."""
+    def apply_policy(*inputs):
+        *_, memory, obs = inputs
+        return memory + 1, ppo_mjx.Gaussian(0.0 * obs, jnp.zeros(1))
+    def act(policy, memory, obs, xp=np):
+        return memory + 1, xp.asarray(memory, float)[..., None]
+    monkeypatch.setattr(ppo_mjx, "initial_memory", lambda batch=(): jnp.zeros(batch, jnp.int32))
+    monkeypatch.setattr(ppo_mjx, "apply_policy", apply_policy)
+    monkeypatch.setattr(ppo_mjx, "act", act)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+COUNTED = Probe(lambda elapsed, action: action, length=4)
+
+def test_rollout_carries_the_policys_memory(counting_policy, make_mesh, make_state):
+    """It grows by the step, and is the initial one again in each episode."""
+    args = ppo_mjx.Args(num_envs=3, num_steps=10, hidden_sizes=(1,))
+    state = make_state(args, COUNTED, make_mesh(1))
+    roll = jax.jit(partial(ppo_mjx.rollout, args, COUNTED))
+    worlds, steps = roll(state.learner, state.worlds)
+    np.testing.assert_array_equal(steps.end.memory, steps.end.episode_length)
+    np.testing.assert_array_equal(worlds.memory, worlds.episode_length)
+    assert steps.done.sum(axis=0).min() >= 2 and steps.end.memory.max() == 4
+
+def test_evaluation_carries_the_policys_memory(counting_policy):
+    """In MJX and on the host, where each episode starts with the initial one."""
+    total = 0 + 1 + 2 + 3  # the reward is the action, which is what the policy remembers
+    keys = jax.random.split(jax.random.key(0), 2)
+    np.testing.assert_array_equal(ppo_mjx.evaluate_mjx(COUNTED, {}, keys), [total, total])
+
+    class Host:
+        def reset(self, seed):
+            self.elapsed = 0
+            return np.zeros(1), {}
+        def step(self, action):
+            self.elapsed += 1
+            return np.zeros(1), action[0], self.elapsed == 4, False, {}
+    np.testing.assert_array_equal(ppo_mjx.evaluate_on_host(Host(), {}, 2, 0), [total, total])
+
+def test_no_memory_adds_nothing(make_mesh, make_state):
+    """Neither to a checkpoint nor to what is compiled."""
+    assert jax.tree.leaves(ppo_mjx.initial_memory((4,))) == []
+    state = make_state(ppo_mjx.Args(num_envs=4, hidden_sizes=(1,)), COUNTED, make_mesh(1))
+    assert not [name for name in ppo_mjx.to_arrays(state) if "memory" in name]
+
 # ---- Learning
 
 def test_learns_to_run(make_mesh, make_state):

@@ -87,10 +87,10 @@ def test_exported_policy_is_the_actor(run_dir, hopper, make_mesh, make_state):
     mean = actor.apply(learner.params["actor"], ppo_mjx.normalize(learner.obs_stats, obs))
     with np.load(run_dir / "policy.npz") as arrays:
         policy = dict(arrays)
-    action = ppo_mjx.act(policy, obs)
+    _, action = ppo_mjx.act(policy, ppo_mjx.initial_memory((50,)), obs)
     assert type(action) is np.ndarray and np.ptp(action) > 0.01
     np.testing.assert_allclose(action, np.clip(mean, -1, 1), atol=1e-5)
-    doubled = ppo_mjx.act(policy | {"w2": 1000 * policy["w2"]}, obs)
+    _, doubled = ppo_mjx.act(policy | {"w2": 1000 * policy["w2"]}, (), obs)
     assert np.abs(doubled).max() == 1
 
 def test_finished_run_can_be_resumed_and_evaluated(run_dir, capsys):
