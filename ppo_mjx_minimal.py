@@ -383,7 +383,7 @@ def init(args: Args, env: Env, key: jax.Array) -> tuple[Learner, Worlds]:
     params = {
         "actor": actor.init(actor_key, obs),
         "critic": critic.init(critic_key, obs),
-        "log_std": jnp.full(env.action_size, args.init_log_std),
+        "log_std": jnp.full(env.action_size, args.init_log_std, jnp.float32),
     }
     learner = Learner(
         params=params,
@@ -399,8 +399,8 @@ def init(args: Args, env: Env, key: jax.Array) -> tuple[Learner, Worlds]:
     # The worlds' clocks start at random, so that their time limits do not come all at once.
     elapsed = jax.random.randint(clock_key, (n,), 0, env.TIME_LIMIT)
     worlds = start_worlds(env_state.replace(elapsed=elapsed), jax.random.split(world_key, n))
-    unknown = jnp.where(elapsed == 0, 0.0, jnp.nan)
-    return learner, worlds.replace(episode_return=unknown)
+    episode_return = jnp.where(elapsed == 0, worlds.episode_return, jnp.nan)
+    return learner, worlds.replace(episode_return=episode_return)
 
 
 # ---- 6. Rollout ----------------------------------------------------------------------------------

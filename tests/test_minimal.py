@@ -154,9 +154,11 @@ def test_same_numbers(make_mesh, make_state, monkeypatch):
 
 
 def test_run(tmp_path, capsys):
-    """A run prints, logs, and leaves a policy that ppo_mjx.py can judge."""
+    """A run compiles once, prints, logs, and leaves a policy that ppo_mjx.py can judge."""
     args = tyro.cli(minimal.Args, args=["--num-envs", "16", "--total-timesteps", "768"])
+    minimal.train_iteration.clear_cache()
     run_dir = minimal.train(dataclasses.replace(args, runs_dir=str(tmp_path)))
+    assert minimal.train_iteration._cache_size() == 1  # the state comes out as it went in
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:3]] == [["step", f"{i * 256}"] for i in (1, 2, 3)]
     assert lines[-1] == f"policy: {run_dir / 'policy.npz'}"
