@@ -15,6 +15,7 @@ is the same text in ppo_mjx.py. Names and details follow CleanRL's ppo_continuou
 
 import dataclasses
 import importlib.util
+import json
 import math
 import time
 from functools import cache, partial
@@ -29,7 +30,7 @@ import optax
 import tyro
 from flax import struct
 from mujoco import mjx
-from tensorboardX import SummaryWriter
+from tensorboard.summary import Writer
 
 try:
     import onekernel.mjx
@@ -691,9 +692,9 @@ def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
 def train(args: Args) -> Path:
     """Train, log, and save the policy. Returns the run's folder."""
     run_dir = Path(args.runs_dir) / f"HalfCheetah__ppo_mjx_minimal__{args.seed}__{int(time.time())}"
-    writer = SummaryWriter(str(run_dir))
-    rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
-    writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+    writer = Writer(str(run_dir))
 
     env = Env()
     learner, worlds = init(args, env, jax.random.key(args.seed))
@@ -707,6 +708,7 @@ def train(args: Args) -> Path:
         for tag, value in metrics.items():
             if math.isfinite(value):
                 writer.add_scalar(tag, value, step)
+        writer.flush()
         if math.isfinite(metrics["charts/episodic_return"]):
             shown = f"{metrics['charts/episodic_return']:.0f}"
         print(f"step {step}  return {shown}  SPS {metrics['charts/SPS']:.0f}")

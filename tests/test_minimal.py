@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import json
 from pathlib import Path
 
 import jax
@@ -164,12 +165,14 @@ def test_run(tmp_path, capsys):
     assert lines[-1] == f"policy: {run_dir / 'policy.npz'}"
 
     log = EventAccumulator(str(run_dir)).Reload()
-    tags = set(log.Tags()["scalars"])
+    tags = set(log.Tags()["tensors"])
     losses = "loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac".split()
     expected = {f"losses/{name}" for name in [*losses, "explained_variance"]}
     assert tags == expected | {"charts/SPS", "charts/learning_rate"}  # no episode has ended
-    assert [event.step for event in log.Scalars("losses/loss")] == [256, 512, 768]
+    assert [event.step for event in log.Tensors("losses/loss")] == [256, 512, 768]
 
+    saved = json.loads((run_dir / "args.json").read_text())
+    assert (saved["num_envs"], saved["gamma"]) == (16, 0.99)
     with np.load(run_dir / "policy.npz") as file:
         policy = dict(file)
     env = ppo_mjx.Env("HalfCheetah")
