@@ -188,7 +188,8 @@ def test_dependencies_are_declared_once():
     (block,) = re.findall(r"(?ms)^# /// script\n(.*?)^# ///$", SCRIPT.read_text())
     metadata = tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
     lines = (line.split("#")[0].strip() for line in (SCRIPT.parent / "requirements.txt").read_text().splitlines())
-    assert {line for line in lines if line} - set(metadata["dependencies"]) == {"matplotlib==3.11.2"}  # SAC's
+    assert {line for line in lines if line} - set(metadata["dependencies"]) == {
+        "matplotlib==3.11.2", "tensorboardX==2.6.5"}  # SAC's
     assert metadata["requires-python"] == ">=3.11"
 
 def test_every_setting_is_used():
