@@ -770,6 +770,7 @@ def normalize(stats: RunningStats, obs: jax.Array) -> jax.Array:
 
 
 # ---- 5. Networks ---------------------------------------------------------------------------------
+# shared: networks
 class MLP(nn.Module):
     """Tanh layers with orthogonal weights: [..., O] -> [..., out]."""
 
@@ -812,6 +813,9 @@ class Gaussian:
     def entropy(self) -> jax.Array:
         """Differential entropy in nats: [], the same for all means."""
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+
+# end shared
 
 
 def initial_memory(batch: tuple[int, ...] = ()) -> tuple:
@@ -999,6 +1003,7 @@ class Transition:
     finished: jax.Array  # bool: a whole episode is over, not broken, its clock started at 0
 
 
+# shared: seams
 def split_keys(keys: jax.Array, n: int) -> jax.Array:
     """n new keys for each key: [N] -> [n, N]."""
     return jnp.unstack(jax.vmap(partial(jax.random.split, num=n))(keys), axis=1)
@@ -1011,6 +1016,9 @@ def where_done(done: jax.Array, fresh: Worlds, end: Worlds) -> Worlds:
         return jax.tree.map(partial(jnp.where, done), fresh, end)
 
     return jax.vmap(choose)(done, fresh, end)
+
+
+# end shared
 
 
 def scale_action(env: Env, action: jax.Array) -> jax.Array:
@@ -1104,6 +1112,7 @@ def compute_gae(
 
 
 # ---- 9. Loss and update --------------------------------------------------------------------------
+# shared: loss
 @struct.dataclass
 class Batch:
     """What the loss needs of each transition."""
@@ -1159,6 +1168,9 @@ def current_learning_rate(args: Args, iteration: jax.Array) -> float | jax.Array
     if not args.anneal_lr:
         return args.learning_rate
     return args.learning_rate * (1 - iteration / float(args.num_iterations))
+
+
+# end shared
 
 
 def update_epochs(
@@ -1355,6 +1367,7 @@ def train_iteration(
 
 
 # ---- 11. Evaluation ------------------------------------------------------------------------------
+# shared: export
 def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
     """All that the deterministic policy needs: largest action, normaliser, layers w0, b0, ..."""
     policy = {
@@ -1367,6 +1380,9 @@ def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
         policy["w" + number] = layer["kernel"]
         policy["b" + number] = layer["bias"]
     return jax.device_get(policy)
+
+
+# end shared
 
 
 def act(policy: dict, memory: tuple, obs, xp=np) -> tuple[tuple, Any]:
