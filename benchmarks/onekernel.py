@@ -135,7 +135,7 @@ def make_task(name: str) -> Task:
         model = unitree.load_model(robot, unitree.CONTROL_DT / substeps, drawn=False)
         model = servo(model, robot)
         center = unitree.controller(robot)[0]
-        start = np.concatenate([[0, 0, robot.stand_height, 1, 0, 0, 0], center])
+        start = np.concatenate([[0, 0, robot.start_height, 1, 0, 0, 0], center])
     else:
         substeps = 4
         model = mujoco.MjModel.from_xml_path(str(common.ROOT / "robots" / f"{name}.xml"))
