@@ -189,7 +189,7 @@ def test_dependencies_are_declared_once():
     metadata = tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
     lines = (line.split("#")[0].strip() for line in (SCRIPT.parent / "requirements.txt").read_text().splitlines())
     assert {line for line in lines if line} - set(metadata["dependencies"]) == {
-        "matplotlib==3.11.2", "tensorboardX==2.6.5"}  # SAC's
+        "matplotlib==3.11.2"}  # of tools
     assert metadata["requires-python"] == ">=3.11"
 
 def test_every_setting_is_used():
