@@ -21,7 +21,7 @@ from mujoco.mjx._src import collision_driver, math as mjx_math, smooth, solver, 
 
 import onekernel
 import ppo_mjx
-from onekernel import cache, fingerprint
+from onekernel import api, cache, fingerprint
 
 ROOT = Path(__file__).parent.parent
 
@@ -263,6 +263,26 @@ def test_unpack_refuses_what_is_not_packed():
             cache.unpack(wrong)
     with pytest.raises(ValueError):
         cache.unpack(cache.pack([1], []))
+
+
+def test_kernels_are_kept_for_their_shapes_and_types(folder):
+    """Each compiled object asks the store for the first time: only the second of two equal calls
+    finds anything there."""
+
+    def twice(x):
+        return x + x, x.sum()
+
+    for shape, dtype in itertools.product([(3, 2), (3, 4), (3, 2, 2)], [np.float32, np.int32]):
+        x = np.arange(np.prod(shape), dtype=dtype).reshape(shape)
+        traced = []
+        for _ in range(2):
+            trace = api.Kernel.trace
+            with mock.patch.object(api.Kernel, "trace", autospec=True, side_effect=trace) as spy:
+                doubled, total = jax.vmap(onekernel.compile(twice))(x)
+            traced.append(spy.called)
+            np.testing.assert_array_equal(doubled, x + x)
+            np.testing.assert_array_equal(total, x.reshape(3, -1).sum(1))
+        assert traced == [True, False]
 
 
 # ---- The fingerprint -----------------------------------------------------------------------------

@@ -20,12 +20,12 @@ import pytest
 from graph_oracle import evaluate
 from jax import lax
 from mujoco import mjx
+from quick import quick_jit
 
 import onekernel
 import ppo_mjx
 from onekernel import api, cpu, cuda, ffi
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 WORLDS = 150  # two blocks of 64 threads and a part of a third
 NAMES = ("control_and_memory", "every_operation", "half_cheetah")
 
@@ -600,8 +600,7 @@ def test_kernels_for_cpus_compute_what_the_graph_means(name):
 def test_the_graph_means_what_jax_computes(name):
     made = program(name)
     with jax.default_device(jax.devices("cpu")[0]):
-        lowered = jax.jit(made.vmapped(made.function)).lower(*made.arguments)
-        results = lowered.compile(QUICK)(*made.arguments)
+        results = quick_jit(made.vmapped(made.function))(*made.arguments)
     assert_close(results, made.expected, name)
 
 

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from mujoco import mjx
 from mujoco.mjx._src import collision_driver, constraint, smooth, solver, support
+from quick import quick_jit
 
 import onekernel.mjx as lean
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ROBOTS = Path(__file__).parent / "robots"
 GYMNASIUM = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 STATE = ("qpos", "qvel", "act", "ctrl", "qacc_warmstart")
@@ -64,13 +64,8 @@ def put(model: mujoco.MjModel) -> tuple[mjx.Model, mjx.Data]:
     return mjx_model, mjx.make_data(mjx_model)
 
 
-def compiled(function, *args):
-    """As jax.jit would, but quickly."""
-    return jax.jit(function).lower(*args).compile(QUICK)
-
-
 def in_all_worlds(function, states: dict) -> list[np.ndarray]:
-    return jax.tree.map(np.asarray, compiled(jax.vmap(function), states)(states))
+    return jax.tree.map(np.asarray, quick_jit(jax.vmap(function))(states))
 
 
 def in_each_world(function, states: dict) -> list[np.ndarray]:
@@ -78,7 +73,7 @@ def in_each_world(function, states: dict) -> list[np.ndarray]:
     worlds = []
     for i in range(len(states["qpos"])):
         worlds.append({field: values[i] for field, values in states.items()})
-    program = compiled(function, worlds[0])
+    program = quick_jit(function)
     return jax.tree.map(lambda *x: np.stack(x), *[program(world) for world in worlds])
 
 
@@ -165,14 +160,20 @@ def test_steps_are_c_mujocos(integrator):
         np.testing.assert_allclose(ours, true, rtol=1e-4, atol=1e-4 * np.abs(true).max())
 
 
-def test_one_world_is_one_of_many():
+@pytest.fixture(scope="module")
+def advance_arms():
+    """One step of the arm in all worlds, by Euler's method: states -> STEP_FIELDS."""
+    return quick_jit(jax.vmap(advance_by(arm())))
+
+
+def test_one_world_is_one_of_many(advance_arms):
     """Its work stands behind conditions; that of many worlds under jax.vmap does not. By Euler's
     method, with damping."""
     model = arm()
     states = roll_out(model, worlds=12)
     wanted = by_c(model, states, mujoco.mj_step, STEP_FIELDS)
     alone = in_each_world(advance_by(model), states)
-    together = in_all_worlds(advance_by(model), states)
+    together = advance_arms(states)
     for one, many, true in zip(alone, together, wanted, strict=True):
         np.testing.assert_allclose(one, true, rtol=1e-4, atol=1e-4 * np.abs(true).max())
         np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-5 * np.abs(true).max())
@@ -248,7 +249,7 @@ def test_capsule_upright_on_a_plane_has_a_frame():
             with lean.lean():
                 return collision_driver.collision(mjx_model, data)._impl.contact.frame[0]
 
-        found = compiled(frame, qpos)(qpos)
+        found = quick_jit(frame)(qpos)
         np.testing.assert_allclose(found @ found.T, np.eye(3), atol=1e-6)
         np.testing.assert_allclose(found[1], tangent, atol=1e-6)
 
@@ -284,6 +285,9 @@ def solve_problem(problem: dict, start, iterations: int = 50) -> lean.Solution:
     return lean.newton(problem["mass"], problem["push"], parts, start, iterations, 50, 1e-8)
 
 
+solve_all = quick_jit(jax.vmap(solve_problem))
+
+
 def imbalance(problem: dict, acceleration: np.ndarray) -> float:
     """The share of the forces, in double precision, that does not cancel: 0 at the minimum."""
     springs = problem["stiffness"] * (problem["aim"] - problem["jacobian"] @ acceleration)
@@ -309,7 +313,7 @@ def stacked(problems: list[dict]) -> dict:
 @pytest.mark.parametrize("distance", [0.0, 1e2, 1e9])
 def test_solver_finds_the_minimum_from_anywhere(problems, distance):
     start = distance * np.random.default_rng(1).standard_normal((len(problems), 7))
-    solution = jax.jit(jax.vmap(solve_problem))(stacked(problems), np.float32(start))
+    solution = solve_all(stacked(problems), np.float32(start))
     assert solution.done.all()
     assert solution.iterations.max() < 20
     accelerations = np.float64(solution.acceleration)
@@ -321,7 +325,6 @@ def test_solver_finds_the_minimum_from_anywhere(problems, distance):
 def test_solver_ends_where_it_begins_at_the_minimum(problems):
     """One step, no search: as for a robot that goes on pushing as in the step before."""
     zeros = np.zeros((len(problems), 7), np.float32)
-    solve_all = jax.jit(jax.vmap(solve_problem))
     again = solve_all(stacked(problems), solve_all(stacked(problems), zeros).acceleration)
     assert np.mean(again.iterations == 1) > 0.99
     assert again.done.all() and again.searches.max() <= 1
@@ -329,9 +332,8 @@ def test_solver_ends_where_it_begins_at_the_minimum(problems):
 
 def test_solver_does_not_wait_for_broken_worlds(problems):
     """A world that is not finite takes one step and no search, and changes nothing beside it."""
-    batch = stacked(problems[:8])
-    start = np.zeros((8, 7), np.float32)
-    solve_all = jax.jit(jax.vmap(solve_problem))
+    batch = stacked(problems)
+    start = np.zeros((len(problems), 7), np.float32)
     right = solve_all(batch, start)
     broken = copy.deepcopy(batch)
     broken["mass"][0] = np.nan
@@ -346,27 +348,21 @@ def test_solver_does_not_wait_for_broken_worlds(problems):
 
 def test_solver_keeps_to_its_limits(problems):
     start = np.zeros((len(problems), 7), np.float32)
-    solve_all = jax.jit(
+    solve_once = quick_jit(
         jax.vmap(lambda problem, start: solve_problem(problem, start, iterations=1))
     )
-    solution = solve_all(stacked(problems), start)
+    solution = solve_once(stacked(problems), start)
     assert (solution.iterations == 1).all()
     assert 0 < np.mean(solution.done) < 1
 
 
-def test_broken_first_guess_is_not_used():
-    model = arm()
-    states = roll_out(model, worlds=6)
-    mjx_model, template = put(model)
-
-    def accelerate(state):
-        return lean.forward(mjx_model, template.replace(**state)).qacc
-
-    program = compiled(jax.vmap(accelerate), states)
-    right = program(states)
+def test_broken_first_guess_is_not_used(advance_arms):
+    states = roll_out(arm(), worlds=12)
+    *_, right = advance_arms(states)  # the acceleration
     for broken in (np.nan, np.inf, 1e30):
         states["qacc_warmstart"] = np.full_like(states["qacc_warmstart"], broken)
-        assert relative_error(program(states), right).max() < 1e-4
+        *_, found = advance_arms(states)
+        assert relative_error(found, right).max() < 1e-4
 
 
 # What is skipped --------------------------------------------------------------------------------
@@ -441,10 +437,16 @@ def test_limbs_stay_apart_in_the_factor():
     np.testing.assert_allclose(found, np.linalg.solve(mass, right), rtol=1e-3, atol=1e-3)
 
 
+BALL = """<mujoco><worldbody><geom type="plane" size="9 9 1"/>
+  <body pos="0 0 .09"><freejoint/><geom type="sphere" size=".1"/></body>
+</worldbody></mujoco>"""
+
+
 def test_models_that_differ_between_worlds():
     """Domain randomisation: a field of the model has an axis of worlds, too."""
-    model = arm()
-    states = roll_out(model, worlds=6)
+    model = mujoco.MjModel.from_xml_string(BALL)
+    speeds = np.random.default_rng(0).standard_normal((6, model.nv))
+    states = {"qpos": np.float32(np.tile(model.qpos0, (6, 1))), "qvel": np.float32(speeds)}
     mjx_model, template = put(model)
     frictions = np.float32(np.linspace(0.2, 1.5, 6))[:, None, None] * model.geom_friction
 
@@ -460,6 +462,10 @@ def test_models_that_differ_between_worlds():
         state = {field: values[world : world + 1] for field, values in states.items()}
         (wanted,) = by_c(model, state, mujoco.mj_forward, ("qacc",))
         assert relative_error(found[world : world + 1], wanted).max() < 1e-3
+        if world > 0:  # and the friction does matter
+            model.geom_friction[:] = frictions[0]
+            (other,) = by_c(model, state, mujoco.mj_forward, ("qacc",))
+            assert relative_error(other, wanted).max() > 1e-2
 
 
 # MJX and `lean` ---------------------------------------------------------------------------------

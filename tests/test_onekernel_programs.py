@@ -25,11 +25,11 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
+from quick import quick_jit
 
 import onekernel
 
 NO_FALLBACK = pytest.mark.filterwarnings("error::onekernel.Fallback")
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -301,7 +301,7 @@ def test_random_program(seed):
     step_worlds = jax.jit(jax.vmap(onekernel.compile(program)))
 
     print(text)  # pytest shows it where this fails
-    expected = jax.jit(jax.vmap(program), compiler_options=QUICK)(*inputs)
+    expected = quick_jit(jax.vmap(program))(*inputs)
     got = step_worlds(*inputs)
     close(got, expected, tolerance=3e-5)
     same_bits(step_worlds(*(x[13:18] for x in inputs)), jax.tree.map(lambda x: x[13:18], got))
@@ -362,7 +362,7 @@ def whole(step):
 
 @NO_FALLBACK
 def test_results_are_jax_s(whole):
-    expected = bits(jax.jit(jax.vmap(search))(*search_inputs(40)))
+    expected = bits(quick_jit(jax.vmap(search))(*search_inputs(40)))
     close(whole, expected)
 
 
@@ -805,11 +805,11 @@ def test_arrays_that_stay_in_memory(monkeypatch, size):
         generator.integers(0, size, 21).astype(np.int32),
     )
     got = jax.vmap(onekernel.compile(looped))(*inputs)
-    same_bits(got, jax.jit(jax.vmap(looped), compiler_options=QUICK)(*inputs))
+    same_bits(got, quick_jit(jax.vmap(looped))(*inputs))
     axes = (0, None, 0, 0)
     inputs = (inputs[0], inputs[1][4], *inputs[2:])
     got = jax.vmap(onekernel.compile(looped), in_axes=axes)(*inputs)
-    same_bits(got, jax.jit(jax.vmap(looped, in_axes=axes), compiler_options=QUICK)(*inputs))
+    same_bits(got, quick_jit(jax.vmap(looped, in_axes=axes))(*inputs))
 
 
 @NO_FALLBACK
