@@ -191,7 +191,7 @@ def parts(runs: Path) -> set[tuple]:
 
 
 def kill(args: Args, script: str, folder: Path):
-    """kill -9 until the run is done, by turns while it trains, in the middle of writing a checkpoint, and at any moment
+    """kill -9 until the run is done, by turns in the middle of writing a checkpoint, while it trains, and at any moment
     since the start of the process, be it before training."""
     dice, iterations = random.Random(args.seed), 150 * args.kills
     whole, runs, kills, cut = whole_run(script, folder, iterations), folder / "runs", 0, 0
@@ -204,9 +204,9 @@ def kill(args: Args, script: str, folder: Path):
         else:
             run.wait_for(run.trains)
         if kills < args.kills:
-            if kills % 3 == 0:
+            if kills % 3 == 1:
                 time.sleep(dice.uniform(0, 1.0))
-            elif kills % 3 == 1:
+            elif kills % 3 == 0:
                 run.wait_for(lambda before=before: parts(runs) - before, 20)
             if run.process.poll() is None:
                 run.process.kill()

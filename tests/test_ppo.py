@@ -2,7 +2,7 @@
 
 import dataclasses
 import types
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import ppo_mjx
+
+
+@pytest.fixture(autouse=True)
+def quick_to_compile(request):
+    """Small programs that run for moments: XLA's optimisations cost more than they give, but for learning."""
+    jax.config.update("jax_disable_most_optimizations", "learns" not in request.node.name)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 # ---- Advantages
 
@@ -148,6 +156,11 @@ def test_clipped_samples_have_no_gradient():
 
 # ---- Update
 
+@cache
+def update_program(mesh, args: ppo_mjx.Args):
+    update = partial(ppo_mjx.update_epochs, args, TINY)
+    return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P()), check_vma=False))
+
 def run_update(make_mesh, args: ppo_mjx.Args, iteration: int = 0):
     """One update from tiny_params over 16 samples: learner and metrics."""
     rng, params = np.random.default_rng(0), tiny_params()
@@ -159,9 +172,7 @@ def run_update(make_mesh, args: ppo_mjx.Args, iteration: int = 0):
     logprob = policy.log_prob(action)
     rest = rng.standard_normal((3, 16)).astype(np.float32)
     batch = ppo_mjx.Batch(obs, action, logprob, *rest, valid=np.full(16, True))
-    update = partial(ppo_mjx.update_epochs, args, TINY)
-    return jax.jit(jax.shard_map(
-        update, mesh=make_mesh(1), in_specs=(P(), P()), out_specs=(P(), P()), check_vma=False))(learner, batch)
+    return update_program(make_mesh(1), args)(learner, batch)
 
 UPDATE_ARGS = ppo_mjx.Args(hidden_sizes=(1,), num_envs=4, num_steps=4, num_minibatches=2, update_epochs=3)
 
@@ -187,6 +198,35 @@ def test_learning_rate_falls_linearly(make_mesh):
     np.testing.assert_allclose(fixed, 1e-2, rtol=1e-6)
     still, _ = run_update(make_mesh, args, 4)
     jax.tree.map(np.testing.assert_array_equal, still.params, tiny_params())
+
+def test_minibatches_are_shuffled_anew_in_each_epoch(make_mesh, monkeypatch):
+    """Each epoch sees each sample once, in an order of its own, which another iteration has not either."""
+    seen = []
+    def loss(args, env, params, mb):
+        order = params["log_std"][0]  # falls with each minibatch
+        jax.debug.callback(lambda *row: seen.append(row), order, mb.obs[:, 0])
+        return params["log_std"].sum(), {"losses/approx_kl": 0.0 * order}
+    monkeypatch.setattr(ppo_mjx, "ppo_loss", loss)
+    args = dataclasses.replace(UPDATE_ARGS, exp_name="this loss")  # no other test's program
+    orders = []
+    for iteration in 0, 1:
+        seen.clear()
+        run_update(make_mesh, args, iteration)
+        jax.effects_barrier()
+        rows = sorted(((-float(order), np.asarray(obs)) for order, obs in seen), key=lambda row: row[0])
+        assert len(rows) == 6
+        orders += list(np.array([obs for _, obs in rows]).reshape(3, 16))
+    rows = np.random.default_rng(0).standard_normal((2, 16, 1)).astype(np.float32)[0, :, 0]  # as in run_update
+    for i, order in enumerate(orders):
+        np.testing.assert_array_equal(np.sort(order), np.sort(rows))
+        assert not any(np.array_equal(order, other) for other in [rows, *orders[:i]])
+
+def test_gradient_is_scaled_down_to_the_norm():
+    """Adam's first moment is a tenth of what it is given: the gradient, or one of norm max_grad_norm."""
+    optimizer = ppo_mjx.make_optimizer(ppo_mjx.Args(max_grad_norm=0.5))
+    for gradient, given in ([30.0, 40.0], [0.3, 0.4]), ([0.03, 0.04], [0.03, 0.04]):
+        _, state = optimizer.update(jnp.array(gradient), optimizer.init(jnp.zeros(2)))
+        np.testing.assert_allclose(state.inner_state.mu, 0.1 * np.array(given), rtol=1e-5)
 
 # ---- Whole iterations on probe environments: each has an answer that is known
 
@@ -225,6 +265,38 @@ def train_probe(make_mesh, make_state, env: Probe, iterations: int = 60, **setti
     def output(network, name):
         return lambda obs: float(network.apply(learner.params[name], ppo_mjx.normalize(learner.obs_stats, obs))[0])
     return output(networks[0], "actor"), output(networks[1], "critic")
+
+ONE_UPDATE = ppo_mjx.Args(num_envs=8, num_steps=6, num_minibatches=1, update_epochs=1, hidden_sizes=(4,),
+                          learning_rate=0.1, total_timesteps=480)
+
+def iterate(make_mesh, make_state, args: ppo_mjx.Args, env: Probe, iterations: int = 1):
+    """The state after so many iterations on one device, and the metrics of each."""
+    state, seen = make_state(args, env, make_mesh(1)), []
+    for _ in range(iterations):
+        state, metrics = ppo_mjx.train_iteration(args, env, make_mesh(1), state)
+        seen.append(jax.device_get({name: metrics[name] for name in metrics if name != "black_box"}))
+    return state, seen
+
+def test_first_minibatch_meets_the_policy_that_acted(make_mesh, make_state):
+    """Its probability ratios are 1: same parameters, same statistics, same actions. So in each iteration."""
+    env = Probe(lambda elapsed, action: action, length=3, shows_time=True)
+    state, seen = iterate(make_mesh, make_state, ONE_UPDATE, env, 3)
+    for metrics in seen:
+        assert abs(metrics["losses/old_approx_kl"]) < 1e-6 and abs(metrics["losses/approx_kl"]) < 1e-6
+        assert metrics["losses/clipfrac"] == 0
+    assert state.learner.obs_stats.count > 100 and abs(state.learner.obs_stats.mean[0] - 1) < 0.2
+
+def test_rewards_are_scaled_and_clipped_to_ten(make_mesh, make_state):
+    """Reward 1 in episodes of one step: the returns' deviation is nearly 0, so that the value's target is the clip, 10.
+    The critic's first value for the observation 0 is 0. The flags turn both normalisations off."""
+    env = Probe(lambda elapsed, action: jnp.ones(()), length=1)
+    _, (metrics,) = iterate(make_mesh, make_state, ONE_UPDATE, env)
+    assert metrics["losses/value_loss"] == pytest.approx(0.5 * 10**2, rel=1e-4)
+    raw = dataclasses.replace(ONE_UPDATE, norm_reward=False, norm_obs=False)
+    state, (metrics,) = iterate(make_mesh, make_state, raw, env)
+    assert metrics["losses/value_loss"] == pytest.approx(0.5, rel=1e-4)
+    for stats in state.learner.obs_stats, state.learner.return_stats:
+        assert stats.count < 1 and not stats.mean.any() and (stats.var == 1).all()
 
 def test_probe_value_of_a_constant_reward(make_mesh, make_state):
     """Reward 1 and the end: the value becomes 1."""
@@ -282,7 +354,9 @@ def test_evaluation_carries_the_policys_memory(counting_policy):
     """In MJX and on the host, where each episode starts with the initial one."""
     total = 0 + 1 + 2 + 3  # the reward is the action, which is what the policy remembers
     keys = jax.random.split(jax.random.key(0), 2)
-    np.testing.assert_array_equal(ppo_mjx.evaluate_mjx(COUNTED, {}, keys), [total, total])
+    longer = Probe(lambda elapsed, action: action, length=4)
+    longer.task.time_limit = 9  # what comes after the end of an episode does not count
+    np.testing.assert_array_equal(ppo_mjx.evaluate_mjx(longer, {}, keys), [total, total])
 
     class Host:
         def reset(self, seed):

@@ -49,6 +49,13 @@ def small_args(script, iterations: int, folder: Path, **changes):
     small = {"num_devices": 1, "hidden_sizes": (8,), "total_timesteps": total, "runs_dir": str(folder)}
     return script.Args(**small | SMALL[script] | changes)
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """Small programs that run for moments: XLA's optimisations cost more than they give. (Not in other processes.)"""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
 @pytest.fixture(autouse=True)
 def without_judge(monkeypatch):
     """The test in C MuJoCo is tested elsewhere."""
@@ -60,9 +67,15 @@ def promised(rows: list[dict]) -> None:
 
 # ---- Resuming
 
-def test_killed_run_ends_like_one_that_was_not(tmp_path):
-    """kill -9 at random and in the middle of a checkpoint: parameters, optimiser, buffer, curves, to the bit."""
-    promised(faults.kill(faults.Args(kills=2), "sac_mjx_pendulum", tmp_path))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of the command line that nothing disturbs, for all tests that need one."""
+    return faults.whole_run("sac_mjx_pendulum", tmp_path_factory.mktemp("whole"), 150)
+
+def test_killed_run_ends_like_one_that_was_not(whole, tmp_path, monkeypatch):
+    """kill -9 in the middle of a checkpoint: parameters, optimiser, buffer, curves, to the bit."""
+    monkeypatch.setattr(faults, "whole_run", lambda *_: whole)
+    promised(faults.kill(faults.Args(kills=1), "sac_mjx_pendulum", tmp_path))
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
@@ -235,15 +248,16 @@ def test_black_box_is_fetched_once(tmp_path, monkeypatch):
 def test_gradient_that_is_not_finite_is_skipped_and_counted(script):
     """No step, no trace in Adam's moments, a count in a row that the next finite one ends."""
     optimizer = script.make_optimizer(script.Args(), *(["actor"] if script is sac else []))
+    update = jax.jit(optimizer.update)
     params, bad, good = jnp.ones(3), jnp.array([1.0, jnp.nan, 1.0]), jnp.ones(3)
-    _, state = optimizer.update(good, optimizer.init(params))
+    _, state = update(good, optimizer.init(params))
     for i in range(12):
-        step, after = optimizer.update(bad, state)
+        step, after = update(bad, state)
         assert not step.any() and int(after.notfinite_count) == i + 1
         moments = [optax.tree.get(s.inner_state, name) for s in (state, after) for name in ("mu", "nu", "count")]
         assert all(np.array_equal(a, b) for a, b in zip(moments[:3], moments[3:], strict=True))
         state = after
-    step, state = optimizer.update(good, state)
+    step, state = update(good, state)
     assert step.all() and int(state.notfinite_count) == 0 and int(state.total_notfinite) == 12
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -277,8 +291,12 @@ def test_bad_gradients_are_seen_in_the_metrics(script, tmp_path, monkeypatch, ca
 
 # ---- Bad input
 
-def test_random_calls_run_or_are_refused(tmp_path):
+def test_random_calls_run_or_are_refused(whole, tmp_path, monkeypatch):
     """A sample of the 300 that benchmarks/faults.py draws."""
+    foreign = tmp_path / "ppo"
+    foreign.mkdir()
+    ppo_mjx.write_run(foreign, {"args": dataclasses.asdict(ppo_mjx.Args())})
+    monkeypatch.setattr(faults, "whole_run", lambda script, *_: whole if script == "sac_mjx_pendulum" else foreign)
     promised(faults.fuzz(faults.Args(fuzz=6), "sac_mjx_pendulum", tmp_path))
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -296,6 +314,7 @@ import dataclasses, sys, jax, numpy as np
 from functools import partial
 from jax.sharding import Mesh, NamedSharding
 jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_disable_most_optimizations", True)  # less time to compile
 import ppo_mjx as m
 args = m.Args(env_id="Hopper", num_envs=8, num_steps=8, num_minibatches=1, update_epochs=1, hidden_sizes=(16,))
 env, results = m.Env("Hopper"), []

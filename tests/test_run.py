@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.machinery
 import json
 import math
 import os
@@ -10,8 +11,11 @@ import signal
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
+import imageio.v3 as imageio
+import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,16 +25,28 @@ import ppo_mjx
 SCRIPT = Path(ppo_mjx.__file__)
 SMALL = ("--env-id Hopper --num-devices 1 --num-envs 16 --num-steps 16 --num-minibatches 4 --update-epochs 2 "
          "--eval-episodes 2").split()
+STEPS = ["--total-timesteps", "40964"]  # 160 iterations, and 4 steps that are left out
 LOSSES = ("loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac grad_norm explained_variance").split()
 CHARTS = "episodes_finished learning_rate SPS nan_resets skipped_updates skipped_in_a_row".split()
 
 # ---- A whole run
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory) -> Path:
+def wandb():
+    """A stand-in for Weights & Biases, which keeps what it is told."""
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    module.runs, module.rows = [], []
+    module.init, module.log = lambda **run: module.runs.append(run), module.rows.append
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", module)
+        yield module
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, wandb) -> Path:
     """A finished short run of the command line."""
     runs = tmp_path_factory.mktemp("runs")
-    ppo_mjx.main([*SMALL, "--total-timesteps", "4100", "--eval-every", "8", "--runs-dir", str(runs)])
+    ppo_mjx.main([*SMALL, *STEPS, "--eval-every", "80", "--runs-dir", str(runs), "--track"])
     (folder,) = runs.iterdir()
     return folder
 
@@ -44,10 +60,10 @@ def test_log_holds_every_tag(run_dir):
     every |= {f"reward/{name}" for name in ("forward", "ctrl", "survive")}
     for tag in every:
         events = log.Scalars(tag)
-        assert [event.step for event in events] == list(range(256, 4097, 256)), tag
+        assert [event.step for event in events] == list(range(256, 40961, 256)), tag
         assert all(math.isfinite(event.value) for event in events), tag
-    assert [event.step for event in log.Scalars("eval/episodic_return")] == [2048, 4096]
-    assert [event.step for event in log.Scalars("eval/c_mujoco_return")] == [4097]
+    assert [event.step for event in log.Scalars("eval/episodic_return")] == [20480, 40960]
+    assert [event.step for event in log.Scalars("eval/c_mujoco_return")] == [40961]
     assert all(event.value == 0 for event in log.Scalars("charts/nan_resets"))
     survive = [event.value for event in log.Scalars("reward/survive")]
     assert min(survive) < 1 and 0.8 < np.mean(survive) <= 1  # a fall earns nothing
@@ -64,7 +80,7 @@ def test_logged_episodes_are_plausible(run_dir):
     assert len(finished) > 8
     assert [event.step for event in returns] == [event.step for event in lengths] == finished
     for total, length in zip(returns, lengths, strict=True):
-        assert 3 < length.value < 200 and 0.3 < total.value / length.value < 3
+        assert 3 < length.value < 1000 and 0.3 < total.value / length.value < 3
 
 def test_run_json_tells_how_to_repeat_the_run(run_dir):
     """Settings, versions, devices, compile time and results are all there."""
@@ -93,6 +109,38 @@ def test_exported_policy_is_the_actor(run_dir, hopper, make_mesh, make_state):
     _, doubled = ppo_mjx.act(policy | {"w2": 1000 * policy["w2"]}, (), obs)
     assert np.abs(doubled).max() == 1
 
+def test_track_logs_the_same_numbers(run_dir, wandb):
+    """Weights & Biases gets the settings once, and every number of TensorBoard's with its step."""
+    assert wandb.runs[0]["id"] == run_dir.name
+    settings = json.loads((run_dir / "run.json").read_text())["args"]
+    assert wandb.runs[0]["config"] == settings | {"hidden_sizes": (64, 64)}
+    log = read_log(run_dir)
+    told = {(tag, row["global_step"]): row[tag] for row in reversed(wandb.rows) for tag in row if tag != "global_step"}
+    shown = {(tag, event.step): event.value for tag in log.Tags()["scalars"] for event in log.Scalars(tag)}
+    assert told.keys() == shown.keys() and len(told) > 200
+    for place in shown:
+        assert told[place] == pytest.approx(shown[place], rel=1e-6), place
+
+@pytest.mark.filterwarnings("ignore:os.fork")  # imageio starts ffmpeg
+def test_video_shows_an_episode(run_dir, hopper, tmp_path, monkeypatch):
+    """Every second step of it, so at 62.5 frames a second; a hopper that moves, without a display."""
+    shipped = ppo_mjx.CMujocoEnv.step
+    def step(self, action):  # an episode of at most 15 steps, for time
+        obs, reward, terminated, _, info = shipped(self, action)
+        return obs, reward, terminated, self.elapsed >= 15, info
+    monkeypatch.setattr(ppo_mjx.CMujocoEnv, "step", step)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    with np.load(run_dir / "policy.npz") as arrays:
+        policy = dict(arrays)
+    steps = []
+    ppo_mjx.evaluate_on_host(ppo_mjx.CMujocoEnv(hopper), policy, 1, 3, lambda: steps.append(1))
+    file = tmp_path / "videos" / "film.mp4"
+    ppo_mjx.write_video(hopper, policy, 3, file)
+    frames = imageio.imread(file)
+    assert frames.shape == ((len(steps) + 1) // 2, 480, 640, 3) and imageio.immeta(file)["fps"] == 62.5
+    moving = np.abs(np.diff(frames.astype(int), axis=0)).max(axis=(1, 2, 3)) > 50
+    assert moving.mean() > 0.9
+
 def test_finished_run_can_be_resumed_and_evaluated(run_dir, capsys):
     """--resume of a finished run trains nothing more; --evaluate prints one row for each simulator."""
     before = {file: file.read_bytes() for file in run_dir.glob("policy.npz")}
@@ -107,28 +155,74 @@ def test_finished_run_can_be_resumed_and_evaluated(run_dir, capsys):
     evaluation = json.loads((run_dir / "run.json").read_text())["evaluation"]
     assert f"{evaluation['Gymnasium']['mean']:.1f}" in out  # the same policy, the same seeds
 
-def test_signal_saves_and_the_run_goes_on(tmp_path):
-    """A signal ends training with a checkpoint, a command to go on, and 128 + its number; that command works."""
-    stopped, folder = [], None
-    flags = [*SMALL, "--total-timesteps", "40960", "--eval-every", "0", "--runs-dir", str(tmp_path)]
-    for number in signal.SIGINT, signal.SIGTERM:
-        command = [sys.executable, "-u", str(SCRIPT), *(flags if folder is None else ["--resume", str(folder)])]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if re.search(r"\bstep \d+ ", line) and process.poll() is None and len(lines) < 100:
-                    process.send_signal(number)
-                    break
-            lines.append(process.stdout.read())
-        assert process.returncode == 128 + number
-        (folder,) = tmp_path.iterdir()
-        assert f"--resume {folder}" in lines[-1]
-        stopped.append(int(ppo_mjx.checkpoints(folder)[0].stem))
-    assert 10 <= stopped[0] < stopped[1] < 160
+def test_signal_saves_and_the_run_goes_on(run_dir, tmp_path, monkeypatch, capsys):
+    """A signal ends training with a checkpoint, a command to go on, and 128 + its number; that command works. One
+    interrupt goes to a process, the other to this one; the end is that of the run that nothing has stopped."""
+    command = [sys.executable, "-u", str(SCRIPT), *SMALL, *STEPS, "--eval-every", "0", "--runs-dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if re.search(r"\bstep \d+ ", line):
+                process.send_signal(signal.SIGINT)
+                break
+        lines.append(process.stdout.read())
+    (folder,) = tmp_path.iterdir()
+    assert process.returncode == 130 and f"--resume {folder}" in lines[-1]
+    first = int(ppo_mjx.checkpoints(folder)[0].stem)
+
+    shipped = ppo_mjx.Log.write
+    def write(self, iteration, metrics):
+        if iteration == first + 5:
+            signal.raise_signal(signal.SIGTERM)
+        return shipped(self, iteration, metrics)
+    monkeypatch.setattr(ppo_mjx.Log, "write", write)
+    with pytest.raises(SystemExit) as stop:
+        ppo_mjx.main(["--resume", str(folder)])
+    monkeypatch.undo()
+    assert stop.value.code == 143 and f"--resume {folder}" in capsys.readouterr().out
+    assert 10 <= first < int(ppo_mjx.checkpoints(folder)[0].stem) < first + 10 < 160
+
     ppo_mjx.main(["--resume", str(folder)])
     assert int(ppo_mjx.checkpoints(folder)[0].stem) == 160
+    assert (folder / "policy.npz").read_bytes() == (run_dir / "policy.npz").read_bytes()
     assert [event.step for event in read_log(folder).Scalars("charts/SPS")] == list(range(256, 40961, 256))
+
+@pytest.mark.parametrize("fault", [None, "policy", "nan", "versions"])
+def test_smoke_compares(monkeypatch, tmp_path, capsys, fault):
+    """--smoke resumes a short run from a checkpoint in its middle; another policy, NaN or versions fail it."""
+    calls = []
+    def train(args, run_dir=None):
+        weight = np.nan if fault == "nan" else 2.0 if run_dir and fault == "policy" else 1.0
+        if run_dir is None:
+            run_dir = Path(args.runs_dir, "run")
+            Path(run_dir, "checkpoints").mkdir(parents=True)
+            for name in "2.npz", "4.npz":
+                Path(run_dir, "checkpoints", name).touch()
+            ppo_mjx.write_run(run_dir, {"args": dataclasses.asdict(args)})
+        calls.append((args.num_iterations, [file.stem for file in ppo_mjx.checkpoints(run_dir)]))
+        return run_dir, {"w0": np.full(3, weight), "b0": np.zeros(3)}
+    monkeypatch.setattr(ppo_mjx, "train", train)
+    monkeypatch.setattr(ppo_mjx, "start_jax", lambda args: None)
+    if fault == "versions":
+        monkeypatch.setattr(ppo_mjx.importlib.metadata, "version", lambda name: f"1.0 of {name}")
+    if fault is None:
+        ppo_mjx.main(["--smoke"])
+        assert "all is well" in capsys.readouterr().out and calls == [(4, ["4", "2"]), (4, ["2"])]
+        return
+    with pytest.raises(SystemExit) as stop:
+        ppo_mjx.main(["--smoke"])
+    assert stop.value.code == 1 and capsys.readouterr().err.startswith("error: --smoke: ")
+
+def test_all_devices_are_used(monkeypatch):
+    """By default all that divide the work, and of a CPU as many as the process may use cores."""
+    assert ppo_mjx.make_mesh(None, 8, 4).size == len(jax.devices()) and ppo_mjx.make_mesh(None, 7).size == 1
+    calls = []
+    monkeypatch.setattr(ppo_mjx.os, "sched_getaffinity", lambda process: set(range(5)), raising=False)
+    monkeypatch.setattr(ppo_mjx.jax.config, "update", lambda *option: calls.append(option))
+    ppo_mjx.split_cpu(ppo_mjx.Args())
+    ppo_mjx.split_cpu(ppo_mjx.Args(num_devices=3))
+    assert calls == [("jax_num_cpu_devices", 5), ("jax_num_cpu_devices", 3)]
 
 # ---- Bad calls
 
