@@ -2061,6 +2061,7 @@ def describe_run(args: Args, mesh: Mesh) -> dict:
         commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
     packages = ("jax", "mujoco", "mujoco-mjx", "flax", "optax")
     return {
+        "script": Path(__file__).name,
         "args": dataclasses.asdict(args),
         "commit": commit,
         "devices": [device.device_kind for device in mesh.devices],

@@ -23,6 +23,7 @@ import mujoco
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
+from quick import QUICK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_mjx_unitree as unitree
@@ -36,7 +37,6 @@ DEFAULT, KP, KD = (np.array(FACTS[name], float) for name in ("default", "kp", "k
 TORQUE, RANGE = (np.array([body[name] for body in BODIES[1:]]) for name in ("torque", "range"))
 FEET = [i + 1 for i, body in enumerate(BODIES) if "ankle_roll" in body["name"]]  # ids of bodies; 0 is the world
 ROBOT, WORLDS = unitree.ROBOTS["g1"], 16
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # half the time to compile
 
 def as_numpy(leaf) -> np.ndarray:
     """A copy, as the array itself may be donated."""
