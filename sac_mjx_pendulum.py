@@ -1692,28 +1692,22 @@ class Programs:
     facts: dict  # of the compilation and the memory, for run.json
 
 
-def start_state(args: Args, env: Env, mesh: Mesh) -> TrainState:
-    """The state before the first iteration, if it fits into the memory."""
+def check_sizes(args: Args, env: Env, mesh: Mesh) -> None:
+    """Refuse what the memory cannot hold, before anything is made."""
     message = "--buffer-device host: works with one process only"
     require(jax.process_count() == 1 or args.buffer_device == "device", message)
-    key = jax.random.key(args.seed)
-
     buffer = jax.eval_shape(partial(init_buffer, args, env))
-    buffer_bytes = count_bytes(buffer)
-    check_memory(None if args.buffer_device == "host" else mesh, buffer_bytes, "--buffer-size")
-    rest = jax.eval_shape(partial(init_learner_and_worlds, args, env), key)
+    where = None if args.buffer_device == "host" else mesh
+    check_memory(where, count_bytes(buffer), "--buffer-size")
+    rest = jax.eval_shape(partial(init_learner_and_worlds, args, env), jax.random.key(0))
     check_memory(mesh, count_bytes(rest))
 
-    slowly = "" if onekernel else "; without the folder onekernel beside it, XLA's slow physics"
-    devices = f"{mesh.size} x {mesh.devices[0].device_kind}"
-    say(f"building {args.env_id} for {devices}, buffer of {buffer_bytes} bytes{slowly}")
-    return init_train_state(args, env, mesh, key)
 
-
-def build(args: Args, mesh: Mesh) -> Programs:
+def build(args: Args, env: Env, mesh: Mesh) -> Programs:
     """The state before training, and all programs of a run, compiled."""
-    env = Env(args)
-    state = start_state(args, env, mesh)
+    slowly = "" if onekernel else "; without the folder onekernel beside it, XLA's slow physics"
+    say(f"building {args.env_id} for {mesh.size} x {mesh.devices[0].device_kind}{slowly}")
+    state = init_train_state(args, env, mesh, jax.random.key(args.seed))
 
     say("compiling the training iteration")
     start = time.perf_counter()
@@ -1805,10 +1799,11 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     resuming = run_dir is not None
     mesh = make_mesh(args.num_devices, args.num_envs, args.batch_size)
     args = dataclasses.replace(args, num_devices=mesh.size, **call_flags(Args))
+    env = Env(args)
+    check_sizes(args, env, mesh)
     run_dir = open_run_dir(args, run_dir)
 
-    programs = build(args, mesh)
-    env = programs.env
+    programs = build(args, env, mesh)
     if resuming:
         programs.state = restore(args, run_dir, programs.state)
     first = int(programs.state.learner.iteration)

@@ -340,13 +340,17 @@ def test_window_of_a_run(small_run, monkeypatch):
             rods = next_frame(0)
         seen["rods"] = [rod.get_xydata()[-1] for rod in rods]
 
-    monkeypatch.setattr(FigureCanvasAgg, "required_interactive_framework", "a stub")
+    def open_figure(title, **options):
+        figure = Figure(**options)
+        FigureCanvasAgg(figure).required_interactive_framework = "a stub"
+        return figure
+
+    monkeypatch.setattr(live_window.pyplot, "figure", open_figure)
     monkeypatch.setattr(live_window.animation, "FuncAnimation", animate)
     monkeypatch.setattr(live_window.pyplot, "show", lambda: seen.update(shown=True))
     monkeypatch.setattr(live_window.os, "nice", lambda increment: seen.update(nice=increment))
     monkeypatch.setattr(live_window, "wait_for_run", lambda folder: small_run)
     live_window.main([])
-    live_window.pyplot.close("all")
     assert seen["shown"]
     assert seen["nice"] == 19
     assert seen["interval"] == 50  # ms
