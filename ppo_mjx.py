@@ -2052,6 +2052,7 @@ def build(args: Args, mesh: Mesh) -> Programs:
     )
 
 
+# shared: run_facts
 def describe_run(args: Args, mesh: Mesh) -> dict:
     """What run.json says of how to repeat the run."""
     git = ["git", "rev-parse", "HEAD"]
@@ -2067,6 +2068,9 @@ def describe_run(args: Args, mesh: Mesh) -> dict:
         "devices": [device.device_kind for device in mesh.devices],
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+# end shared
 
 
 def train_loop(

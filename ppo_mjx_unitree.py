@@ -2407,6 +2407,7 @@ def build(args: Args, mesh: Mesh) -> Programs:
     return Programs(env=env, state=state, iterate=iterate, facts=facts)
 
 
+# shared: run_facts
 def describe_run(args: Args, mesh: Mesh) -> dict:
     """What run.json says of how to repeat the run."""
     git = ["git", "rev-parse", "HEAD"]
@@ -2422,6 +2423,9 @@ def describe_run(args: Args, mesh: Mesh) -> dict:
         "devices": [device.device_kind for device in mesh.devices],
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+# end shared
 
 
 def train_loop(

@@ -1738,6 +1738,7 @@ def build(args: Args, env: Env, mesh: Mesh) -> Programs:
     )
 
 
+# shared: run_facts
 def describe_run(args: Args, mesh: Mesh) -> dict:
     """What run.json says of how to repeat the run."""
     git = ["git", "rev-parse", "HEAD"]
@@ -1747,11 +1748,15 @@ def describe_run(args: Args, mesh: Mesh) -> dict:
         commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
     packages = ("jax", "mujoco", "mujoco-mjx", "flax", "optax")
     return {
+        "script": Path(__file__).name,
         "args": dataclasses.asdict(args),
         "commit": commit,
         "devices": [device.device_kind for device in mesh.devices],
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+# end shared
 
 
 def train_loop(
