@@ -268,7 +268,7 @@ def signals(args: Args, script: str, folder: Path):
         run = Run(command(script, *flags_of(script, 200, every=1000), "--runs-dir", str(runs)), folder)
         run.wait_for(lambda run=run: "step " in run.text)
         run.process.send_signal(number)
-        code, told = run.end(), re.search(r"to go on: python (.*)", run.text)
+        code, told = run.end(), re.search(r"to continue: python (.*)", run.text)
         passed = code == 128 + number and told
         if told:
             call([sys.executable, *shlex.split(told[1])])
@@ -528,7 +528,7 @@ def processes(args: Args, script: str, folder: Path):
     pair[0].wait_for(lambda: "step " in pair[0].text)
     pair[1].process.terminate()
     codes = [run.end(90) for run in pair]
-    rows.append(row("SIGTERM to process 1 of two", script, 1, int(codes == [143, 143] and "to go on" in pair[0].text),
+    rows.append(row("SIGTERM to process 1 of two", script, 1, int(codes == [143, 143] and "to continue" in pair[0].text),
                     f"exit codes {codes}, both after the same iteration"))
     return rows
 
