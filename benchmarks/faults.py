@@ -415,7 +415,7 @@ def fuzz(args: Args, script: str, folder: Path):
     floats = "0 -1 1e-9 0.1 0.5 1 3 1e6 1e30 nan inf -inf abc".split()
     tuples = ["", "0", "-1 1", "8", "8 8", "1 -1", "0.5 0.5", "1000000", "nan nan", "abc"]
     words = ["", "a b", "../x", "x" * 300, "a_file", "a_folder", "missing", "foreign", "own", "a_file/x", "\x00", "é"]
-    left_out = {"smoke", "live", "capture_video", "export_onnx", "track", "total_timesteps", "coordinator_address"}
+    left_out = {"smoke", "capture_video", "track", "total_timesteps", "coordinator_address"}
     def draw() -> list[str]:
         argv = [*base, "--runs-dir", "runs"]
         for field in dice.sample([f for f in fields if f.name not in left_out], dice.choice([1, 1, 2, 3])):
