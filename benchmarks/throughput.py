@@ -95,7 +95,7 @@ def make_task(name: str) -> Task:
         task, env, model = ppo.TASKS[name], ppo.Env(name), ppo.load_model(ppo.TASKS[name])
         model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # as Env has it, for Humanoid
         return Task(partial(ppo.Env, name), model, ppo.load_model(task), task.frame_skip,
-                    lambda qpos, qvel: ~task.is_healthy(ppo.Moment(qpos, qvel, None, {}), np),
+                    lambda qpos, qvel: ~task.is_healthy(ppo.Snapshot(qpos, qvel, None, {}), np),
                     scale=env.max_action, gymnasium_id=env.gymnasium_id)
     if name == "Pendulum":
         args = sac.Args(env_id="Pendulum-v1")

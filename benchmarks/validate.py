@@ -135,8 +135,8 @@ class CMujoco:
         self.draws += 1
         return jax.random.fold_in(self.key, self.draws)
 
-    def now(self) -> ppo.Moment:
-        return ppo.Moment(self.qpos, self.qvel, self.qpos[:, 0], {})
+    def now(self) -> ppo.Snapshot:
+        return ppo.Snapshot(self.qpos, self.qvel, self.qpos[:, 0], {})
 
     def observe(self) -> np.ndarray:
         return self.task.observe(self.now(), np).astype(np.float32)
@@ -164,9 +164,28 @@ class CMujoco:
             terminated = ~healthy
             done = terminated | (self.elapsed >= self.task.time_limit)
             state = ppo.State(None, self.observe(), reward, None, terms, {"broken": no})
-            end = ppo.Worlds(state, None, self.discounted, self.total, self.length, no.astype(np.int32))
-            whole = done & (self.length == self.elapsed)
-            records.append(ppo.Transition(obs, action, logprob, None, end, terminated, done, whole))
+            end = ppo.Worlds(
+                env_state=state,
+                memory=(),
+                key=None,
+                discounted_return=self.discounted,
+                episode_return=self.total,
+                episode_length=self.length,
+                times_broken=no.astype(np.int32),
+            )
+            records.append(
+                ppo.Transition(
+                    obs=obs,
+                    action=action,
+                    logprob=logprob,
+                    start=None,
+                    end=end,
+                    terminated=terminated,
+                    done=done,
+                    valid=~no,
+                    finished=done & (self.length == self.elapsed),
+                )
+            )
             if done.any():
                 self.reset(done)
             self.discounted, self.total, self.length, self.elapsed = (

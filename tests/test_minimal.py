@@ -148,7 +148,7 @@ def test_same_numbers(make_mesh, make_state, monkeypatch):
 
     state, metrics = iterate_both(make_hard(state))
     assert jnp.isfinite(metrics["charts/episodic_return"])
-    assert state.worlds.broken.tolist() == [0] * 9 + [1] + [0] * 6
+    assert state.worlds.times_broken.tolist() == [0] * 9 + [1] + [0] * 6
 
 
 # ---- The command line

@@ -158,7 +158,7 @@ def test_clipped_samples_have_no_gradient():
 
 @cache
 def update_program(mesh, args: ppo_mjx.Args):
-    update = partial(ppo_mjx.update_epochs, args, TINY)
+    update = partial(ppo_mjx.update, args, TINY)
     return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P()), check_vma=False))
 
 def run_update(make_mesh, args: ppo_mjx.Args, iteration: int = 0):

@@ -112,7 +112,7 @@ def test_broken_world_leaves_the_others_alone(start, run_rollout):
     assert (~broken_steps.valid).sum() == 1 and not broken_steps.valid[0, 3]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(worlds))
     np.testing.assert_array_equal(worlds.env_state.info["elapsed"], np.where(others, 8, 7))
-    np.testing.assert_array_equal(worlds.broken, np.where(others, 0, 1))
+    np.testing.assert_array_equal(worlds.times_broken, np.where(others, 0, 1))
 
 def test_broken_steps_are_not_learnt_from(env, start, run_rollout, make_mesh):
     """Two worlds that break in all steps: advantages, targets and explained variance are those without them."""
