@@ -632,9 +632,10 @@ class Env:
 
     MAX_SPEED = 200.0  # m/s and rad/s; random actions reach some 30
 
-    def __init__(self, env_id: str):
-        self.task = TASKS[env_id]
-        self.gymnasium_id = env_id + "-v5"
+    def __init__(self, args: Args):
+        self.task = TASKS[args.env_id]
+        self.gymnasium_id = args.env_id + "-v5"
+        self.time_limit = self.task.time_limit  # steps
 
         model = load_model(self.task)
         model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # Humanoid asks for PGS, which MJX lacks
@@ -736,7 +737,7 @@ class Env:
             metrics=terms,
             info={
                 "elapsed": elapsed,
-                "truncated": elapsed >= self.task.time_limit,
+                "truncated": elapsed >= self.time_limit,
                 "broken": ~sane,
                 "x": now.x,
             },
@@ -1007,7 +1008,7 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     env_state = jax.vmap(kernel(env.reset))(jax.random.split(reset_key, n))
     # Unlike CleanRL: the worlds' clocks start at random, so that their time limits do not come all
     # at once.
-    env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.task.time_limit)
+    env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.time_limit)
     worlds = start_worlds(env_state, jax.random.split(world_key, n), jnp.zeros(n, jnp.int32))
     return TrainState(learner=learner, worlds=worlds)
 
@@ -1486,7 +1487,7 @@ class CMujocoEnv:
         healthy = self.task.is_healthy(self.now, np)
         x_velocity = (self.now.x - x_before) / self.env.control_dt
         terms = self.task.reward_terms(self.now, x_velocity, action, healthy, np)
-        truncated = self.elapsed >= self.task.time_limit
+        truncated = self.elapsed >= self.env.time_limit
         return obs, sum(terms.values()), not healthy, truncated, {}
 
 
@@ -1506,7 +1507,7 @@ def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
     state = jax.vmap(kernel(env.reset))(keys)
     alive = jnp.full(len(keys), True)
     start = (state, initial_memory(keys.shape), alive, jnp.zeros(len(keys)))
-    (*_, total), _ = jax.lax.scan(step, start, None, length=env.task.time_limit)
+    (*_, total), _ = jax.lax.scan(step, start, None, length=env.time_limit)
     return total
 
 
@@ -2061,7 +2062,7 @@ def build(args: Args, mesh: Mesh) -> Programs:
     """Compile all programs of a run, and run the first: the state before training."""
     slowly = "" if onekernel else "; without the folder onekernel beside it, XLA's slow physics"
     say(f"building {args.env_id} for {mesh.size} x {mesh.devices[0].device_kind}{slowly}")
-    env = Env(args.env_id)
+    env = Env(args)
     key = jax.random.key(args.seed)
     eval_keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
 
@@ -2232,7 +2233,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
 
 def evaluate_run(args: Args, run_dir: Path) -> None:
     """Evaluate a saved policy, and film it if asked (--evaluate)."""
-    env = Env(read_run(run_dir).env_id)
+    env = Env(read_run(run_dir))
     with or_fail(f"--evaluate {run_dir}: no policy"):
         with np.load(run_dir / "policy.npz", allow_pickle=False) as file:
             policy = dict(file)

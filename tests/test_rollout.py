@@ -14,7 +14,7 @@ ARGS = ppo_mjx.Args(num_envs=8, num_steps=8, num_minibatches=4, update_epochs=2,
 
 @pytest.fixture(scope="module")
 def env():
-    return ppo_mjx.Env("HalfCheetah")
+    return ppo_mjx.Env(ppo_mjx.Args(env_id="HalfCheetah"))
 
 @pytest.fixture(scope="module")
 def start(env, make_mesh, make_state):
@@ -85,7 +85,7 @@ def test_time_limit_truncates_and_the_next_episode_differs(env, start, run_rollo
     state, starts = start(1), []
     for _ in range(2):
         starts.append(np.asarray(state.worlds.env_state.obs))
-        worlds, steps = run_rollout(with_elapsed(state, env.task.time_limit - 2))
+        worlds, steps = run_rollout(with_elapsed(state, env.time_limit - 2))
         assert not steps.terminated.any() and not steps.finished.any()  # they did not start at 0: no whole episodes
         np.testing.assert_array_equal(steps.done, np.arange(8)[:, None] == np.full(8, 1))
         np.testing.assert_array_equal(steps.end.env_state.info["truncated"], steps.done)
@@ -146,7 +146,7 @@ def test_clocks_start_at_random(env, make_mesh, make_state):
     state = make_state(ARGS, env, make_mesh(1))
     elapsed = np.asarray(state.worlds.env_state.info["elapsed"])
     assert len(set(elapsed)) > 6 and np.ptp(elapsed) > 300
-    assert elapsed.min() >= 0 and elapsed.max() < env.task.time_limit
+    assert elapsed.min() >= 0 and elapsed.max() < env.time_limit
     assert len(np.unique(state.worlds.env_state.obs, axis=0)) == 8
 
 def test_broken_world_does_not_reach_the_networks(env, start, make_mesh):
