@@ -22,13 +22,13 @@
     python ppo_mjx.py --evaluate runs/NAME  test its policy in MJX, in C MuJoCo and in Gymnasium
     python ppo_mjx.py --smoke               check the installation on this machine
 
-The algorithm comes first; the loop around it is train_loop in section 14:
+The algorithm comes first; the loop around it is train_loop in section 14.
 
     1 settings       4 statistics       7 rollout       10 training iteration
     2 tasks          5 networks         8 advantages
     3 environment    6 training state   9 loss and update
 
-After it come 11 evaluation, 12 log and files, 13 command line, 14 main.
+After these come 11 evaluation, 12 log and files, 13 command line, 14 main.
 
 Shapes: T = num_steps, N = worlds on this device, B = T * N, M = num_minibatches, D = devices, O =
 observation size, A = action size, E = episodes. A record describes one world; its fields are

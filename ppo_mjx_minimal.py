@@ -719,7 +719,7 @@ def train(args: Args) -> Path:
         print("without the folder onekernel beside this file: XLA's slow physics")
     env = Env()
     learner, worlds = init(args, env, jax.random.key(args.seed))
-    start = time.time()
+    start = time.time()  # the first iteration compiles; its time counts
     shown = "-"  # the last return
     for iteration in range(1, args.num_iterations + 1):
         learner, worlds, metrics = train_iteration(args, env, learner, worlds)
