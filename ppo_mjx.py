@@ -22,20 +22,23 @@
     python ppo_mjx.py --evaluate runs/NAME  test its policy in MJX, in C MuJoCo and in Gymnasium
     python ppo_mjx.py --smoke               check the installation on this machine
 
-The science comes first, and is all that PPO needs:
+The algorithm comes first; the loop around it is train_loop in section 14.
 
     1 settings       4 statistics       7 rollout       10 training iteration
     2 tasks          5 networks         8 advantages
     3 environment    6 training state   9 loss and update
 
-After it come 11 evaluation, 12 log and files, 13 command line, 14 main.
+After these come 11 evaluation, 12 log and files, 13 command line, 14 main.
 
-Shapes: T = num_steps, N = worlds on this device, B = T * N, M = num_minibatches, O = observation
-size, A = action size, E = episodes. A record describes one world; its fields are [T, N, ...] in a
-rollout, [B, ...] in a batch and [B / M, ...] in a minibatch.
+Shapes: T = num_steps, N = worlds on this device, B = T * N, M = num_minibatches, D = devices, O =
+observation size, A = action size, E = episodes. A record describes one world; its fields are
+[T, N, ...] in a rollout, [B, ...] in a batch and [B / M, ...] in a minibatch.
 
-Names and details follow CleanRL's ppo_continuous_action.py, tasks Gymnasium 1.4.0. All metrics and
-flags are explained in docs/ppo_mjx.md.
+Names follow CleanRL's ppo_continuous_action.py; where the algorithm differs, a comment says so. The
+tasks are those of Gymnasium 1.4.0. All metrics and flags are explained in docs/ppo_mjx.md.
+
+Blocks between "# shared: NAME" and "# end shared" are copied into the other scripts by
+tools/sync_shared.py; in your own copy, ignore the marks.
 """
 
 import contextlib
@@ -85,7 +88,7 @@ with contextlib.redirect_stdout(io.StringIO()):  # it announces that the optiona
     from mujoco import mjx
     from mujoco.mjx._src import smooth
 
-try:
+try:  # the folder beside this file: it compiles all worlds' physics to one kernel
     import onekernel.mjx
 except ImportError:  # this file was copied alone: XLA runs the physics, slowly
     onekernel = None
@@ -109,13 +112,17 @@ Fraction = Annotated[float, Range(0, 1)]
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """PPO on Gymnasium's MuJoCo tasks, on MuJoCo XLA."""
+    """PPO on Gymnasium's MuJoCo tasks, on MuJoCo XLA.
+
+    The defaults are HalfCheetah's; main() replaces four of them by the task's (TASKS), so code that
+    builds Args itself must do so too.
+    """
 
     # The run
     exp_name: str = "ppo_mjx"
     """name of the experiment, part of the run folder's name"""
     seed: Index = 1
-    """every random number follows from it and from the number of devices"""
+    """seed of all random numbers; the shuffles also depend on the number of devices"""
     num_devices: MaybeCount = None
     """devices to split the worlds over; by default as many GPUs or CPU cores as divide the work"""
     runs_dir: str = "runs"
@@ -163,13 +170,13 @@ class Args:
 
     # The algorithm, with CleanRL's names
     total_timesteps: Annotated[int, Range(1, 2**62)] = 1_000_000
-    """environment steps, over all worlds; by default 3 million for Ant, 2 for Humanoid"""
+    """environment steps, over all worlds; the default depends on the task, see TASKS"""
     learning_rate: NonNegative = 1e-3
-    """Adam's step size at the start; by default 2e-4 for Ant, 5e-4 for Humanoid"""
+    """Adam's step size at the start; the default depends on the task, see TASKS"""
     num_envs: Count = 256
-    """worlds, over all devices; by default 128 for all but HalfCheetah"""
+    """worlds, over all devices; the default depends on the task, see TASKS"""
     num_steps: Count = 16
-    """steps of each world in one rollout; by default 32 for all but HalfCheetah"""
+    """steps of each world in one rollout; the default depends on the task, see TASKS"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0"""
     gamma: Fraction = 0.99
@@ -223,18 +230,18 @@ class Physics:
 
 
 @struct.dataclass
-class Moment:
+class Snapshot:
     """What the formulas of a task know of one robot. The arrays are JAX's or NumPy's."""
 
     qpos: Any  # [nq] m and rad
     qvel: Any  # [nv] m/s and rad/s
-    x: Any  # [] m, how far the robot is
+    x: Any  # [] m, position along the forward axis
     senses: dict[str, Any]  # MuJoCo's fields that are observed besides coordinates, flattened
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One of Gymnasium's tasks: its numbers, its formulas, and the settings that it learns best by.
+    """One of Gymnasium's tasks: its numbers, its formulas, and the settings that train it best.
 
     The formulas work on one robot in JAX (xp=jnp) and in C MuJoCo (xp=np). Those of this class take
     leading axes as well, for many robots at once.
@@ -246,7 +253,7 @@ class Task:
 
     # The episode goes on while these hold
     healthy_z: tuple[float, float] = (-math.inf, math.inf)  # m, height of the torso
-    max_pitch: float = math.inf  # rad; of a free root, bound of the quaternion's |w|
+    max_pitch: float = math.inf  # rad, of the coordinate after z, which a planar robot pitches by
     max_state: float = math.inf  # m, rad, m/s and rad/s: all coordinates and velocities but x and z
 
     # Reward
@@ -256,15 +263,15 @@ class Task:
     healthy_reward: float = 1.0  # for each step
 
     # Observation
-    hidden: int = 1  # first coordinates, not observed: x, and y of a robot in space; z is next
+    first_observed: int = 1  # index of z, the first coordinate after x, or after x and y in space
     position: tuple[str | int, ...] = ("qpos", 0)  # MuJoCo's field and index that tell x
     sensed: tuple[tuple[str, int], ...] = ()  # MuJoCo's fields, each from this row on
     contact_clip: float = math.inf  # bound of the sensed contact wrenches
     velocity_clip: float = math.inf  # bound of the observed velocities
 
     # Start of an episode
-    reset_noise: float = 5e-3
-    gaussian_velocity: bool = False  # else uniform
+    reset_noise: float = 5e-3  # half-width of the uniform noise on qpos (m, rad) and qvel
+    gaussian_velocity: bool = False  # qvel's noise is normal, with reset_noise as its std
 
     # Defaults of these flags
     num_envs: int = 128
@@ -287,7 +294,7 @@ class Task:
         return qpos, qvel
 
     def sense(self, field, xp=jnp) -> tuple[Any, dict[str, Any]]:
-        """How far the robot is, in m, and what it senses besides coordinates.
+        """Position along the forward axis, in m, and what is sensed besides coordinates.
 
         field: a function from a name to MuJoCo's array of that name. As in Gymnasium, the arrays
         belong to the moment whose forces were computed last: with Runge-Kutta the end of the step
@@ -297,31 +304,34 @@ class Task:
         x = field(source)[tuple(index)]
 
         senses = {name: field(name)[first:].reshape(-1) for name, first in self.sensed}
-        if "cfrc_ext" in senses:  # torque and force of each body's contacts, about the robot's mass
+        if "cfrc_ext" in senses:
+            # Of the contacts of each body, [6]: torque in N m, about the whole robot's centre of
+            # mass, and force in N.
             wrenches = senses["cfrc_ext"]
             senses["cfrc_ext"] = xp.clip(wrenches, -self.contact_clip, self.contact_clip)
         return x, senses
 
-    def observe(self, now: Moment, xp=jnp) -> Any:
+    def observe(self, now: Snapshot, xp=jnp) -> Any:
         """Coordinates but those that tell where the robot is, velocities, senses: [..., O]."""
-        coordinates = now.qpos[..., self.hidden :]
+        coordinates = now.qpos[..., self.first_observed :]
         velocities = xp.clip(now.qvel, -self.velocity_clip, self.velocity_clip)
         senses = [now.senses[name] for name, _ in self.sensed]
         return xp.concatenate([coordinates, velocities, *senses], axis=-1)
 
-    def is_healthy(self, now: Moment, xp=jnp) -> Any:
+    def is_healthy(self, now: Snapshot, xp=jnp) -> Any:
         """Whether the episode goes on: bool [...]."""
         min_z, max_z = self.healthy_z
-        z = now.qpos[..., self.hidden]
-        rest = now.qpos[..., self.hidden + 1 :]
+        z = now.qpos[..., self.first_observed]
+        rest = now.qpos[..., self.first_observed + 1 :]
 
         at_height = (min_z < z) & (z < max_z)
+        # [:1]: a robot of few coordinates may have none after z.
         upright = (xp.abs(rest[..., :1]) < self.max_pitch).all(axis=-1)
         state = xp.concatenate([rest, now.qvel], axis=-1)
         bounded = (xp.abs(state) < self.max_state).all(axis=-1)
         return at_height & upright & bounded
 
-    def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
+    def reward_terms(self, now: Snapshot, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
         """The terms of the reward, which is their sum: name -> [...].
 
         x_velocity: [...] m/s; action: [..., A], clipped to the motors' range; healthy: bool [...].
@@ -340,27 +350,27 @@ class Task:
 class InvertedPendulum(Task):
     """A pole to balance on a cart. Coordinates: the cart's, and the pole's angle."""
 
-    def is_healthy(self, now: Moment, xp=jnp) -> Any:
+    def is_healthy(self, now: Snapshot, xp=jnp) -> Any:
         return xp.abs(now.qpos[1]) <= 0.2
 
-    def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
+    def reward_terms(self, now: Snapshot, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
         return {"reward_survive": self.healthy_reward * healthy}
 
 
 class InvertedDoublePendulum(Task):
     """Two poles, one on the other, to balance on a cart. It senses where the upper one's tip is."""
 
-    def observe(self, now: Moment, xp=jnp) -> Any:
+    def observe(self, now: Snapshot, xp=jnp) -> Any:
         angles = now.qpos[1:]
         velocities = xp.clip(now.qvel, -self.velocity_clip, self.velocity_clip)
         force_on_cart = xp.clip(now.senses["qfrc_constraint"][:1], -10.0, 10.0)
         parts = [now.qpos[:1], xp.sin(angles), xp.cos(angles), velocities, force_on_cart]
         return xp.concatenate(parts)
 
-    def is_healthy(self, now: Moment, xp=jnp) -> Any:
+    def is_healthy(self, now: Snapshot, xp=jnp) -> Any:
         return now.senses["site_xpos"][2] > 1.0
 
-    def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
+    def reward_terms(self, now: Snapshot, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
         x, _, z = now.senses["site_xpos"]
         _, lower, upper = now.qvel
         return {
@@ -386,19 +396,19 @@ class Reacher(Task):
         qvel = jnp.concatenate([velocity, jnp.zeros(2)])
         return qpos, qvel
 
-    def to_target(self, now: Moment) -> Any:
+    def to_target(self, now: Snapshot) -> Any:
         """From the fingertip to the target, [3] m, with the sign of Gymnasium's."""
         bodies = now.senses["xpos"].reshape(-1, 3)  # world, two links, fingertip, target
         return bodies[3] - bodies[4]
 
-    def observe(self, now: Moment, xp=jnp) -> Any:
+    def observe(self, now: Snapshot, xp=jnp) -> Any:
         angles = now.qpos[:2]
         target = now.qpos[2:]
         distance = self.to_target(now)[:2]
         parts = [xp.cos(angles), xp.sin(angles), target, now.qvel[:2], distance]
         return xp.concatenate(parts)
 
-    def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
+    def reward_terms(self, now: Snapshot, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
         return {
             "reward_dist": -xp.linalg.norm(self.to_target(now)),
             "reward_ctrl": -self.ctrl_cost * xp.square(action).sum(),
@@ -423,15 +433,15 @@ class Pusher(Task):
         qvel = jnp.concatenate([velocity, jnp.zeros(4)])
         return qpos, qvel
 
-    def places(self, now: Moment) -> tuple[Any, Any, Any]:
+    def places(self, now: Snapshot) -> tuple[Any, Any, Any]:
         """Of the arm's tip, the cylinder and the goal: [3] m each."""
         bodies = now.senses["xpos"].reshape(-1, 3)
         return bodies[-3], bodies[-2], bodies[-1]
 
-    def observe(self, now: Moment, xp=jnp) -> Any:
+    def observe(self, now: Snapshot, xp=jnp) -> Any:
         return xp.concatenate([now.qpos[:7], now.qvel[:7], *self.places(now)])
 
-    def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
+    def reward_terms(self, now: Snapshot, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
         tip, cylinder, goal = self.places(now)
         return {
             "reward_dist": -xp.linalg.norm(cylinder - goal),
@@ -443,10 +453,11 @@ class Pusher(Task):
 class HumanoidStandup(Task):
     """The humanoid lies on its back and is to get up."""
 
-    def reward_terms(self, now: Moment, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
+    def reward_terms(self, now: Snapshot, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
         terms = super().reward_terms(now, x_velocity, action, healthy, xp)
         del terms["reward_forward"]
-        terms["reward_height"] = now.qpos[2] / 0.003  # its height over the time step, as Gymnasium
+        # As in Gymnasium: the height over the 0.003 s of a physics step, not of the control step.
+        terms["reward_height"] = now.qpos[2] / 0.003
         return terms
 
 
@@ -481,7 +492,7 @@ TASKS = {
         healthy_z=(0.2, 1.0),
         ctrl_cost=0.5,
         contact_cost=5e-4,
-        hidden=2,
+        first_observed=2,
         position=("xpos", 1, 0),
         sensed=(("cfrc_ext", 1),),
         contact_clip=1.0,
@@ -498,7 +509,7 @@ TASKS = {
         ctrl_cost=0.1,
         contact_cost=5e-7,
         healthy_reward=5.0,
-        hidden=2,
+        first_observed=2,
         position=("subtree_com", 0, 0),
         sensed=HUMANOID_SENSES,
         reset_noise=0.01,
@@ -510,7 +521,7 @@ TASKS = {
         frame_skip=5,
         ctrl_cost=0.1,
         contact_cost=5e-7,
-        hidden=2,
+        first_observed=2,
         sensed=HUMANOID_SENSES,
         reset_noise=0.01,
     ),
@@ -518,13 +529,13 @@ TASKS = {
         mjcf="swimmer.xml",
         ctrl_cost=1e-4,
         healthy_reward=0.0,
-        hidden=2,
+        first_observed=2,
         reset_noise=0.1,
     ),
     "InvertedPendulum": InvertedPendulum(
         mjcf="inverted_pendulum.xml",
         frame_skip=2,
-        hidden=0,
+        first_observed=0,
         reset_noise=0.01,
     ),
     "InvertedDoublePendulum": InvertedDoublePendulum(
@@ -561,7 +572,8 @@ def load_model(task: Task) -> mujoco.MjModel:
     package = importlib.util.find_spec("gymnasium")  # which imports nothing of it
     require(package, "gymnasium, which has the models, is missing; pip install gymnasium==1.4.0")
     folder = Path(package.submodule_search_locations[0]) / "envs" / "mujoco" / "assets"
-    # half_cheetah.xml has a deprecated setting: MuJoCo would print that, and write it to a file.
+    # half_cheetah.xml has a deprecated setting, of which MuJoCo would warn on the terminal and in a
+    # file.
     mujoco.set_mju_user_warning(lambda message: None)
     try:
         return mujoco.MjModel.from_xml_path(str(folder / task.mjcf))  # an absolute path stays
@@ -577,19 +589,19 @@ class State:
     data: Physics
     obs: jax.Array  # [O]
     reward: jax.Array  # []
-    done: jax.Array  # [] float, 1 if the episode terminated; the time limit is in info
+    done: jax.Array  # [] float, 1 if terminated. NOT Transition.done: see info["truncated"]
     metrics: dict[str, jax.Array]  # the reward's terms
     info: dict[str, jax.Array]
     # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
-    # x: m, how far the robot is
+    # x: m, position along the forward axis
 
 
 # shared: physics
 def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
     """One step of one world's physics.
 
-    onekernel's step is MJX's, but its solver stops as soon as it has converged, and its frame of
-    friction for steep capsules is C MuJoCo's.
+    onekernel's step equals MJX's to rounding, up to two things: its solver stops as soon as it has
+    converged, and a capsule steeper than 60 degrees gets C MuJoCo's friction directions.
     """
     if onekernel:
         return onekernel.mjx.step(model, data)
@@ -599,9 +611,10 @@ def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
 
 @cache
 def kernel(function):
-    """A function of one world as one kernel for all: jax.vmap(kernel(env.step))(states, actions).
+    """Compile a function of ONE world: jax.vmap of the result runs all worlds in one kernel.
 
-    Without onekernel, the function itself, for XLA.
+    See docs/onekernel.md. Without onekernel it returns the function itself, which XLA compiles, to
+    a program many times slower. Cached, so that each function is compiled once.
     """
     return onekernel.compile(function) if onekernel else function
 
@@ -612,15 +625,17 @@ def kernel(function):
 class Env:
     """One world of a task. `reset` and `step` are pure functions: batch them with jax.vmap.
 
-    A world that is not finite, or faster than MAX_SPEED, is broken: its step ends the episode,
-    earns nothing and is not learnt from, and its observation stays as it was.
+    An episode ends where the robot is not healthy, at the time limit, or by broken physics (not
+    finite, or faster than MAX_SPEED). A step that breaks the physics has reward 0, is left out of
+    learning, and keeps the observation before it.
     """
 
-    MAX_SPEED = 200.0  # m/s and rad/s
+    MAX_SPEED = 200.0  # m/s and rad/s; random actions reach some 30
 
-    def __init__(self, env_id: str):
-        self.task = TASKS[env_id]
-        self.gymnasium_id = env_id + "-v5"
+    def __init__(self, args: Args):
+        self.task = TASKS[args.env_id]
+        self.gymnasium_id = args.env_id + "-v5"
+        self.time_limit = self.task.time_limit  # steps
 
         model = load_model(self.task)
         model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # Humanoid asks for PGS, which MJX lacks
@@ -639,11 +654,11 @@ class Env:
         start = jax.eval_shape(kernel(self.reset), jax.random.key(0))
         self.observation_size = start.obs.size
 
-    def measure(self, data: Physics, full: mjx.Data) -> Moment:
+    def measure(self, data: Physics, full: mjx.Data) -> Snapshot:
         """What the task's formulas need; full: the data that were computed last."""
         fields = vars(full._impl) | vars(full)  # MJX keeps some fields in _impl
         x, senses = self.task.sense(fields.__getitem__)
-        return Moment(qpos=data.qpos, qvel=data.qvel, x=x, senses=senses)
+        return Snapshot(qpos=data.qpos, qvel=data.qvel, x=x, senses=senses)
 
     def reset(self, key: jax.Array) -> State:
         """A new episode, with Gymnasium's noise. key: one PRNG key."""
@@ -657,6 +672,7 @@ class Env:
 
         zero = jnp.zeros(())
         no = jnp.array(False)
+        # Only for the names, so that reset and step return the same tree.
         terms = self.task.reward_terms(now, zero, jnp.zeros(self.action_size), no)
         return State(
             data=data,
@@ -672,7 +688,7 @@ class Env:
             },
         )
 
-    def advance(self, data: Physics, action: jax.Array) -> tuple[Physics, Moment]:
+    def advance(self, data: Physics, action: jax.Array) -> tuple[Physics, Snapshot]:
         """frame_skip steps of physics. Returns the state after them, and what is known of it."""
 
         def substep(carry, _):
@@ -686,16 +702,19 @@ class Env:
         if "cfrc_ext" in dict(self.task.sensed):
             full = smooth.rne_postconstraint(self.model, full)
 
+        # `data` is the end of the control step. What MuJoCo computes from the coordinates, like
+        # xpos, stands in `full` as of before the last integration (Task.sense tells when).
         now = self.measure(data, full)
         source, *index = self.task.position
-        if source == "qpos":  # `full` has the last evaluation's; this one is the end of the step
+        if source == "qpos":
             now = now.replace(x=data.qpos[tuple(index)])
         return data, now
 
     def step(self, state: State, action: jax.Array) -> State:
         """One control step.
 
-        action: [A] in [-max_action, max_action], the motors' torques as shares of their gear.
+        action: [A] in [-max_action, max_action], the actuators' controls; torque or force is
+        gear * action.
         """
         data, now = self.advance(state.data, action)
         obs = self.task.observe(now)
@@ -718,7 +737,7 @@ class Env:
             metrics=terms,
             info={
                 "elapsed": elapsed,
-                "truncated": elapsed >= self.task.time_limit,
+                "truncated": elapsed >= self.time_limit,
                 "broken": ~sane,
                 "x": now.x,
             },
@@ -739,6 +758,7 @@ class RunningStats:
 def update_stats(stats: RunningStats, batch: jax.Array, valid: jax.Array) -> RunningStats:
     """Merge in the valid samples of the batches [T, N, ...] of all devices. valid: bool [T, N].
 
+    Only inside shard_map over "devices".
     Source: Chan, Golub and LeVeque's parallel variance.
     """
     count = jax.lax.psum(valid.sum(), "devices")
@@ -858,7 +878,8 @@ class Learner:
 class Worlds:
     """What belongs to one world: fields [N, ...], split over the devices.
 
-    Each world draws from its own key, so that it is the same on any number of devices.
+    Each world draws from its own key, so one rollout from the same learner is the same on any
+    number of devices, but for rounding.
     """
 
     env_state: State
@@ -867,7 +888,7 @@ class Worlds:
     discounted_return: jax.Array  # of the rewards so far, for their scale
     episode_return: jax.Array
     episode_length: jax.Array  # int32
-    broken: jax.Array  # int32, how often this world broke
+    times_broken: jax.Array  # int32
 
 
 @struct.dataclass
@@ -878,6 +899,7 @@ class TrainState:
     worlds: Worlds
 
 
+# How the state lies on the devices: a prefix of its tree, each entry for all arrays below it.
 STATE_SPEC = TrainState(learner=P(), worlds=P("devices"))
 
 
@@ -886,10 +908,11 @@ def shuffle(key: jax.Array, size: int) -> jax.Array:
     """A random order of `size` items, int32 [size].
 
     It sorts one array, of random bits followed by the item's own number: five times as fast on a
-    CPU as jax.random.permutation, which sorts pairs, twice.
+    CPU as jax.random.permutation, which sorts pairs, twice. Nearly uniform: items that draw equal
+    bits keep their order.
     """
     bits = (size - 1).bit_length()
-    if bits > 13:  # too few random bits would be left
+    if bits > 13:  # fewer than 19 random bits would be left
         return jax.random.permutation(key, size)
     marked = (jax.random.bits(key, (size,)) << bits) | jnp.arange(size, dtype=jnp.uint32)
     return (jnp.sort(marked) & ((1 << bits) - 1)).astype(jnp.int32)
@@ -899,10 +922,11 @@ def shuffle(key: jax.Array, size: int) -> jax.Array:
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam, on gradients that are scaled down to max_grad_norm.
+    """Adam's direction, on gradients that are scaled down to max_grad_norm.
 
-    A gradient that is not finite is skipped and counted, as by optax.apply_if_finite, but with one
-    pass over the gradient for both.
+    The caller subtracts learning_rate * direction; do not pass it to optax.apply_updates. A
+    gradient that is not finite is skipped and counted, as optax.apply_if_finite does; the norm that
+    clipping needs anyway tells whether it is finite.
     """
     adam = optax.scale_by_adam(eps=1e-5)
 
@@ -943,16 +967,17 @@ def start_stats(shape: tuple[int, ...]) -> RunningStats:
     return RunningStats(count=jnp.float32(1e-4), mean=jnp.zeros(shape), var=jnp.ones(shape))
 
 
-def start_worlds(env_state: State, keys: jax.Array, broken: jax.Array) -> Worlds:
+def start_worlds(env_state: State, keys: jax.Array, times_broken: jax.Array) -> Worlds:
     """Worlds [N] at the start of an episode."""
     return Worlds(
         env_state=env_state,
         memory=initial_memory(keys.shape),
         key=keys,
+        # Unlike CleanRL: from 0 after a time limit as well, as the next episode is another one.
         discounted_return=jnp.zeros(keys.shape),
         episode_return=jnp.zeros(keys.shape),
         episode_length=jnp.zeros(keys.shape, jnp.int32),
-        broken=broken,
+        times_broken=times_broken,
     )
 
 
@@ -981,8 +1006,9 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
 
     n = args.num_envs
     env_state = jax.vmap(kernel(env.reset))(jax.random.split(reset_key, n))
-    # The worlds' clocks start at random, so that their time limits do not come all at once.
-    env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.task.time_limit)
+    # Unlike CleanRL: the worlds' clocks start at random, so that their time limits do not come all
+    # at once.
+    env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.time_limit)
     worlds = start_worlds(env_state, jax.random.split(world_key, n), jnp.zeros(n, jnp.int32))
     return TrainState(learner=learner, worlds=worlds)
 
@@ -995,17 +1021,19 @@ class Transition:
     obs: jax.Array  # [O]
     action: jax.Array  # [A], as sampled; the environment gets it clipped and scaled
     logprob: jax.Array
-    start: State  # where the step began
+    start: State  # where the step began, for `black_box`; its observation is `obs`
     end: Worlds  # where it ended, before any reset: reward, observation, episode's return, ...
     terminated: jax.Array  # bool
     done: jax.Array  # bool: terminated, or at the time limit
-    valid: jax.Array  # bool: the world did not break; a step that breaks it teaches nothing
-    finished: jax.Array  # bool: a whole episode is over, not broken, its clock started at 0
+    valid: jax.Array  # bool: False for steps to leave out of the loss, as they broke the world
+    finished: jax.Array
+    # bool: an episode ended here that did not break and began at elapsed 0 (the first ones begin at
+    # a random clock); only these are logged
 
 
 # shared: seams
-def split_keys(keys: jax.Array, n: int) -> jax.Array:
-    """n new keys for each key: [N] -> [n, N]."""
+def split_keys(keys: jax.Array, n: int) -> tuple[jax.Array, ...]:
+    """Split each world's key: keys [N] -> n arrays of keys, each [N]."""
     return jnp.unstack(jax.vmap(partial(jax.random.split, num=n))(keys), axis=1)
 
 
@@ -1051,7 +1079,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
             discounted_return=args.gamma * worlds.discounted_return + state.reward,
             episode_return=worlds.episode_return + state.reward,
             episode_length=worlds.episode_length + 1,
-            broken=worlds.broken + broken,
+            times_broken=worlds.times_broken + broken,
         )
         transition = Transition(
             obs=start.obs,
@@ -1064,7 +1092,8 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
             valid=~broken,
             finished=done & ~broken & (end.episode_length == state.info["elapsed"]),
         )
-        fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key, end.broken)
+        # All worlds are reset in each step: under vmap a branch would compute both sides anyway.
+        fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key, end.times_broken)
         return where_done(done, fresh, end), transition
 
     return jax.lax.scan(step, worlds, None, length=args.num_steps)
@@ -1088,15 +1117,16 @@ def compute_gae(
 ) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimates and value targets of a rollout, in units of the reward.
 
-    All arguments and results are [T, N]. next_value belongs to the state in which the step ended,
-    before any reset: nothing is to come after a termination, but an episode that the time limit
-    cuts keeps what that state promised. So does one whose next step is not valid; an invalid step
-    has the advantage 0.
+    All arguments and results are [T, N]. next_value is the critic's value of the state that the
+    step reached, before any reset. A terminated step does not bootstrap (0 in place of next_value).
+    A step at the time limit, or before an invalid step, bootstraps from next_value and takes
+    nothing from later advantages. Invalid steps get advantage 0.
     Source: arXiv:1506.02438, equation 16; the parts of the time limit and of `valid` are ours.
     """
 
     def backwards(next_advantage, step):
         reward, value, next_value, terminated, done, valid = step
+        # Unlike CleanRL: an episode that the time limit cuts is worth what was to come.
         delta = reward + args.gamma * jnp.where(terminated, 0.0, next_value) - value
         following = jnp.where(done, 0.0, next_advantage)
         advantage = delta + args.gamma * args.gae_lambda * following
@@ -1123,7 +1153,7 @@ class Batch:
     value: jax.Array  # by the critic before the update
     advantage: jax.Array
     target: jax.Array  # of the value
-    valid: jax.Array  # bool: to be learnt from
+    valid: jax.Array  # bool: False for steps to leave out of the loss
 
 
 def ppo_loss(
@@ -1167,13 +1197,28 @@ def current_learning_rate(args: Args, iteration: jax.Array) -> float | jax.Array
     """Adam's step size in this iteration; it falls linearly to 0, unless --no-anneal-lr."""
     if not args.anneal_lr:
         return args.learning_rate
-    return args.learning_rate * (1 - iteration / float(args.num_iterations))
+    num_iterations = float(args.num_iterations)  # as an int it may not fit int32
+    return args.learning_rate * (1 - iteration / num_iterations)
 
 
 # end shared
 
 
-def update_epochs(
+def mean_over_devices(x):
+    """The mean of the devices' arrays or trees, each a mean over about as many samples."""
+    return jax.lax.pmean(x, "devices")
+
+
+@struct.dataclass
+class MinibatchReport:
+    """What one minibatch has to tell."""
+
+    metrics: dict[str, jax.Array]
+    used: jax.Array  # bool: target_kl had not stopped the update before
+    skipped_in_a_row: jax.Array  # int32, gradients that were not finite, up to this one
+
+
+def update(
     args: Args, env: Env, learner: Learner, batch: Batch
 ) -> tuple[Learner, dict[str, jax.Array]]:
     """All epochs over a batch [B, ...], each device with its own share of it.
@@ -1191,39 +1236,46 @@ def update_epochs(
         gradient, metrics = jax.grad(ppo_loss, argnums=2, has_aux=True)(
             args, env, unravel(vector), mb
         )
-        gradient = jax.lax.pmean(ravel_pytree(gradient)[0], "devices")
+        gradient = mean_over_devices(ravel_pytree(gradient)[0])
         direction, next_opt_state = optimizer.update(gradient, opt_state)
 
         updated = (vector - learning_rate * direction, next_opt_state)
         if args.target_kl is not None:
+            # A scan cannot be left early: once stopped, each step leaves all as it was.
             updated = jax.tree.map(partial(jnp.where, stopped), (vector, opt_state), updated)
 
         metrics |= {"losses/grad_norm": jnp.linalg.norm(gradient)}
-        return (*updated, stopped), (metrics, ~stopped, next_opt_state.notfinite_count)
+        report = MinibatchReport(
+            metrics=metrics,
+            used=~stopped,
+            skipped_in_a_row=next_opt_state.notfinite_count,
+        )
+        return (*updated, stopped), report
 
     def epoch(carry, key):
         order = shuffle(key, len(batch.obs))
         minibatches = jax.tree.map(
             lambda x: x[order].reshape(args.num_minibatches, -1, *x.shape[1:]), batch
         )
-        carry, (metrics, *rest) = jax.lax.scan(minibatch_step, carry, minibatches)
+        carry, report = jax.lax.scan(minibatch_step, carry, minibatches)
 
         vector, opt_state, stopped = carry
-        if args.target_kl is not None:
-            approx_kl = jax.lax.pmean(metrics["losses/approx_kl"].mean(), "devices")
+        if args.target_kl is not None:  # unlike CleanRL: the epoch's mean, not its last minibatch
+            approx_kl = mean_over_devices(report.metrics["losses/approx_kl"].mean())
             stopped |= approx_kl > args.target_kl
-        return (vector, opt_state, stopped), (metrics, *rest)
+        return (vector, opt_state, stopped), report
 
     key = jax.random.fold_in(learner.key, learner.iteration)
     key = jax.random.fold_in(key, jax.lax.axis_index("devices"))
     carry = (vector, learner.opt_state, jnp.array(False))
     keys = jax.random.split(key, args.update_epochs)
-    (vector, opt_state, _), (metrics, used, skipped) = jax.lax.scan(epoch, carry, keys)
+    (vector, opt_state, _), report = jax.lax.scan(epoch, carry, keys)
 
-    metrics = {tag: (values * used).sum() / used.sum() for tag, values in metrics.items()}
+    used = report.used
+    metrics = {tag: (values * used).sum() / used.sum() for tag, values in report.metrics.items()}
     metrics |= {
         "charts/learning_rate": jnp.asarray(learning_rate),
-        "charts/skipped_in_a_row": skipped.max(),
+        "charts/skipped_in_a_row": report.skipped_in_a_row.max(),
         "charts/skipped_updates": opt_state.total_notfinite,
     }
     learner = learner.replace(
@@ -1237,19 +1289,16 @@ def update_epochs(
 def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
     """What the first world to break went through, for `dump`.
 
-    Of all worlds [T, N, ...] -> [1, T, ...], so that the first axis is that of the devices.
+    Of all worlds [T, N, ...] -> [1, T, ...], so that the first axis is that of the devices. It is
+    world 0's if none broke; `dump` checks.
     """
+    # argmax finds the first True in the order of memory: the earliest step, its lowest world.
     world = jnp.unravel_index(jnp.argmax(broken), broken.shape)[1]
     steps = {"start": start, "action": action, "broken": broken}
     return jax.tree.map(lambda x: x[None, :, world], steps)
 
 
 # end shared
-
-
-def mean_over_devices(x):
-    """The mean of the devices' arrays or trees, each a mean over about as many samples."""
-    return jax.lax.pmean(x, "devices")
 
 
 def make_batch(
@@ -1260,9 +1309,10 @@ def make_batch(
     Returns with it the critic's explained variance: 1 if it foresaw all value targets.
     """
     _, critic = make_networks(args, env)
-    both = jnp.stack([steps.obs, steps.end.env_state.obs])  # [2, T, N, O]
-    both = normalize(learner.obs_stats, both)
-    value, next_value = critic.apply(learner.params["critic"], both)[..., 0]
+    obs = normalize(learner.obs_stats, steps.obs)
+    next_obs = normalize(learner.obs_stats, steps.end.env_state.obs)
+    observations = jnp.stack([obs, next_obs])  # [2, T, N, O], for one call of the critic
+    value, next_value = critic.apply(learner.params["critic"], observations)[..., 0]
     advantage, target = compute_gae(
         args, reward, value, next_value, steps.terminated, steps.done, steps.valid
     )
@@ -1273,12 +1323,12 @@ def make_batch(
     target_var = mean(jnp.square(target - mean(target)))
     explained_variance = 1 - mean(jnp.square(target - value)) / (target_var + 1e-8)
 
-    if args.norm_adv:
+    if args.norm_adv:  # unlike CleanRL: over the rollout, not over each minibatch
         advantage -= mean(advantage)
         advantage /= jnp.sqrt(mean(jnp.square(advantage))) + 1e-8
 
     batch = Batch(
-        obs=both[0],
+        obs=obs,
         action=steps.action,
         logprob=steps.logprob,
         value=value,
@@ -1296,7 +1346,7 @@ def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
         "episodes": steps.finished.sum(),
         "returns": (steps.finished * steps.end.episode_return).sum(),
         "lengths": (steps.finished * steps.end.episode_length).sum(),
-        "broken": worlds.broken.sum(),
+        "times_broken": worlds.times_broken.sum(),
     }
     sums = jax.lax.psum(sums, "devices")
     return {
@@ -1304,7 +1354,7 @@ def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
         "charts/episodic_return": sums["returns"] / sums["episodes"],
         "charts/episodic_length": sums["lengths"] / sums["episodes"],
         "charts/episodes_finished": sums["episodes"],
-        "charts/nan_resets": sums["broken"],
+        "charts/nan_resets": sums["times_broken"],  # not only NaN: too fast as well (Env.MAX_SPEED)
     }
 
 
@@ -1318,22 +1368,24 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
 
     reward = steps.end.env_state.reward
     return_stats = learner.return_stats
-    if args.norm_reward:
+    if args.norm_reward:  # unlike CleanRL: by one scale for all worlds and the whole rollout
         return_stats = update_stats(return_stats, steps.end.discounted_return, steps.valid)
         reward = jnp.clip(reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
 
     batch, explained_variance = make_batch(args, env, learner, steps, reward)
-    learner, metrics = update_epochs(args, env, learner, batch)
+    learner, metrics = update(args, env, learner, batch)
 
-    # Only now, since the policy that acted and the one that learns must see the same normalised
-    # observations.
+    # Unlike CleanRL, only once an iteration, since the policy that acted and the one that learns
+    # must see the same normalised observations.
     obs_stats = learner.obs_stats
     if args.norm_obs:
         obs_stats = update_stats(obs_stats, steps.obs, steps.valid)
     learner = learner.replace(obs_stats=obs_stats, return_stats=return_stats)
 
     terms = steps.end.env_state.metrics.items()
-    metrics |= {name.replace("_", "/", 1): masked_mean(term, steps.valid) for name, term in terms}
+    for name, term in terms:
+        tag = name.replace("_", "/", 1)  # reward_x -> reward/x
+        metrics[tag] = masked_mean(term, steps.valid)
     metrics = mean_over_devices(metrics)
     metrics |= {"losses/explained_variance": explained_variance}
     metrics |= episode_metrics(worlds, steps)
@@ -1357,13 +1409,13 @@ def train_iteration(
         mesh=mesh,
         in_specs=(STATE_SPEC,),
         out_specs=(STATE_SPEC, P(), P("devices")),
-        check_vma=False,
+        check_vma=False,  # with it, jax.grad would sum over the devices, before `update` averages
     )
     state, metrics, box = run(state)
     return state, metrics | {"black_box": box}
 
 
-# ---- You may stop reading here: what follows is evaluation, files and the command line -----------
+# ---- The algorithm ends here. What is left of training is the loop: train_loop in section 14 ------
 
 
 # ---- 11. Evaluation ------------------------------------------------------------------------------
@@ -1408,7 +1460,7 @@ class CMujocoEnv:
         self.data = mujoco.MjData(self.model)
         self.elapsed = 0  # steps since the reset
         self.start = jax.jit(kernel(env.reset))
-        self.observe()
+        self.observe()  # so that a caller may set `data` and step without a reset
 
     def reset(self, seed: int):
         start = jax.device_get(self.start(jax.random.key(seed)).data)
@@ -1421,7 +1473,7 @@ class CMujocoEnv:
 
     def observe(self) -> np.ndarray:
         x, senses = self.task.sense(partial(getattr, self.data), np)
-        self.now = Moment(qpos=self.data.qpos, qvel=self.data.qvel, x=x, senses=senses)
+        self.now = Snapshot(qpos=self.data.qpos, qvel=self.data.qvel, x=x, senses=senses)
         return self.task.observe(self.now, np)
 
     def step(self, action):
@@ -1435,7 +1487,7 @@ class CMujocoEnv:
         healthy = self.task.is_healthy(self.now, np)
         x_velocity = (self.now.x - x_before) / self.env.control_dt
         terms = self.task.reward_terms(self.now, x_velocity, action, healthy, np)
-        truncated = self.elapsed >= self.task.time_limit
+        truncated = self.elapsed >= self.env.time_limit
         return obs, sum(terms.values()), not healthy, truncated, {}
 
 
@@ -1455,7 +1507,7 @@ def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
     state = jax.vmap(kernel(env.reset))(keys)
     alive = jnp.full(len(keys), True)
     start = (state, initial_memory(keys.shape), alive, jnp.zeros(len(keys)))
-    (*_, total), _ = jax.lax.scan(step, start, None, length=env.task.time_limit)
+    (*_, total), _ = jax.lax.scan(step, start, None, length=env.time_limit)
     return total
 
 
@@ -1488,7 +1540,8 @@ def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
     episodes = args.eval_episodes
     keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(episodes))
     returns = {}
-    returns["MJX"] = np.asarray(evaluate_mjx(env, policy, keys))  # the starts of C MuJoCo's
+    # From the same initial states as C MuJoCo.
+    returns["MJX"] = np.asarray(evaluate_mjx(env, policy, keys))
     returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, episodes, args.seed)
     if importlib.util.find_spec("gymnasium"):
         gymnasium = importlib.import_module("gymnasium")
@@ -1565,8 +1618,8 @@ class Log:
         self.start = time.time()
         self.first_step = first * args.steps_per_iteration
         self.shown = "-"  # the last return
-        self.resets = 0  # of worlds that broke, in the whole run; after a resume not known yet
-        self.dumped = False  # the first of them
+        self.resets = 0  # worlds reset in the whole run, as last logged
+        self.dumped = False  # whether nan_dump.npz has been dealt with
 
         quiet = jax.process_index() > 0
         name = f"events.out.tfevents.{time.time_ns()}"
@@ -1621,8 +1674,10 @@ class Log:
         if resets > self.resets and not self.dumped:
             self.dumped = dump(self.args, self.run_dir / "nan_dump.npz", box)
         self.resets = resets
-        skipped = values["charts/skipped_in_a_row"]  # NaN before the first update
+        # NaN in SAC before its first update; NaN >= 10 is False.
+        skipped = values["charts/skipped_in_a_row"]
         message = f"{self.run_dir}: step {step}: {skipped:.0f} gradients in a row are not finite"
+        # One bad gradient is bad luck; ten in a row mean that the parameters are lost.
         require(not skipped >= 10, message, 1)
 
         if values["charts/episodes_finished"]:
@@ -1679,7 +1734,7 @@ def from_arrays(arrays: dict[str, np.ndarray], like):
 
 
 def writing(file: Path):
-    """For what may find a full disk."""
+    """Context for file writes: a full disk ends the run with one line."""
     return or_fail(f"cannot write {file}; what was saved before is whole", 1, OSError)
 
 
@@ -1732,7 +1787,8 @@ def save(args: Args, run_dir: Path, state: TrainState, policy: dict) -> None:
     folder = run_dir / "checkpoints"
     with writing(folder):
         folder.mkdir(exist_ok=True)
-        write_npz(run_dir / "policy.npz", policy)  # first: a resumed run starts at the checkpoint
+        # Before the checkpoint: if we are killed in between, resuming from the older one rewrites it.
+        write_npz(run_dir / "policy.npz", policy)
         write_npz(folder / f"{int(state.learner.iteration):09}.npz", arrays)
         for old in [*checkpoints(run_dir)[3:], *folder.glob("*.part")]:
             old.unlink()
@@ -1876,19 +1932,20 @@ def split_cpu(args: Args) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     each = (args.num_devices or cores) // (args.num_processes or 1)
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
+        # At most 64: of 256 worlds each would get fewer than four.
         jax.config.update("jax_num_cpu_devices", min(max(each, 1), 64))
 
 
 def join_processes(args: Args) -> None:
-    """Meet the other processes. What is None, JAX asks SLURM or Open MPI for."""
+    """Join the other processes; JAX asks SLURM or Open MPI for arguments that are None."""
     auto = args.coordinator_address == "auto"
     with or_fail("--coordinator-address, --num-processes, --process-id"):
         jax.distributed.initialize(
             coordinator_address=None if auto else args.coordinator_address,
             num_processes=args.num_processes,
             process_id=args.process_id,
-            heartbeat_timeout_seconds=20,
-            shutdown_timeout_seconds=3600,
+            heartbeat_timeout_seconds=20,  # a process that is silent for so long ends all of them
+            shutdown_timeout_seconds=3600,  # as all wait while the first evaluates and films
         )
         multihost_utils.sync_global_devices("start")  # now: on CPUs Gloo waits for 30 s at most
 
@@ -1946,7 +2003,7 @@ def check_memory(mesh: Mesh | None, size: int, flag: str = "--num-envs") -> None
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     message = f"{flag}: this takes {size} bytes of the {room} that there are; try less"
-    require(size < 0.95 * room, message)
+    require(size < 0.95 * room, message)  # the rest is for code and the libraries' own memory
 
 
 # end shared
@@ -2005,7 +2062,7 @@ def build(args: Args, mesh: Mesh) -> Programs:
     """Compile all programs of a run, and run the first: the state before training."""
     slowly = "" if onekernel else "; without the folder onekernel beside it, XLA's slow physics"
     say(f"building {args.env_id} for {mesh.size} x {mesh.devices[0].device_kind}{slowly}")
-    env = Env(args.env_id)
+    env = Env(args)
     key = jax.random.key(args.seed)
     eval_keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
 
@@ -2175,8 +2232,8 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
 
 
 def evaluate_run(args: Args, run_dir: Path) -> None:
-    """What --evaluate does."""
-    env = Env(read_run(run_dir).env_id)
+    """Evaluate a saved policy, and film it if asked (--evaluate)."""
+    env = Env(read_run(run_dir))
     with or_fail(f"--evaluate {run_dir}: no policy"):
         with np.load(run_dir / "policy.npz", allow_pickle=False) as file:
             policy = dict(file)

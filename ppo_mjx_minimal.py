@@ -2,15 +2,18 @@
 
     python ppo_mjx_minimal.py --num-envs 256    to watch: tensorboard --logdir runs
 
-It learns by the same mathematics as ppo_mjx.py, on one device; each iteration is one compiled
-program. ppo_mjx.py has in addition: ten other tasks; all GPUs, all cores of a CPU, or several
-machines; checkpoints, from which a stopped run goes on; evaluation in C MuJoCo and Gymnasium, and
-video; more flags and metrics; and care for gradients, worlds and disks that fail.
+It learns by the same mathematics as ppo_mjx.py, on one device; an iteration is one call of one
+jitted function. ppo_mjx.py has in addition: ten other tasks; all GPUs, all cores of a CPU, or
+several machines; checkpoints, from which a stopped run goes on; evaluation in C MuJoCo and
+Gymnasium, and video; more flags and metrics; and handling of non-finite gradients and full disks.
 
 Shapes: T = num_steps, N = num_envs, B = T * N, M = num_minibatches, O = observation size (17),
 A = action size (6). A record describes one world; its fields are [T, N, ...] in a rollout,
-[B, ...] in a batch and [B / M, ...] in a minibatch. What stands between "shared" and "end shared"
-is the same text in ppo_mjx.py. Names and details follow CleanRL's ppo_continuous_action.py.
+[B, ...] in a batch and [B / M, ...] in a minibatch. Names follow CleanRL's
+ppo_continuous_action.py; where the algorithm differs, a comment says so.
+
+Blocks between "# shared: NAME" and "# end shared" are the same text in ppo_mjx.py; in your own
+copy, ignore the marks.
 """
 
 import dataclasses
@@ -32,7 +35,7 @@ from flax import struct
 from mujoco import mjx
 from tensorboard.summary import Writer
 
-try:
+try:  # the folder beside this file: it compiles all worlds' physics to one kernel
     import onekernel.mjx
 except ImportError:  # this file was copied alone: XLA runs the physics, slowly
     onekernel = None
@@ -44,7 +47,7 @@ class Args:
     """PPO on HalfCheetah, on MuJoCo XLA."""
 
     seed: int = 1
-    """every random number follows from it"""
+    """seed of all random numbers"""
     runs_dir: str = "runs"
     """folder for the run folders"""
     total_timesteps: int = 1_000_000
@@ -124,8 +127,8 @@ class State:
 def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
     """One step of one world's physics.
 
-    onekernel's step is MJX's, but its solver stops as soon as it has converged, and its frame of
-    friction for steep capsules is C MuJoCo's.
+    onekernel's step equals MJX's to rounding, up to two things: its solver stops as soon as it has
+    converged, and a capsule steeper than 60 degrees gets C MuJoCo's friction directions.
     """
     if onekernel:
         return onekernel.mjx.step(model, data)
@@ -135,9 +138,10 @@ def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
 
 @cache
 def kernel(function):
-    """A function of one world as one kernel for all: jax.vmap(kernel(env.step))(states, actions).
+    """Compile a function of ONE world: jax.vmap of the result runs all worlds in one kernel.
 
-    Without onekernel, the function itself, for XLA.
+    See docs/onekernel.md. Without onekernel it returns the function itself, which XLA compiles, to
+    a program many times slower. Cached, so that each function is compiled once.
     """
     return onekernel.compile(function) if onekernel else function
 
@@ -148,22 +152,26 @@ def kernel(function):
 class Env:
     """One world of HalfCheetah-v5. `reset` and `step` are pure functions: batch them with jax.vmap.
 
-    Only the time limit ends an episode, unless the world breaks: is not finite, or faster than
-    MAX_SPEED. Such a step earns nothing and is not learnt from, and the observation stays.
+    An episode ends at the time limit, or by broken physics (not finite, or faster than MAX_SPEED).
+    A step that breaks the physics has reward 0, is left out of learning, and keeps the observation
+    before it.
     """
 
     FRAME_SKIP = 5  # physics steps in one environment step
     TIME_LIMIT = 1000  # steps
     CTRL_COST = 0.1
     RESET_NOISE = 0.1
-    MAX_SPEED = 200.0  # m/s and rad/s
+    MAX_SPEED = 200.0  # m/s and rad/s; random actions reach some 30
 
     def __init__(self):
         # Gymnasium's own model. Importing that package would take a while.
         gymnasium = Path(importlib.util.find_spec("gymnasium").origin).parent
         mjcf = gymnasium / "envs" / "mujoco" / "assets" / "half_cheetah.xml"
-        mujoco.set_mju_user_warning(lambda message: None)  # the file has a deprecated setting
+        # half_cheetah.xml has a deprecated setting, of which MuJoCo would warn on the terminal and
+        # in a file.
+        mujoco.set_mju_user_warning(lambda message: None)
         model = mujoco.MjModel.from_xml_path(str(mjcf))
+        mujoco.set_mju_user_warning(None)
 
         self.control_dt = model.opt.timestep * self.FRAME_SKIP  # s
         self.observation_size = model.nq - 1 + model.nv
@@ -201,7 +209,7 @@ class Env:
     def step(self, state: State, action: jax.Array) -> State:
         """One control step.
 
-        action: [A] in [-1, 1], the motors' torques as shares of their gear.
+        action: [A] in [-1, 1], the motors' controls; torque in N m is gear * action.
         """
 
         def substep(data: Physics, _):
@@ -362,6 +370,7 @@ def start_worlds(env_state: State, keys: jax.Array) -> Worlds:
         env_state=env_state,
         memory=initial_memory(keys.shape),
         key=keys,
+        # Unlike CleanRL: from 0 after a time limit as well, as the next episode is another one.
         discounted_return=zeros,
         episode_return=zeros,
     )
@@ -397,7 +406,8 @@ def init(args: Args, env: Env, key: jax.Array) -> tuple[Learner, Worlds]:
 
     n = args.num_envs
     env_state = jax.vmap(kernel(env.reset))(jax.random.split(reset_key, n))
-    # The worlds' clocks start at random, so that their time limits do not come all at once.
+    # Unlike CleanRL: the worlds' clocks start at random, so that their time limits do not come all
+    # at once.
     elapsed = jax.random.randint(clock_key, (n,), 0, env.TIME_LIMIT)
     worlds = start_worlds(env_state.replace(elapsed=elapsed), jax.random.split(world_key, n))
     episode_return = jnp.where(elapsed == 0, worlds.episode_return, jnp.nan)
@@ -410,16 +420,16 @@ class Transition:
     """One step of one world; `end` and the flags are the outcome of `action`."""
 
     obs: jax.Array  # [O]
-    action: jax.Array  # [A], as sampled; the environment gets it clipped
+    action: jax.Array  # [A], as sampled; the environment gets it clipped and scaled
     logprob: jax.Array
     end: Worlds  # where the step ended, before any reset: reward, observation, ...
     done: jax.Array  # bool
-    valid: jax.Array  # bool: the world did not break; a step that breaks it teaches nothing
+    valid: jax.Array  # bool: False for steps to leave out of the loss, as they broke the world
 
 
 # shared: seams
-def split_keys(keys: jax.Array, n: int) -> jax.Array:
-    """n new keys for each key: [N] -> [n, N]."""
+def split_keys(keys: jax.Array, n: int) -> tuple[jax.Array, ...]:
+    """Split each world's key: keys [N] -> n arrays of keys, each [N]."""
     return jnp.unstack(jax.vmap(partial(jax.random.split, num=n))(keys), axis=1)
 
 
@@ -448,7 +458,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
         obs = normalize(learner.obs_stats, start.obs)
         memory, policy = apply_policy(args, env, learner.params, worlds.memory, obs)
         action = policy.sample(action_key)
-        state = jax.vmap(kernel(env.step))(start, jnp.clip(action, -1.0, 1.0))
+        state = jax.vmap(kernel(env.step))(start, env.max_action * jnp.clip(action, -1.0, 1.0))
 
         end = Worlds(
             env_state=state,
@@ -465,6 +475,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
             done=state.broken | state.truncated,
             valid=~state.broken,
         )
+        # All worlds are reset in each step: under vmap a branch would compute both sides anyway.
         fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key)
         return where_done(transition.done, fresh, end), transition
 
@@ -489,15 +500,16 @@ def compute_gae(
 ) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimates and value targets of a rollout, in units of the reward.
 
-    All arguments and results are [T, N]. next_value belongs to the state in which the step ended,
-    before any reset: nothing is to come after a termination, but an episode that the time limit
-    cuts keeps what that state promised. So does one whose next step is not valid; an invalid step
-    has the advantage 0.
+    All arguments and results are [T, N]. next_value is the critic's value of the state that the
+    step reached, before any reset. A terminated step does not bootstrap (0 in place of next_value).
+    A step at the time limit, or before an invalid step, bootstraps from next_value and takes
+    nothing from later advantages. Invalid steps get advantage 0.
     Source: arXiv:1506.02438, equation 16; the parts of the time limit and of `valid` are ours.
     """
 
     def backwards(next_advantage, step):
         reward, value, next_value, terminated, done, valid = step
+        # Unlike CleanRL: an episode that the time limit cuts is worth what was to come.
         delta = reward + args.gamma * jnp.where(terminated, 0.0, next_value) - value
         following = jnp.where(done, 0.0, next_advantage)
         advantage = delta + args.gamma * args.gae_lambda * following
@@ -524,7 +536,7 @@ class Batch:
     value: jax.Array  # by the critic before the update
     advantage: jax.Array
     target: jax.Array  # of the value
-    valid: jax.Array  # bool: to be learnt from
+    valid: jax.Array  # bool: False for steps to leave out of the loss
 
 
 def ppo_loss(
@@ -568,7 +580,8 @@ def current_learning_rate(args: Args, iteration: jax.Array) -> float | jax.Array
     """Adam's step size in this iteration; it falls linearly to 0, unless --no-anneal-lr."""
     if not args.anneal_lr:
         return args.learning_rate
-    return args.learning_rate * (1 - iteration / float(args.num_iterations))
+    num_iterations = float(args.num_iterations)  # as an int it may not fit int32
+    return args.learning_rate * (1 - iteration / num_iterations)
 
 
 # end shared
@@ -579,10 +592,11 @@ def shuffle(key: jax.Array, size: int) -> jax.Array:
     """A random order of `size` items, int32 [size].
 
     It sorts one array, of random bits followed by the item's own number: five times as fast on a
-    CPU as jax.random.permutation, which sorts pairs, twice.
+    CPU as jax.random.permutation, which sorts pairs, twice. Nearly uniform: items that draw equal
+    bits keep their order.
     """
     bits = (size - 1).bit_length()
-    if bits > 13:  # too few random bits would be left
+    if bits > 13:  # fewer than 19 random bits would be left
         return jax.random.permutation(key, size)
     marked = (jax.random.bits(key, (size,)) << bits) | jnp.arange(size, dtype=jnp.uint32)
     return (jnp.sort(marked) & ((1 << bits) - 1)).astype(jnp.int32)
@@ -591,7 +605,7 @@ def shuffle(key: jax.Array, size: int) -> jax.Array:
 # end shared
 
 
-def update_epochs(
+def update(
     args: Args, env: Env, learner: Learner, batch: Batch
 ) -> tuple[Learner, dict[str, jax.Array]]:
     """All epochs over a batch [B, ...]. Returns the learner, and the mean of each metric by tag."""
@@ -635,18 +649,23 @@ def train_iteration(
     state = steps.end.env_state
     valid = steps.valid
 
+    # Unlike CleanRL: rewards get one scale for all worlds and the whole rollout.
     return_stats = update_stats(learner.return_stats, steps.end.discounted_return, valid)
     reward = jnp.clip(state.reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
 
     _, critic = make_networks(args, env)
-    both = normalize(learner.obs_stats, jnp.stack([steps.obs, state.obs]))  # [2, T, N, O]
-    value, next_value = critic.apply(learner.params["critic"], both)[..., 0]
-    terminated = state.broken  # nothing else ends a cheetah's episode for good
+    obs = normalize(learner.obs_stats, steps.obs)
+    next_obs = normalize(learner.obs_stats, state.obs)
+    observations = jnp.stack([obs, next_obs])  # [2, T, N, O], for one call of the critic
+    value, next_value = critic.apply(learner.params["critic"], observations)[..., 0]
+    # Without effect here, as broken steps are invalid; put your task's own terminations here.
+    terminated = state.broken
     advantage, target = compute_gae(args, reward, value, next_value, terminated, steps.done, valid)
+    # Unlike CleanRL: advantages are normalised over the rollout, not over each minibatch.
     scale = advantage.std(where=valid) + 1e-8
 
     batch = Batch(
-        obs=both[0],
+        obs=obs,
         action=steps.action,
         logprob=steps.logprob,
         value=value,
@@ -655,10 +674,10 @@ def train_iteration(
         valid=valid,
     )
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)  # [T, N, ...] -> [B, ...]
-    learner, metrics = update_epochs(args, env, learner, batch)
+    learner, metrics = update(args, env, learner, batch)
 
-    # Only now, since the policy that acted and the one that learns must see the same normalised
-    # observations.
+    # Unlike CleanRL, only once an iteration, since the policy that acted and the one that learns
+    # must see the same normalised observations.
     obs_stats = update_stats(learner.obs_stats, steps.obs, valid)
     learner = learner.replace(obs_stats=obs_stats, return_stats=return_stats)
 
@@ -696,15 +715,17 @@ def train(args: Args) -> Path:
     (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     writer = Writer(str(run_dir))
 
+    if not onekernel:
+        print("without the folder onekernel beside this file: XLA's slow physics")
     env = Env()
     learner, worlds = init(args, env, jax.random.key(args.seed))
+    start = time.time()  # the first iteration compiles; its time counts
     shown = "-"  # the last return
     for iteration in range(1, args.num_iterations + 1):
-        start = time.time()
         learner, worlds, metrics = train_iteration(args, env, learner, worlds)
         step = iteration * args.steps_per_iteration
         metrics = jax.device_get(metrics)
-        metrics["charts/SPS"] = args.steps_per_iteration / (time.time() - start)
+        metrics["charts/SPS"] = step / (time.time() - start)
         for tag, value in metrics.items():
             if math.isfinite(value):
                 writer.add_scalar(tag, value, step)

@@ -105,7 +105,7 @@ def train_ours(args: Args, watch: Watch, block: int, blocks: int) -> None:
     import ppo_mjx as ppo
 
     ours = settings(args, block, blocks)
-    mesh, env = ppo.make_mesh(ours.num_devices, ours.num_envs), ppo.Env(ours.env_id)
+    mesh, env = ppo.make_mesh(ours.num_devices, ours.num_envs), ppo.Env(ours)
     shardings = jax.tree.map(partial(jax.sharding.NamedSharding, mesh), ppo.STATE_SPEC)
     init = jax.jit(ppo.init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
     state = init(ours, env, jax.random.key(ours.seed))
@@ -155,7 +155,7 @@ def train_brax(args: Args, watch: Watch, block: int, blocks: int) -> None:
     if args.child == "brax_own":
         env = envs.get_environment("halfcheetah", backend=args.brax_backend)
     else:
-        env = adapt(ppo.Env(ours.env_id))
+        env = adapt(ppo.Env(ours))
 
     def keep(steps: int, make_policy, params) -> None:
         def snapshot():

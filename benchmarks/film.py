@@ -33,7 +33,7 @@ class Args:
 
 def film(env_id: str, policy: dict, args: Args) -> np.ndarray:
     """One episode's frames [T, size, size, 3] of uint8."""
-    env, path = ppo.Env(env_id), []
+    env, path = ppo.Env(ppo.Args(env_id=env_id)), []
     original = ppo.CMujocoEnv(env)
     (total,) = ppo.evaluate_on_host(original, policy, 1, args.seed, lambda: path.append(original.data.qpos.copy()))
     print(f"{env_id}: return {total:.0f} in {len(path)} steps")
@@ -53,7 +53,7 @@ def film(env_id: str, policy: dict, args: Args) -> np.ndarray:
 
 def still(env_id: str) -> dict:
     """A policy that does nothing."""
-    env = ppo.Env(env_id)
+    env = ppo.Env(ppo.Args(env_id=env_id))
     weights = np.zeros((env.observation_size, env.action_size))
     return {"max_action": 1.0, "obs_mean": np.zeros(len(weights)), "obs_var": np.ones(len(weights)), "w0": weights,
             "b0": weights[0]}  # fmt: skip

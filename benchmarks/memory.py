@@ -72,7 +72,7 @@ def build(program: str, num_envs: int):
     steps = num_envs * args.num_steps  # an iteration, of which there has to be one
     args = dataclasses.replace(args, num_envs=num_envs, total_timesteps=max(args.total_timesteps, steps))
     script.check_args(args)
-    env = script.Env(args) if program in ("SAC", "G1") else script.Env(args.env_id)
+    env = script.Env(args)
     shardings = jax.tree.map(partial(NamedSharding, mesh), script.STATE_SPEC)
     operands = (args, env, mesh) if program == "SAC" else (args, env)
     return script, args, env, mesh, jax.jit(partial(script.init_train_state, *operands), out_shardings=shardings)

@@ -127,7 +127,7 @@ def make_task(name: str) -> Task:
             noise=task.reset_noise,
             ctrl_center=np.zeros(model.nu),
             ctrl_scale=model.actuator_ctrlrange[0, 1],
-            fallen=lambda qpos, qvel: ~task.is_healthy(ppo.Moment(qpos, qvel, None, {}), np),
+            fallen=lambda qpos, qvel: ~task.is_healthy(ppo.Snapshot(qpos, qvel, None, {}), np),
         )
     robot = unitree.ROBOTS["g1"]
     if name == "g1":

@@ -174,7 +174,10 @@ def measure_runs(args: Args, failures: list[str]) -> list[dict]:
 
 # ---- Resets ---------------------------------------------------------------------------------------------------------
 def measure_resets(args: Args, failures: list[str]) -> list[dict]:
-    envs = {task: unitree.Env(unitree.Args()) if task == "G1" else ppo_mjx.Env(task) for task in args.tasks}
+    envs = {
+        task: unitree.Env(unitree.Args()) if task == "G1" else ppo_mjx.Env(ppo_mjx.Args(env_id=task))
+        for task in args.tasks
+    }
     envs["SAC"] = sac.Env(sac.Args())
     keys, meshes, rows = jax.random.split(jax.random.key(args.seed), 64), [make_mesh(1)], []
     meshes += [make_mesh(2)] if len(make_mesh().devices) > 1 else []
@@ -203,7 +206,7 @@ def measure_resets(args: Args, failures: list[str]) -> list[dict]:
 # ---- Trajectories ---------------------------------------------------------------------------------------------------
 def make_env(task: str):
     """With nothing random in the G1's steps."""
-    return unitree.Env(unitree.Args(**STILL)) if task == "G1" else ppo_mjx.Env(task)
+    return unitree.Env(unitree.Args(**STILL)) if task == "G1" else ppo_mjx.Env(ppo_mjx.Args(env_id=task))
 
 
 def draw(task: str, args: Args):

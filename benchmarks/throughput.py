@@ -92,10 +92,12 @@ def servo(model: mujoco.MjModel, robot: unitree.Robot) -> mujoco.MjModel:
 
 def make_task(name: str) -> Task:
     if name in ppo.TASKS:
-        task, env, model = ppo.TASKS[name], ppo.Env(name), ppo.load_model(ppo.TASKS[name])
+        task = ppo.TASKS[name]
+        env = ppo.Env(ppo.Args(env_id=name))
+        model = ppo.load_model(task)
         model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # as Env has it, for Humanoid
         return Task(partial(ppo.Env, name), model, ppo.load_model(task), task.frame_skip,
-                    lambda qpos, qvel: ~task.is_healthy(ppo.Moment(qpos, qvel, None, {}), np),
+                    lambda qpos, qvel: ~task.is_healthy(ppo.Snapshot(qpos, qvel, None, {}), np),
                     scale=env.max_action, gymnasium_id=env.gymnasium_id)
     if name == "Pendulum":
         args = sac.Args(env_id="Pendulum-v1")

@@ -64,7 +64,7 @@ def measure(env_id: str, num_envs: int, warmups: int, repeats: int) -> dict:
     """Seconds of one training iteration, and of the same steps by the environment and by its physics alone."""
     args = common.ppo_args(env_id, num_envs=num_envs)
     mesh = ppo.make_mesh(args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches)
-    env = ppo.Env(env_id)
+    env = ppo.Env(ppo.Args(env_id=env_id))
     shardings = jax.tree.map(partial(NamedSharding, mesh), ppo.STATE_SPEC)
     init = jax.jit(ppo.init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
     state = init(args, env, jax.random.key(1))

@@ -135,8 +135,8 @@ class CMujoco:
         self.draws += 1
         return jax.random.fold_in(self.key, self.draws)
 
-    def now(self) -> ppo.Moment:
-        return ppo.Moment(self.qpos, self.qvel, self.qpos[:, 0], {})
+    def now(self) -> ppo.Snapshot:
+        return ppo.Snapshot(self.qpos, self.qvel, self.qpos[:, 0], {})
 
     def observe(self) -> np.ndarray:
         return self.task.observe(self.now(), np).astype(np.float32)
@@ -162,11 +162,30 @@ class CMujoco:
             self.discounted, self.total = self.args.gamma * self.discounted + reward, self.total + reward
             self.length, self.elapsed = self.length + 1, self.elapsed + 1
             terminated = ~healthy
-            done = terminated | (self.elapsed >= self.task.time_limit)
+            done = terminated | (self.elapsed >= self.env.time_limit)
             state = ppo.State(None, self.observe(), reward, None, terms, {"broken": no})
-            end = ppo.Worlds(state, None, self.discounted, self.total, self.length, no.astype(np.int32))
-            whole = done & (self.length == self.elapsed)
-            records.append(ppo.Transition(obs, action, logprob, None, end, terminated, done, whole))
+            end = ppo.Worlds(
+                env_state=state,
+                memory=(),
+                key=None,
+                discounted_return=self.discounted,
+                episode_return=self.total,
+                episode_length=self.length,
+                times_broken=no.astype(np.int32),
+            )
+            records.append(
+                ppo.Transition(
+                    obs=obs,
+                    action=action,
+                    logprob=logprob,
+                    start=None,
+                    end=end,
+                    terminated=terminated,
+                    done=done,
+                    valid=~no,
+                    finished=done & (self.length == self.elapsed),
+                )
+            )
             if done.any():
                 self.reset(done)
             self.discounted, self.total, self.length, self.elapsed = (
@@ -233,7 +252,7 @@ def threshold_distance(task: ppo.Task, qpos: np.ndarray, qvel: np.ndarray) -> np
 def check_steps(args: Args, env_id: str, checks: Checks) -> None:
     """One step against Gymnasium's."""
     qpos, qvel, warmstart, action, next_qpos, next_qvel, obs, reward, terminated = record(env_id, args.states)
-    original, rows = ppo.CMujocoEnv(ppo.Env(env_id)), []
+    original, rows = ppo.CMujocoEnv(ppo.Env(ppo.Args(env_id=env_id))), []
     original.reset(0)
     for start in zip(qpos, qvel, warmstart, action, strict=True):
         original.data.qpos, original.data.qvel, original.data.qacc_warmstart = start[:3]
@@ -263,7 +282,8 @@ def check_steps(args: Args, env_id: str, checks: Checks) -> None:
 def check_rewards(env_id: str, mesh: Mesh, checks: Checks, smoke: bool) -> None:
     """Mean and standard deviation of the reward, under the untrained policy: 5%, of the mean in standard deviations,
     and twice the error that the worlds' means tell."""
-    args, env = ppo.Args(env_id=env_id, num_envs=256, num_steps=250 if smoke else 1000), ppo.Env(env_id)
+    args = ppo.Args(env_id=env_id, num_envs=256, num_steps=250 if smoke else 1000)
+    env = ppo.Env(args)
     learned, worlds = (state := init(args, env, mesh, 0)).learner, state.worlds
     spread = partial(ppo.rollout, args, env)
     run = jax.jit(jax.shard_map(lambda *state: spread(*state)[1].end.env_state.reward, mesh=mesh, check_vma=False,
@@ -297,7 +317,9 @@ def mean_return(curve: list[dict], first: float, last: float) -> float:
 def check_curves(args: Args, env_id: str, mesh: Mesh, checks: Checks) -> list[dict]:
     """Both trainings end with like returns: their means over the seeds, of the episodes in the last fifth, are apart by
     at most two standard errors and a tenth of C MuJoCo's."""
-    settings, env, rows, ends, gains = training_args(args, env_id), ppo.Env(env_id), [], {}, []
+    settings = training_args(args, env_id)
+    env = ppo.Env(settings)
+    rows, ends, gains = [], {}, []
     for name in ARMS:
         mine = [train(settings, env, mesh, name, seed) for seed in args.seeds]
         ends[name] = [mean_return(row["curve"], 0.8 * args.timesteps, args.timesteps) for row in mine]
@@ -318,7 +340,8 @@ def check_curves(args: Args, env_id: str, mesh: Mesh, checks: Checks) -> list[di
 # ---- performance ----------------------------------------------------------------------------------------------------
 def check_speed(args: Args, env_id: str, mesh: Mesh, checks: Checks) -> dict[str, list[float]]:
     """Steps/s with both kinds of rollout, and bare environment steps from the first states."""
-    settings, env = common.ppo_args(env_id), ppo.Env(env_id)
+    settings = common.ppo_args(env_id)
+    env = ppo.Env(settings)
     programs = {name: arm(settings, env, mesh, 1).iterate for name, arm in ARMS.items()}
 
     step = ppo.kernel(env.step)
@@ -370,7 +393,8 @@ def guarded(function) -> bool:
 
 def check_jit(args: Args, mesh: Mesh, checks: Checks) -> dict:
     env_id, compiled = args.env_ids[0], []
-    env, base = ppo.Env(env_id), ppo.Args(env_id=env_id, num_envs=64)  # up to 8192 steps are shuffled in one way
+    base = ppo.Args(env_id=env_id, num_envs=64)  # up to 8192 steps are shuffled in one way
+    env = ppo.Env(base)
     one = Mesh(mesh.devices[:1], ("devices",))
 
     def trace(settings):

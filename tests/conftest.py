@@ -67,4 +67,4 @@ def make_state():
 
 @pytest.fixture(scope="session")
 def hopper():
-    return ppo_mjx.Env("Hopper")
+    return ppo_mjx.Env(ppo_mjx.Args(env_id="Hopper"))

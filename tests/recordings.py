@@ -65,7 +65,7 @@ def compiled_step(task_id: str, x64: bool):
     with jax.enable_x64(x64), warnings.catch_warnings():
         if x64:
             warnings.simplefilter("ignore", onekernel.Fallback)
-        env = ppo_mjx.Env(task_id)
+        env = ppo_mjx.Env(ppo_mjx.Args(env_id=task_id))
         sizes = (env.model.nq,), (env.model.nv,), (env.model.nv,), (), (env.model.nu,)
         compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, *size), float) for size in sizes)).compile()
     jax.clear_caches()

@@ -41,7 +41,9 @@ def test_model_equals_gymnasium(task_id):
 @functools.cache
 def resets(task_id: str):
     """4000 first states [4000, nq + nv], ours and Gymnasium's."""
-    count, env, original = 4000, ppo_mjx.Env(task_id), gymnasium.make(task_id + "-v5").unwrapped
+    count = 4000
+    env = ppo_mjx.Env(ppo_mjx.Args(env_id=task_id))
+    original = gymnasium.make(task_id + "-v5").unwrapped
     data = jax.device_get(jax.jit(jax.vmap(ppo_mjx.kernel(env.reset)))(jax.random.split(jax.random.key(0), count)).data)
     rows = []
     for seed in range(count):
@@ -163,7 +165,8 @@ def test_terminates_on_gymnasiums_step(task_id):
 @pytest.mark.parametrize("task_id", TASK_IDS)
 def test_c_mujoco_env_equals_gymnasium(task_id):
     """Each of 100 random steps of CMujocoEnv is Gymnasium's from the same state."""
-    ours, theirs = ppo_mjx.CMujocoEnv(ppo_mjx.Env(task_id)), gymnasium.make(task_id + "-v5").unwrapped
+    ours = ppo_mjx.CMujocoEnv(ppo_mjx.Env(ppo_mjx.Args(env_id=task_id)))
+    theirs = gymnasium.make(task_id + "-v5").unwrapped
     ours.reset(seed=0)
     theirs.reset(seed=0)
     rng = np.random.default_rng(0)
@@ -181,7 +184,8 @@ def test_c_mujoco_env_equals_gymnasium(task_id):
 @pytest.mark.parametrize("task_id", TASK_IDS)
 def test_reset_observation_equals_gymnasium(task_id):
     """What an episode begins with, MJX's and C MuJoCo's: inertias and velocities of bodies too, no forces yet."""
-    ours, theirs = ppo_mjx.Env(task_id), gymnasium.make(task_id + "-v5").unwrapped
+    ours = ppo_mjx.Env(ppo_mjx.Args(env_id=task_id))
+    theirs = gymnasium.make(task_id + "-v5").unwrapped
     original = ppo_mjx.CMujocoEnv(ours)
     for seed in range(3):
         state = ppo_mjx.kernel(ours.reset)(jax.random.key(seed))
@@ -194,7 +198,7 @@ def test_reset_observation_equals_gymnasium(task_id):
 
 def test_c_mujoco_env_truncates_and_repeats():
     """CMujocoEnv cuts an episode at the time limit only, and one seed starts one episode."""
-    env = ppo_mjx.CMujocoEnv(ppo_mjx.Env("HalfCheetah"))
+    env = ppo_mjx.CMujocoEnv(ppo_mjx.Env(ppo_mjx.Args(env_id="HalfCheetah")))
     np.testing.assert_array_equal(env.reset(seed=3)[0], env.reset(seed=3)[0])
     assert not np.array_equal(env.reset(seed=3)[0], env.reset(seed=4)[0])
     assert [env.step(np.zeros(6))[3] for _ in range(1000)] == 999 * [False] + [True]
@@ -229,5 +233,5 @@ def test_broken_world_ends_its_episode():
     assert (state.done[:3] == 1).all() and (state.reward[:3] == 0).all()
     assert not state.done[3:].any() and (state.reward[3:] != 0).all()
     keys = jax.random.split(jax.random.key(0), WORLDS)  # as in compiled_step
-    reset = jax.vmap(ppo_mjx.kernel(ppo_mjx.Env("Hopper").reset))(keys)
+    reset = jax.vmap(ppo_mjx.kernel(ppo_mjx.Env(ppo_mjx.Args(env_id="Hopper")).reset))(keys)
     np.testing.assert_allclose(state.obs[:3], reset.obs[:3], rtol=1e-6)

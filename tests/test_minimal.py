@@ -127,7 +127,7 @@ def test_same_numbers(make_mesh, make_state, monkeypatch):
     args = minimal.Args(**SMALL)
     env = minimal.Env()
     their_args = ppo_mjx.Args(**SMALL)
-    their_env = ppo_mjx.Env("HalfCheetah")
+    their_env = ppo_mjx.Env(ppo_mjx.Args(env_id="HalfCheetah"))
     mesh = make_mesh(1)
 
     def iterate_both(state: ppo_mjx.TrainState) -> ppo_mjx.TrainState:
@@ -148,7 +148,7 @@ def test_same_numbers(make_mesh, make_state, monkeypatch):
 
     state, metrics = iterate_both(make_hard(state))
     assert jnp.isfinite(metrics["charts/episodic_return"])
-    assert state.worlds.broken.tolist() == [0] * 9 + [1] + [0] * 6
+    assert state.worlds.times_broken.tolist() == [0] * 9 + [1] + [0] * 6
 
 
 # ---- The command line
@@ -175,7 +175,7 @@ def test_run(tmp_path, capsys):
     assert (saved["num_envs"], saved["gamma"]) == (16, 0.99)
     with np.load(run_dir / "policy.npz") as file:
         policy = dict(file)
-    env = ppo_mjx.Env("HalfCheetah")
+    env = ppo_mjx.Env(ppo_mjx.Args(env_id="HalfCheetah"))
     (value,) = ppo_mjx.evaluate_on_host(ppo_mjx.CMujocoEnv(env), policy, episodes=1, seed=0)
     assert -1000 < value < 1000
 

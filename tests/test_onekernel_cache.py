@@ -719,9 +719,9 @@ def test_parts_of_an_environment_count(hopper):
     first = of(hopper.step)
     assert first is not None
     assert of(hopper.reset) not in (None, first)
-    assert of(ppo_mjx.Env("Hopper").step) == first
+    assert of(ppo_mjx.Env(ppo_mjx.Args(env_id="Hopper")).step) == first
     found = {first}
-    assert of(ppo_mjx.Env("Walker2d").step) not in found | {None}
+    assert of(ppo_mjx.Env(ppo_mjx.Args(env_id="Walker2d")).step) not in found | {None}
     for change in (
         mock.patch.object(ppo_mjx, "physics_step", lambda model, data: data),
         mock.patch.object(ppo_mjx, "onekernel", None),
@@ -791,7 +791,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import jax, ppo_mjx
 from onekernel import fingerprint
-env = ppo_mjx.Env("HalfCheetah")
+env = ppo_mjx.Env(ppo_mjx.Args(env_id="HalfCheetah"))
 found = [fingerprint.fingerprint(function) for function in (env.step, env.reset)]
 jax.eval_shape(env.reset, jax.random.key(0))
 found.append(fingerprint.fingerprint(env.reset))

@@ -133,7 +133,7 @@ def with_raw_key(x, y, i, j, u, v, key):
 @functools.cache
 def half_cheetah():
     """A physics step of one world, and arguments for WORLDS of them, many in contact."""
-    env = ppo_mjx.Env("HalfCheetah")
+    env = ppo_mjx.Env(ppo_mjx.Args(env_id="HalfCheetah"))
     model = env.model.replace(opt=env.model.opt.replace(iterations=4, ls_iterations=8))
 
     def step(position, velocity, warmstart, control):

@@ -158,7 +158,7 @@ def test_clipped_samples_have_no_gradient():
 
 @cache
 def update_program(mesh, args: ppo_mjx.Args):
-    update = partial(ppo_mjx.update_epochs, args, TINY)
+    update = partial(ppo_mjx.update, args, TINY)
     return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P()), check_vma=False))
 
 def run_update(make_mesh, args: ppo_mjx.Args, iteration: int = 0):
@@ -236,7 +236,7 @@ class Probe:
 
     def __init__(self, reward_of, length: int, truncates: bool = False, shows_time: bool = False):
         self.reward_of, self.length, self.truncates, self.shows_time = reward_of, length, truncates, shows_time
-        self.task = types.SimpleNamespace(time_limit=length)
+        self.time_limit = length
 
     def reset(self, key):
         zero, no = jnp.zeros(()), jnp.array(False)
@@ -355,7 +355,7 @@ def test_evaluation_carries_the_policys_memory(counting_policy):
     total = 0 + 1 + 2 + 3  # the reward is the action, which is what the policy remembers
     keys = jax.random.split(jax.random.key(0), 2)
     longer = Probe(lambda elapsed, action: action, length=4)
-    longer.task.time_limit = 9  # what comes after the end of an episode does not count
+    longer.time_limit = 9  # what comes after the end of an episode does not count
     np.testing.assert_array_equal(ppo_mjx.evaluate_mjx(longer, {}, keys), [total, total])
 
     class Host:

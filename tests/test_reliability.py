@@ -317,7 +317,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_disable_most_optimizations", True)  # less time to compile
 import ppo_mjx as m
 args = m.Args(env_id="Hopper", num_envs=8, num_steps=8, num_minibatches=1, update_epochs=1, hidden_sizes=(16,))
-env, results = m.Env("Hopper"), []
+env, results = m.Env(args), []
 for n in (1, 4):
     mesh = Mesh(np.array(jax.devices()[:n]), ("devices",))
     shardings = jax.tree.map(partial(NamedSharding, mesh), m.STATE_SPEC)

@@ -14,7 +14,7 @@ ARGS = ppo_mjx.Args(num_envs=8, num_steps=8, num_minibatches=4, update_epochs=2,
 
 @pytest.fixture(scope="module")
 def env():
-    return ppo_mjx.Env("HalfCheetah")
+    return ppo_mjx.Env(ppo_mjx.Args(env_id="HalfCheetah"))
 
 @pytest.fixture(scope="module")
 def start(env, make_mesh, make_state):
@@ -85,7 +85,7 @@ def test_time_limit_truncates_and_the_next_episode_differs(env, start, run_rollo
     state, starts = start(1), []
     for _ in range(2):
         starts.append(np.asarray(state.worlds.env_state.obs))
-        worlds, steps = run_rollout(with_elapsed(state, env.task.time_limit - 2))
+        worlds, steps = run_rollout(with_elapsed(state, env.time_limit - 2))
         assert not steps.terminated.any() and not steps.finished.any()  # they did not start at 0: no whole episodes
         np.testing.assert_array_equal(steps.done, np.arange(8)[:, None] == np.full(8, 1))
         np.testing.assert_array_equal(steps.end.env_state.info["truncated"], steps.done)
@@ -112,7 +112,7 @@ def test_broken_world_leaves_the_others_alone(start, run_rollout):
     assert (~broken_steps.valid).sum() == 1 and not broken_steps.valid[0, 3]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(worlds))
     np.testing.assert_array_equal(worlds.env_state.info["elapsed"], np.where(others, 8, 7))
-    np.testing.assert_array_equal(worlds.broken, np.where(others, 0, 1))
+    np.testing.assert_array_equal(worlds.times_broken, np.where(others, 0, 1))
 
 def test_broken_steps_are_not_learnt_from(env, start, run_rollout, make_mesh):
     """Two worlds that break in all steps: advantages, targets and explained variance are those without them."""
@@ -146,7 +146,7 @@ def test_clocks_start_at_random(env, make_mesh, make_state):
     state = make_state(ARGS, env, make_mesh(1))
     elapsed = np.asarray(state.worlds.env_state.info["elapsed"])
     assert len(set(elapsed)) > 6 and np.ptp(elapsed) > 300
-    assert elapsed.min() >= 0 and elapsed.max() < env.task.time_limit
+    assert elapsed.min() >= 0 and elapsed.max() < env.time_limit
     assert len(np.unique(state.worlds.env_state.obs, axis=0)) == 8
 
 def test_broken_world_does_not_reach_the_networks(env, start, make_mesh):

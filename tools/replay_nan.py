@@ -11,7 +11,6 @@ looked for above this folder. --script names another one: a copy of ours with a 
 import argparse
 import importlib
 import importlib.util
-import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,12 +37,6 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
-def make_env(script: ModuleType, args):
-    """The script's environment with the settings of the run."""
-    by_name = "env_id" in inspect.signature(script.Env).parameters
-    return script.Env(args.env_id if by_name else args)
-
-
 def make_original(script: ModuleType, env, state):
     """The environment in C MuJoCo; a script with random physics has a `Twin` of one episode."""
     if hasattr(script, "Twin"):
@@ -56,7 +49,7 @@ def replay(script: ModuleType, saved: dict[str, np.ndarray], args) -> None:
 
     saved: the arrays of the dump, [T, ...] for T steps of one world.
     """
-    env = make_env(script, args)
+    env = script.Env(args)
     broken = saved["['broken']"]  # [T]
     actions = saved["['action']"]  # [T, A]
     keys = jax.random.split(jax.random.key(0), len(broken))
