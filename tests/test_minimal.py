@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mujoco
 import numpy as np
 import optax
 import pytest
@@ -178,6 +179,15 @@ def test_run(tmp_path, capsys):
     env = ppo_mjx.Env(ppo_mjx.Args(env_id="HalfCheetah"))
     (value,) = ppo_mjx.evaluate_on_host(ppo_mjx.CMujocoEnv(env), policy, episodes=1, seed=0)
     assert -1000 < value < 1000
+
+
+def test_mujocos_warnings_come_back(tmp_path, monkeypatch, capfd):
+    """Only while the environment loads its model is MuJoCo silent about the deprecated setting."""
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings to a file as well
+    minimal.Env()
+    assert "deprecated" not in "".join(capfd.readouterr())
+    mujoco.MjModel.from_xml_string('<mujoco><compiler settotalmass="1"/></mujoco>')
+    assert "deprecated" in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize(
