@@ -1203,7 +1203,7 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     params = {
         "actor": actor.init(actor_key, obs["actor"]),
         "critic": critic.init(critic_key, obs["critic"]),
-        # With a type, as a checkpoint has it.
+        # With a type: a weak one would change in the first update, and all be compiled again.
         "log_std": jnp.full(env.action_size, args.init_log_std, jnp.float32),
     }
     vector, _ = ravel_pytree(params)
@@ -1799,7 +1799,7 @@ TEST_COLUMNS = ("falls", "error", "yaw", "sway", "slip", "jerk", "power", "drift
 def judge(robot: Robot, policy: dict) -> dict:
     """The test: each command from TEST_STARTS starts, without and with pushes.
 
-    It is the same whatever the run's settings, so that it takes the robot and not an `Env`. Prints
+    It is the same whatever the run's settings, so it takes the robot and not an `Env`. Prints
     the table (means over the starts that did not end in a fall; falls are counted; m/s, rad/s, W,
     m) and PASS or FAIL. Returns what it prints.
     """
