@@ -1203,7 +1203,7 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     params = {
         "actor": actor.init(actor_key, obs["actor"]),
         "critic": critic.init(critic_key, obs["critic"]),
-        # With a type: a weak one would change in the first update, and all be compiled again.
+        # With a type: a weak one turns strong in the first update, and jit compiles for each.
         "log_std": jnp.full(env.action_size, args.init_log_std, jnp.float32),
     }
     vector, _ = ravel_pytree(params)
@@ -1456,7 +1456,8 @@ def current_learning_rate(args: Args, learner: Learner) -> jax.Array:
     """Adam's step size in this iteration."""
     if args.desired_kl is not None:
         return learner.learning_rate
-    return jnp.float32(args.learning_rate * (1 - learner.iteration / float(args.num_iterations)))
+    progress = learner.iteration / float(args.num_iterations)  # float: int32 would overflow
+    return jnp.float32(args.learning_rate * (1 - progress))
 
 
 def next_learning_rate(args: Args, learning_rate: jax.Array, kl: jax.Array) -> jax.Array:
@@ -1799,9 +1800,9 @@ TEST_COLUMNS = ("falls", "error", "yaw", "sway", "slip", "jerk", "power", "drift
 def judge(robot: Robot, policy: dict) -> dict:
     """The test: each command from TEST_STARTS starts, without and with pushes.
 
-    It is the same whatever the run's settings, so it takes the robot and not an `Env`. Prints
-    the table (means over the starts that did not end in a fall; falls are counted; m/s, rad/s, W,
-    m) and PASS or FAIL. Returns what it prints.
+    It is the same whatever the run's settings, so it takes the robot and not an `Env`. Prints the
+    table (means over the starts that did not end in a fall; falls are counted; m/s, rad/s, W, m)
+    and PASS or FAIL. Returns what it prints.
     """
     original = CMujocoEnv(robot)
     table = {}
@@ -1816,9 +1817,8 @@ def judge(robot: Robot, policy: dict) -> dict:
             upright = [start for start in starts if not start["falls"]]
             row = {"falls": len(starts) - len(upright)}
             for key in TEST_COLUMNS[1:]:
-                row[key] = (
-                    float(np.mean([start[key] for start in upright])) if upright else math.nan
-                )
+                values = [start[key] for start in upright]
+                row[key] = float(np.mean(values)) if values else math.nan
             table[name] = row
             print(f"{name:22}" + "".join(f"{value:9.3g}" for value in row.values()))
 
