@@ -893,7 +893,8 @@ def test_broken_steps_are_not_learnt_from(make_mesh, reward):
     def learn(value):
         end = steps.end.env_state.replace(reward=np.where(breaks, value, steps.end.env_state.reward))
         returns = np.where(breaks, value, steps.end.discounted_return)
-        changed = steps.replace(valid=~breaks, start=None, end=steps.end.replace(
+        start = steps.start.replace(info={})
+        changed = steps.replace(valid=~breaks, start=start, end=steps.end.replace(
             env_state=end.replace(info={"broken": breaks}), key=None, discounted_return=returns))
         changed = jax.tree.map(jnp.asarray, changed)
         with pytest.MonkeyPatch.context() as patch:
