@@ -103,10 +103,11 @@ class Range:
 
 Count = Annotated[int, Range(1, 1e9)]
 MaybeCount = Annotated[int | None, Range(1, 1e9)]
-Index = Annotated[int, Range(0, 1e9)]
+CountOrZero = Annotated[int, Range(0, 1e9)]
 NonNegative = Annotated[float, Range(0, 1e9)]
 Fraction = Annotated[float, Range(0, 1)]
 RelativeError = Annotated[float, Range(0, 0.9)]
+Shift = Annotated[float, Range(0, 0.9)]  # m
 Seconds = Annotated[float, Range(0.02, 1e6)]  # from a control step on
 Command = Annotated[tuple[float, float], Range(-5, 5)]
 
@@ -118,7 +119,7 @@ class Args:
     # The run
     exp_name: str = "ppo_mjx_unitree"
     """name of the experiment, part of the run folder's name"""
-    seed: Index = 1
+    seed: CountOrZero = 1
     """every random number follows from it and from the number of devices"""
     num_devices: MaybeCount = None
     """devices to split the worlds over; by default as many GPUs or CPU cores as divide the work"""
@@ -170,7 +171,7 @@ class Args:
     """range of the feet's sliding friction"""
     added_mass: Annotated[tuple[float, float], Range(-5, 1e3)] = (-1.0, 3.0)
     """range of the mass that is added to the base, kg"""
-    shifted_center: RelativeError = 0.03
+    shifted_center: Shift = 0.03
     """largest shift of the base's centre of mass along each axis, m"""
     gain_noise: RelativeError = 0.1
     """largest relative error of each joint's stiffness and damping"""
@@ -211,7 +212,7 @@ class Args:
     imitation_steps: Count = 600_000
     """environment steps over which that weight falls to 0"""
     standing_after: Count = 6_000_000
-    """environment steps after which it is whole again, where the command is to stand"""
+    """environment steps after which it is at full weight again, for robots told to stand"""
     max_grad_norm: NonNegative = 1.0
     """gradients are scaled down to this norm"""
     desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.02
@@ -242,12 +243,13 @@ class Joint:
     stiffness: float  # kp of its controller, Nm/rad
     damping: float  # kd, Nm s/rad
     default: float = 0.0  # its angle in the default pose, rad
-    upright: bool = False  # it had better stay at 0
+    upright: bool = False  # the reward's term upright_joints keeps it near 0
 
-    # The stepping motion that the actor imitates at first: what the middle of a swing adds to the
-    # angle, and what m/s, m/s and rad/s of the command add to it at landing and take at lift-off.
-    lift: float = 0.0  # rad
-    sweep: tuple[float, float, float] = (0.0, 0.0, 0.0)  # rad s/m, rad s/m, 1
+    # The stepping motion that the actor imitates at first (`stepping_action`), as offsets from
+    # `default`.
+    lift: float = 0.0  # rad, added halfway through a swing
+    # Per unit of the command (x, y, yaw): added at landing, subtracted at lift-off.
+    sweep: tuple[float, float, float] = (0.0, 0.0, 0.0)  # rad s/m, rad s/m, s
 
 
 def both_legs(leg: dict[str, Joint]) -> dict[str, Joint]:
@@ -268,7 +270,7 @@ class Robot:
     joints: dict[str, Joint]  # by their names in the file, in the order of actions
     feet: tuple[str, ...]  # bodies, in the order of the legs
     weights: dict[str, float]  # of the reward's terms, per second: see section 4
-    gate: dict[str, tuple[float, float, float]]  # commands of the test: see section 13
+    test_commands: dict[str, tuple[float, float, float]]  # by name; see section 13
 
     start_height: float  # m, of the base, at resets
     target_height: float  # m, that the reward asks for
@@ -284,7 +286,7 @@ class Robot:
 
     action_scale: float = 0.25  # rad, from an action to the target of its joint
 
-    # Defaults of these flags
+    # Defaults of the flags of the same name: main puts them in place of those of Args.
     command_x: tuple[float, float] = Args.command_x
     command_y: tuple[float, float] = Args.command_y
     command_yaw: tuple[float, float] = Args.command_yaw
@@ -353,7 +355,7 @@ ROBOTS = {
             "joint_limits": -5.0,
             "upright_joints": -1.0,
         },
-        gate={
+        test_commands={
             "stand": (0.0, 0.0, 0.0),
             "forward 0.3": (0.3, 0.0, 0.0),
             "forward 0.6": (0.6, 0.0, 0.0),
@@ -377,14 +379,14 @@ ROBOTS = {
 }
 
 
-def load_model(robot: Robot, dt: float, drawn: bool = True) -> mujoco.MjModel:
+def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
     """The robot's model, for C MuJoCo.
 
-    dt: s, of a physics step; drawn: with the shapes that only a picture needs.
+    dt: s, of a physics step; visuals: with the shapes that only a picture needs.
     """
     spec = mujoco.MjSpec.from_file(str(MODELS / robot.mjcf))
     spec.option.timestep = dt
-    if not drawn:
+    if not visuals:
         for geom in spec.geoms:
             if not geom.contype and not geom.conaffinity:
                 spec.delete(geom)
@@ -422,7 +424,8 @@ class Controller(NamedTuple):
         return xp.clip(strength * torque, -self.max_torque, self.max_torque)
 
 
-def controller(robot: Robot) -> Controller:
+def make_controller(robot: Robot) -> Controller:
+    """The controllers of all joints, with the torque limits of the MJCF file."""
     return Controller(
         default=robot.joint_array("default"),
         stiffness=robot.joint_array("stiffness"),
@@ -431,7 +434,8 @@ def controller(robot: Robot) -> Controller:
     )
 
 
-# Models whose base bears another mass, elsewhere: how many, and in what they differ.
+# Payloads: variants of the model with another mass and centre of the base. PAYLOAD_FIELDS are the
+# fields that differ.
 NUM_PAYLOADS = 64
 PAYLOAD_FIELDS = (
     "body_mass",
@@ -478,14 +482,22 @@ class Part:
 
 # The actor's parts are those that the robot's own computer knows, in Unitree's order and scales.
 OBSERVATION = {
-    "velocity": Part(width=3, scale=2.0, noise=0.0, mirror=(1, -1, 1), for_actor=False),  # m/s
-    "rates": Part(width=3, scale=0.25, noise=0.05, mirror=(-1, 1, -1)),  # rad/s
-    "gravity": Part(width=3, scale=1.0, noise=0.05, mirror=(1, -1, 1)),  # direction
-    "command": Part(width=3, scale=(2.0, 2.0, 0.25), noise=0.0, mirror=(1, -1, -1)),  # m/s, rad/s
-    "angles": Part(width=None, scale=1.0, noise=0.01, mirror=None),  # rad
-    "speeds": Part(width=None, scale=0.05, noise=0.075, mirror=None),  # rad/s
-    "action": Part(width=None, scale=1.0, noise=0.0, mirror=None),  # the last one
-    "clock": Part(width=2, scale=1.0, noise=0.0, mirror=(-1, -1)),  # sine and cosine of the phase
+    # m/s, of the base, in its frame
+    "velocity": Part(width=3, scale=2.0, noise=0.0, mirror=(1, -1, 1), for_actor=False),
+    # rad/s, of the base, in its frame
+    "rates": Part(width=3, scale=0.25, noise=0.05, mirror=(-1, 1, -1)),
+    # its direction, in the base's frame
+    "gravity": Part(width=3, scale=1.0, noise=0.05, mirror=(1, -1, 1)),
+    # m/s, m/s, rad/s
+    "command": Part(width=3, scale=(2.0, 2.0, 0.25), noise=0.0, mirror=(1, -1, -1)),
+    # rad, of the joints, less the default pose
+    "angles": Part(width=None, scale=1.0, noise=0.01, mirror=None),
+    # rad/s, of the joints
+    "speeds": Part(width=None, scale=0.05, noise=0.075, mirror=None),
+    # the last one
+    "action": Part(width=None, scale=1.0, noise=0.0, mirror=None),
+    # sine and cosine of the gait's phase; a mirror shifts it by half a period
+    "clock": Part(width=2, scale=1.0, noise=0.0, mirror=(-1, -1)),
 }
 SEEN = {
     "actor": {name: part for name, part in OBSERVATION.items() if part.for_actor},
@@ -564,6 +576,9 @@ def mirror_observation(robot: Robot, obs, xp=jnp):
 
 
 # ---- 4. Rewards ----------------------------------------------------------------------------------
+TRACKING_WIDTH = 0.25  # (m/s)^2 and (rad/s)^2, as in legged_gym's tracking_sigma
+
+
 @struct.dataclass
 class Motion:
     """What the rewards look at after a control step.
@@ -586,7 +601,7 @@ class Motion:
     foot_height: jax.Array  # [F] m, of the feet's bodies
     foot_velocity: jax.Array  # [F, 3] m/s
     contact: jax.Array  # [F] bool
-    stance: jax.Array  # [F] bool: the clock wants the foot on the floor
+    stance: jax.Array  # [F] bool: should be on the floor, by the clock or as told to stand
 
 
 def is_stance(robot: Robot, elapsed, xp=jnp):
@@ -605,10 +620,12 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
     highest = robot.limits @ [0.05, 0.95]
     beyond = jnp.maximum(m.angles - highest, 0.0).sum() + jnp.maximum(lowest - m.angles, 0.0).sum()
     in_the_air = ~m.contact
+    velocity_error = jnp.square(m.command[:2] - m.velocity[:2]).sum()
+    yaw_error = jnp.square(m.command[2] - m.rates[2])
 
     return {
-        "track_velocity": jnp.exp(-jnp.square(m.command[:2] - m.velocity[:2]).sum() / 0.25),
-        "track_yaw": jnp.exp(-jnp.square(m.command[2] - m.rates[2]) / 0.25),
+        "track_velocity": jnp.exp(-velocity_error / TRACKING_WIDTH),
+        "track_yaw": jnp.exp(-yaw_error / TRACKING_WIDTH),
         "alive": jnp.ones(()),
         # Feet that are where the clock wants them, less the others.
         "gait": (2.0 * (m.contact == m.stance) - 1).sum(),
@@ -630,7 +647,8 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
 def reward_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
     """The terms of one control step's reward, weighted: name -> [].
 
-    The reward is their sum, but at least 0, so that a fall never pays.
+    The reward is their sum, but at least 0, so that to end an episode early never pays; Env.step
+    applies the bound.
     """
     terms = unweighted_terms(robot, m)
     weights = robot.weights.items()
@@ -638,6 +656,9 @@ def reward_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
 
 
 # ---- 5. Environment ------------------------------------------------------------------------------
+MIN_COMMAND = 0.2  # m/s and rad/s: slower commands become 0
+
+
 @struct.dataclass
 class Physics:
     """The smallest state that determines the future; a step computes the rest of mjx.Data anew."""
@@ -657,8 +678,9 @@ class State:
     done: jax.Array  # [] float, 1 if the robot fell; the time limit is in info
     metrics: dict[str, jax.Array]  # the reward's terms, and the errors of tracking
     info: dict[str, Any]
-    # key: of the world; command: [3]; action: [A], the last one; elapsed: steps since the reset;
-    # truncated: the time limit is reached; broken: see Env; domain: see Env.draw_domain
+    # key: of the commands, pushes and noise; command: [3]; action: [A], the last one;
+    # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
+    # domain: see Env.draw_domain
 
 
 # shared: physics
@@ -707,11 +729,11 @@ class Env:
         self.robot = ROBOTS[args.robot]
         self.action_size = len(self.robot.joints)
         self.noise = args.obs_noise * noise_widths(self.robot, SEEN["actor"])  # [O]
-        self.controller = controller(self.robot)
+        self.controller = make_controller(self.robot)
 
         dt = CONTROL_DT / args.decimation
-        self.payloads = draw_payloads(args, load_model(self.robot, dt, drawn=False))
-        model = load_model(self.robot, dt, drawn=False)
+        self.payloads = draw_payloads(args, load_model(self.robot, dt, visuals=False))
+        model = load_model(self.robot, dt, visuals=False)
         self.feet, self.soles = find_feet(self.robot, model)
         self.sole_radius = float(model.geom_size[self.soles[0, 0], 0])
 
@@ -731,7 +753,7 @@ class Env:
 
         speed = jnp.linalg.norm(command[:2])
         turn = jnp.abs(command[2])
-        slow = jnp.array([speed, speed, turn]) < 0.2
+        slow = jnp.array([speed, speed, turn]) < MIN_COMMAND
         stand = jax.random.uniform(stand_key) < args.standing
         return jnp.where(slow | stand, 0.0, command)
 
@@ -814,11 +836,12 @@ class Env:
 
         Returns the state after it, and what `Motion` needs of the last physics step.
         """
-        soles = self.model.geom_friction.at[self.soles.ravel(), 0].set(domain["friction"])
+        # The soles' friction is the contact's, whatever the floor's: MJCF gives them priority.
+        friction = self.model.geom_friction.at[self.soles.ravel(), 0].set(domain["friction"])
         payload = {
             name: jnp.asarray(values)[domain["payload"]] for name, values in self.payloads.items()
         }
-        model = self.model.replace(geom_friction=soles, **payload)
+        model = self.model.replace(geom_friction=friction, **payload)
         gains = {name: domain[name] for name in ("stiffness", "damping", "strength")}
 
         def substep(data: Physics, i):
@@ -828,8 +851,10 @@ class Env:
             full = physics_step(model, self.template.replace(**vars(data), ctrl=torque))
 
             position = full.xpos[self.feet]
-            cvel = full.cvel[self.feet]  # of the point of each foot that is at the centre of mass
+            # [F, 6] angular, linear: taken at the robot's centre of mass, and so moved to the foot.
+            cvel = full.cvel[self.feet]
             arm = position - full.subtree_com[1]
+            # A sphere whose centre is lower than its radius touches the floor, the plane z = 0.
             height = full.geom_xpos[self.soles, 2]
             readings = {
                 "torque": torque,
@@ -844,7 +869,10 @@ class Env:
         return data, jax.tree.map(lambda values: values[-1], readings)
 
     def push(self, info: dict) -> jax.Array:
-        """What the step after `info` adds to the base's velocity: [2] m/s, mostly 0."""
+        """What the step after `info` adds to the base's velocity: [2] m/s, mostly 0.
+
+        It splits the key as `step` does, so that `Twin` can repeat it.
+        """
         limit = self.args.push_speed
         due_key, push_key = jax.random.split(jax.random.split(info["key"], 4)[1])
         push = jax.random.uniform(push_key, (2,), minval=-limit, maxval=limit)
@@ -862,7 +890,8 @@ class Env:
     ) -> Motion:
         """What the rewards look at after a step from `before` to `data`; info: before it."""
         quat = data.qpos[3:7]
-        standing = (info["command"] == 0).all()  # the clock stops then
+        # Then the rewards want both feet on the floor, though the observed clock runs on.
+        standing = (info["command"] == 0).all()
         return Motion(
             command=info["command"],
             height=data.qpos[2],
@@ -881,10 +910,11 @@ class Env:
     def step(self, state: State, action: jax.Array) -> State:
         """One control step.
 
-        action: [A], the joints' targets, as offsets from the default pose over action_scale.
+        action: [A], the joints' targets, as offsets from the default pose, divided by action_scale.
         """
         info = state.info
-        next_key, _, command_key, noise_key = jax.random.split(info["key"], 4)  # see `push`
+        # The second key is that of `push`.
+        next_key, _, command_key, noise_key = jax.random.split(info["key"], 4)
         pushed = state.data.replace(qvel=state.data.qvel.at[:2].add(self.push(info)))
         data, readings = self.advance(pushed, action, info["action"], info["domain"])
         slow = (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN as well
@@ -1011,7 +1041,7 @@ class Gaussian:
 
 
 def kl_divergence(old: Gaussian, new: Gaussian) -> jax.Array:
-    """Of the old distributions from the new ones, in nats: [...]."""
+    """KL(old || new), in nats: [...]."""
     variance = jnp.exp(2 * new.log_std)
     old_variance = jnp.exp(2 * old.log_std)
     distance = (old_variance + jnp.square(new.mean - old.mean)) / (2 * variance)
@@ -1062,11 +1092,11 @@ class Worlds:
 
     env_state: State
     memory: tuple  # the policy's
-    key: jax.Array
+    key: jax.Array  # of the actions and resets
     discounted_return: jax.Array  # of the rewards so far, for their scale
     episode_return: jax.Array
     episode_length: jax.Array  # int32
-    broken: jax.Array  # int32, how often this world broke
+    times_broken: jax.Array  # int32
 
 
 @struct.dataclass
@@ -1100,6 +1130,7 @@ def shuffle(key: jax.Array, size: int) -> jax.Array:
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     """Adam, on gradients that are scaled down to max_grad_norm.
 
+    Its result is Adam's direction, which the caller scales by the step size and subtracts.
     A gradient that is not finite is skipped and counted, as by optax.apply_if_finite, but with one
     pass over the gradient for both.
     """
@@ -1142,7 +1173,7 @@ def start_stats(shape: tuple[int, ...]) -> RunningStats:
     return RunningStats(count=jnp.float32(1e-4), mean=jnp.zeros(shape), var=jnp.ones(shape))
 
 
-def start_worlds(env_state: State, keys: jax.Array, broken: jax.Array) -> Worlds:
+def start_worlds(env_state: State, keys: jax.Array, times_broken: jax.Array) -> Worlds:
     """Worlds [N] at the start of an episode."""
     return Worlds(
         env_state=env_state,
@@ -1151,7 +1182,7 @@ def start_worlds(env_state: State, keys: jax.Array, broken: jax.Array) -> Worlds
         discounted_return=jnp.zeros(keys.shape),
         episode_return=jnp.zeros(keys.shape),
         episode_length=jnp.zeros(keys.shape, jnp.int32),
-        broken=broken,
+        times_broken=times_broken,
     )
 
 
@@ -1163,6 +1194,7 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     n = args.num_envs
     env_state = jax.vmap(kernel(env.reset))(jax.random.split(reset_key, n))
     # The worlds' clocks start at random, so that their time limits do not come all at once.
+    # Their first observation still has the clock of step 0; one step later it is right.
     env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.time_limit)
     worlds = start_worlds(env_state, jax.random.split(world_key, n), jnp.zeros(n, jnp.int32))
 
@@ -1171,7 +1203,7 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     params = {
         "actor": actor.init(actor_key, obs["actor"]),
         "critic": critic.init(critic_key, obs["critic"]),
-        # With a type, as a checkpoint has it.
+        # With a type: a weak one turns strong in the first update, and jit compiles for each.
         "log_std": jnp.full(env.action_size, args.init_log_std, jnp.float32),
     }
     vector, _ = ravel_pytree(params)
@@ -1192,7 +1224,6 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
 class Transition:
     """One step of one world; `end` and the flags are the outcome of `action`."""
 
-    obs: dict[str, jax.Array]  # of actor and critic
     action: jax.Array  # [A]
     mean: jax.Array  # [A] of the policy
     start: State  # where the step began
@@ -1203,7 +1234,7 @@ class Transition:
     finished: jax.Array  # bool: a whole episode is over, not broken, its clock started at 0
 
 
-def split_keys(keys: jax.Array, n: int) -> jax.Array:
+def split_keys(keys: jax.Array, n: int) -> tuple[jax.Array, ...]:
     """n new keys for each key: [N] -> [n, N]."""
     return jnp.unstack(jax.vmap(partial(jax.random.split, num=n))(keys), axis=1)
 
@@ -1242,10 +1273,9 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
             discounted_return=args.gamma * worlds.discounted_return + state.reward,
             episode_return=worlds.episode_return + state.reward,
             episode_length=worlds.episode_length + 1,
-            broken=worlds.broken + broken,
+            times_broken=worlds.times_broken + broken,
         )
         transition = Transition(
-            obs=start.obs,
             action=action,
             mean=policy.mean,
             start=start,
@@ -1255,7 +1285,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
             valid=~broken,
             finished=done & ~broken & (end.episode_length == state.info["elapsed"]),
         )
-        fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key, end.broken)
+        fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key, end.times_broken)
         return where_done(done, fresh, end), transition
 
     return jax.lax.scan(step, worlds, None, length=args.num_steps)
@@ -1347,14 +1377,15 @@ def stepping_action(robot: Robot, obs: jax.Array) -> jax.Array:
 def imitation_weight(args: Args, robot: Robot, iteration: jax.Array, obs: dict) -> jax.Array:
     """How much each sample is drawn to the stepping motion: [...] in 0 to 1.
 
-    All at first, then less and less; and later, once more, those that are told to stand. Who was
-    pushed has to step, and is left alone. obs: of actor and critic, [..., O].
+    All at first, then less and less; and later, once more, those that are told to stand and move
+    slower than 0.25 m/s: a faster one was pushed and has to step. obs: of actor and critic,
+    [..., O].
     """
     command = obs["actor"][..., part_slices(robot, SEEN["actor"])["command"]]
     velocity = obs["critic"][..., part_slices(robot, SEEN["critic"])["velocity"]][..., :2]
     slow = 0.25 * OBSERVATION["velocity"].scale  # 0.25 m/s
 
-    steps = iteration * float(args.steps_per_iteration)
+    steps = iteration * float(args.steps_per_iteration)  # float: int32 would overflow
     stands = (command == 0).all(axis=-1) & (steps >= args.standing_after)
     stands &= jnp.linalg.norm(velocity, axis=-1) < slow
     return jnp.where(stands, 1.0, jnp.maximum(1 - steps / args.imitation_steps, 0.0))
@@ -1415,6 +1446,7 @@ def ppo_loss(
         "losses/mirror_loss": mirror_loss,
         "losses/imitation_loss": imitation_loss,
         "losses/clipfrac": mean_valid(jnp.abs(ratio - 1) > args.clip_coef),
+        # Exact, unlike CleanRL's approx_kl.
         "losses/kl": mean_valid(kl_divergence(old_policy, policy)),
     }
     return loss, metrics
@@ -1424,7 +1456,8 @@ def current_learning_rate(args: Args, learner: Learner) -> jax.Array:
     """Adam's step size in this iteration."""
     if args.desired_kl is not None:
         return learner.learning_rate
-    return jnp.float32(args.learning_rate * (1 - learner.iteration / float(args.num_iterations)))
+    progress = learner.iteration / float(args.num_iterations)  # float: int32 would overflow
+    return jnp.float32(args.learning_rate * (1 - progress))
 
 
 def next_learning_rate(args: Args, learning_rate: jax.Array, kl: jax.Array) -> jax.Array:
@@ -1439,7 +1472,16 @@ def next_learning_rate(args: Args, learning_rate: jax.Array, kl: jax.Array) -> j
     return jnp.clip(factor * learning_rate, 1e-5, 1e-2)
 
 
-def update_epochs(
+def mean_over_devices(tree):
+    """The mean of the devices' trees, each a mean over about as many samples.
+
+    As one vector it takes one exchange, not one a leaf.
+    """
+    vector, unravel = ravel_pytree(tree)
+    return unravel(jax.lax.pmean(vector, "devices"))
+
+
+def update(
     args: Args, env: Env, learner: Learner, batch: Batch
 ) -> tuple[Learner, dict[str, jax.Array]]:
     """All epochs over a batch [B, ...], each device with its own share of it.
@@ -1447,11 +1489,9 @@ def update_epochs(
     Returns the learner after them, and metrics by tag: means over all minibatches.
     """
     learning_rate = current_learning_rate(args, learner)
-    progress = learner.iteration / float(args.num_iterations)
+    progress = learner.iteration / float(args.num_iterations)  # float: int32 would overflow
     ent_coef = args.ent_coef + progress * (args.final_ent_coef - args.ent_coef)
     optimizer = make_optimizer(args)
-    # The gradient as one vector, with the metrics, takes one exchange between devices, not one for
-    # each layer.
     vector, unravel = ravel_pytree(learner.params)
 
     def minibatch_step(carry, mb: Batch):
@@ -1459,8 +1499,7 @@ def update_epochs(
         gradient_and_metrics = jax.grad(ppo_loss, argnums=3, has_aux=True)(
             args, env, learner, unravel(vector), mb, ent_coef
         )
-        flat, unravel_both = ravel_pytree(gradient_and_metrics)
-        gradient, metrics = unravel_both(jax.lax.pmean(flat, "devices"))
+        gradient, metrics = mean_over_devices(gradient_and_metrics)
         gradient, _ = ravel_pytree(gradient)
         direction, opt_state = optimizer.update(gradient, opt_state)
 
@@ -1511,11 +1550,6 @@ def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
 # end shared
 
 
-def mean_over_devices(x):
-    """The mean of the devices' arrays or trees, each a mean over about as many samples."""
-    return jax.lax.pmean(x, "devices")
-
-
 def make_batch(
     args: Args, env: Env, learner: Learner, steps: Transition, reward: jax.Array
 ) -> tuple[Batch, jax.Array]:
@@ -1524,7 +1558,7 @@ def make_batch(
     Returns with it the critic's explained variance: 1 if it foresaw all value targets.
     """
     _, critic = make_networks(args, env)
-    both = jnp.stack([steps.obs["critic"], steps.end.env_state.obs["critic"]])  # [2, T, N, O]
+    both = jnp.stack([steps.start.obs["critic"], steps.end.env_state.obs["critic"]])  # [2, T, N, O]
     both = normalize(learner.obs_stats["critic"], both)
     value, next_value = critic.apply(learner.params["critic"], both)[..., 0]
     advantage, target = compute_gae(
@@ -1541,7 +1575,7 @@ def make_batch(
     advantage /= jnp.sqrt(mean(jnp.square(advantage))) + 1e-8
 
     batch = Batch(
-        obs=steps.obs,
+        obs=steps.start.obs,
         action=steps.action,
         mean=steps.mean,
         advantage=advantage,
@@ -1559,7 +1593,7 @@ def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
         "returns": (steps.finished * steps.end.episode_return).sum(),
         "lengths": (steps.finished * steps.end.episode_length).sum(),
         "falls": (steps.terminated & steps.valid).sum(),
-        "broken": worlds.broken.sum(),
+        "broken": worlds.times_broken.sum(),
     }
     sums = jax.lax.psum(sums, "devices")
     return {
@@ -1586,19 +1620,21 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
     reward = jnp.clip(reward / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
 
     batch, explained_variance = make_batch(args, env, learner, steps, reward)
-    learner, metrics = update_epochs(args, env, learner, batch)
+    learner, metrics = update(args, env, learner, batch)
 
     # Only now, since the policy that acted and the one that learns must see the same normalised
     # observations.
     obs_stats = {
-        name: update_stats(stats, steps.obs[name], steps.valid)
+        name: update_stats(stats, steps.start.obs[name], steps.valid)
         for name, stats in learner.obs_stats.items()
     }
     learner = learner.replace(obs_stats=obs_stats, return_stats=return_stats)
 
-    terms = steps.end.env_state.metrics.items()
-    metrics |= {name.replace("_", "/", 1): masked_mean(term, steps.valid) for name, term in terms}
-    metrics = mean_over_devices(metrics)
+    terms = {
+        name.replace("_", "/", 1): masked_mean(term, steps.valid)  # reward_x -> reward/x
+        for name, term in steps.end.env_state.metrics.items()
+    }
+    metrics |= mean_over_devices(terms)
     metrics |= {"losses/explained_variance": explained_variance}
     metrics |= episode_metrics(worlds, steps)
 
@@ -1670,7 +1706,7 @@ class CMujocoEnv:
         self.data = mujoco.MjData(self.model)
         self.feet, self.soles = find_feet(robot, self.model)
         self.sole_radius = self.model.geom_size[self.soles[0, 0], 0]
-        self.controller = controller(robot)
+        self.controller = make_controller(robot)
 
     def reset(self, seed: int) -> None:
         """Stand on the floor in the default pose, each joint off by up to 0.05 rad."""
@@ -1715,8 +1751,8 @@ class CMujocoEnv:
 
 # The test is frozen: results of different policies and versions compare only while it stays as it
 # is. Its commands stand in the robot's row.
-GATE_STARTS = 8
-GATE_STEPS = 500  # control steps of each
+TEST_STARTS = 8
+TEST_STEPS = 500  # control steps of each
 PUSH_SPEED = 0.5  # m/s, in a random direction
 PUSH_STEPS = (105, 210, 315, 420)  # at four phases of a gait; a fall has 1.6 s left to show
 
@@ -1730,7 +1766,7 @@ def drive(original: CMujocoEnv, policy: dict, command, seed: int, push: bool) ->
     memory = initial_memory()
     original.reset(seed)
     rows = []
-    for step in range(GATE_STEPS):
+    for step in range(TEST_STEPS):
         if push and step in PUSH_STEPS:
             angle = random.uniform(0, 2 * math.pi)
             direction = np.array([math.cos(angle), math.sin(angle)])
@@ -1758,39 +1794,43 @@ def drive(original: CMujocoEnv, policy: dict, command, seed: int, push: bool) ->
     }
 
 
-GATE_COLUMNS = ("falls", "error", "yaw", "sway", "slip", "jerk", "power", "drift")
+TEST_COLUMNS = ("falls", "error", "yaw", "sway", "slip", "jerk", "power", "drift")
 
 
 def judge(robot: Robot, policy: dict) -> dict:
-    """The test: each command from GATE_STARTS starts, without and with pushes.
+    """The test: each command from TEST_STARTS starts, without and with pushes.
 
-    Prints the table (means over the starts that did not end in a fall; falls are counted; m/s,
-    rad/s, W, m) and PASS or FAIL. Returns what it prints.
+    It is the same whatever the run's settings, so it takes the robot and not an `Env`. Prints the
+    table (means over the starts that did not end in a fall; falls are counted; m/s, rad/s, W, m)
+    and PASS or FAIL. Returns what it prints.
     """
     original = CMujocoEnv(robot)
     table = {}
-    print(f"{'command':22}" + "".join(f"{name:>9}" for name in GATE_COLUMNS))
+    print(f"{'command':22}" + "".join(f"{name:>9}" for name in TEST_COLUMNS))
     for push in (False, True):
-        for command_name, command in robot.gate.items():
+        for command_name, command in robot.test_commands.items():
             name = f"{command_name}, pushed" if push else command_name
             starts = [
                 drive(original, policy, np.array(command), seed, push)
-                for seed in range(GATE_STARTS)
+                for seed in range(TEST_STARTS)
             ]
-            stood = [start for start in starts if not start["falls"]]
-            row = {"falls": len(starts) - len(stood)}
-            for key in GATE_COLUMNS[1:]:
-                row[key] = float(np.mean([start[key] for start in stood])) if stood else math.nan
+            upright = [start for start in starts if not start["falls"]]
+            row = {"falls": len(starts) - len(upright)}
+            for key in TEST_COLUMNS[1:]:
+                values = [start[key] for start in upright]
+                row[key] = float(np.mean(values)) if values else math.nan
             table[name] = row
             print(f"{name:22}" + "".join(f"{value:9.3g}" for value in row.values()))
 
-    walking = [table[name] for name, command in robot.gate.items() if any(command)]
-    standing = [table[name] for name, command in robot.gate.items() if not any(command)]
+    walking = [table[name] for name, command in robot.test_commands.items() if any(command)]
+    told_to_stand = [
+        table[name] for name, command in robot.test_commands.items() if not any(command)
+    ]
     result = {
         "falls": sum(row["falls"] for row in table.values()),
         "error": float(np.mean([row["error"] for row in walking])),
         "yaw": float(np.mean([row["yaw"] for row in walking])),
-        "drift": float(np.mean([row["drift"] for row in standing])),
+        "drift": float(np.mean([row["drift"] for row in told_to_stand])),
     }
     passed = (  # not with NaN
         result["falls"] == 0
@@ -1844,7 +1884,7 @@ def write_video(robot: Robot, policy: dict, file: Path) -> None:
         memory = initial_memory()
         smooth = np.zeros(2)
         original.reset(0)
-        for command in robot.gate.values():
+        for command in robot.test_commands.values():
             for step in range(round(3 / CONTROL_DT)):
                 memory, action = act(policy, memory, original.observe(command))
                 original.step(action)
@@ -1873,7 +1913,7 @@ class Twin:
     def __init__(self, env: Env, start: State):
         self.env = env
         self.info = start.info
-        self.model = load_model(env.robot, CONTROL_DT / env.args.decimation, drawn=False)
+        self.model = load_model(env.robot, CONTROL_DT / env.args.decimation, visuals=False)
         payload = int(start.info["domain"]["payload"])
         for name, values in env.payloads.items():
             getattr(self.model, name)[:] = values[payload]
@@ -1882,7 +1922,7 @@ class Twin:
         self.data = mujoco.MjData(self.model)
 
     def step(self, action) -> None:
-        """What `Env.advance` does, at C MuJoCo's accuracy."""
+        """The physics of `Env.step` with its push, at C MuJoCo's accuracy."""
         env = self.env
         data = self.data
         domain = self.info["domain"]
@@ -2562,6 +2602,7 @@ def smoke(args: Args) -> None:
 
 def main(argv: list[str]) -> None:
     """Do what the command line asks for."""
+    # Parsed twice: the robot decides what the other flags default to.
     robot = ROBOTS[parse_args(argv).robot]
     default = Args(
         command_x=robot.command_x,

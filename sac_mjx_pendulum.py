@@ -102,10 +102,10 @@ class Range:
 
 Count = Annotated[int, Range(1, 1e9)]
 MaybeCount = Annotated[int | None, Range(1, 1e9)]
-Index = Annotated[int, Range(0, 1e9)]
+CountOrZero = Annotated[int, Range(0, 1e9)]
 NonNegative = Annotated[float, Range(0, 1e9)]
 Fraction = Annotated[float, Range(0, 1)]
-MaybeSize = Annotated[float | None, Range(0.05, 1e4)]  # of something physical
+MaybePositive = Annotated[float | None, Range(0.05, 1e4)]  # in SI units; None: the task's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Args:
     # The run
     exp_name: str = "sac_mjx_pendulum"
     """name of the experiment, part of the run folder's name"""
-    seed: Index = 1
+    seed: CountOrZero = 1
     """every random number follows from it and from the number of devices"""
     num_devices: MaybeCount = None
     """devices to split the worlds over; by default as many GPUs or CPU cores as divide the work"""
@@ -145,17 +145,17 @@ class Args:
     """the task: a rod, equal to Gymnasium's; or a mass at the end of a rod without weight"""
     gravity: Annotated[float | None, Range(0, 1e9)] = None
     """m/s^2; by default the task's own, and so for the next five"""
-    length: MaybeSize = None
+    length: MaybePositive = None
     """m"""
-    mass: MaybeSize = None
+    mass: MaybePositive = None
     """kg"""
     dt: Annotated[float | None, Range(1e-3, 0.2)] = None
     """s, of one step"""
-    max_torque: MaybeSize = None
+    max_torque: MaybePositive = None
     """Nm"""
-    max_speed: MaybeSize = None
+    max_speed: MaybePositive = None
     """rad/s"""
-    eval_every: Index = 10
+    eval_every: CountOrZero = 10
     """iterations between evaluations in MJX; 0 for none"""
     eval_episodes: Annotated[int, Range(1, 1e4)] = 100
     """episodes of each evaluation"""
@@ -175,7 +175,7 @@ class Args:
     """host: in the machine's memory, for a buffer that the device cannot hold"""
     batch_size: Count = 256
     """transitions in one update, over all devices"""
-    learning_starts: Index = 5120
+    learning_starts: CountOrZero = 5120
     """environment steps by a random policy before the first update"""
     policy_lr: NonNegative = 3e-3
     """Adam's step size for the actor"""
@@ -188,11 +188,11 @@ class Args:
     tau: Fraction = 0.01
     """share of the critics that goes into their targets at each update"""
     policy_frequency: Annotated[int, Range(1, 1e3)] = 1
-    """updates of the critics between those of the actor, of which as many follow"""
+    """the actor waits for this many updates of the critics, then makes as many, as in CleanRL"""
     target_network_frequency: Count = 1
     """updates of the critics between those of their targets"""
     autotune: bool = True
-    """tune the temperature until the policy's entropy is minus the number of actions"""
+    """tune the temperature towards a policy entropy (nats) of minus the action size"""
     alpha: Annotated[float, Range(1e-9, 1e9)] = 0.2
     """the temperature, the weight of the entropy, with --no-autotune"""
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -253,7 +253,8 @@ TASKS = {
         max_torque=4.0,
         max_speed=8.0,
         center=1.0,
-        inertia=1e-9,  # MuJoCo allows no less
+        # A point: nearly 0, but above MuJoCo's limit of 1e-15 kg m^2 for any --mass and --length.
+        inertia=1e-9,
     ),
 }
 
@@ -338,7 +339,9 @@ class State:
     data: Physics
     obs: jax.Array  # [O]
     reward: jax.Array  # []
-    done: jax.Array  # [] float, 1 if the episode terminated; the time limit is in info
+    # [] float, 1 if the episode terminated, here only where the world broke; the time limit is in
+    # info.
+    done: jax.Array
     metrics: dict[str, jax.Array]  # the reward's terms
     info: dict[str, jax.Array]
     # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env
@@ -381,6 +384,7 @@ class Env:
 
     def __init__(self, args: Args):
         self.task = make_task(args)
+        self.time_limit = self.task.time_limit  # steps
         self.gymnasium_id = "Pendulum-v1" if self.task == TASKS["Pendulum-v1"] else None
 
         device = jax.local_devices()[0]
@@ -433,11 +437,11 @@ class Env:
             data=Physics(qpos=next_qpos, qvel=next_qvel),
             obs=jnp.where(sane, observe(next_qpos, next_qvel), state.obs),
             reward=sum(terms.values()),
-            done=1.0 - sane,
+            done=1.0 - sane,  # a pendulum never terminates: a task that can says so here
             metrics=terms,
             info={
                 "elapsed": elapsed,
-                "truncated": elapsed >= task.time_limit,
+                "truncated": elapsed >= self.time_limit,
                 "broken": ~sane,
             },
         )
@@ -472,7 +476,7 @@ def make_networks(args: Args, env: Env) -> tuple[nn.Module, nn.Module]:
 
 
 @struct.dataclass
-class Gaussian:
+class TanhGaussian:
     """A normal distribution with independent components, squashed into (-1, 1) by tanh."""
 
     mean: jax.Array  # [..., A], before squashing; tanh of it is the median
@@ -481,7 +485,8 @@ class Gaussian:
     def sample(self, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Actions [..., A] and their log densities [...].
 
-        noise: [..., A], standard normal, so that gradients flow into mean and log_std.
+        noise: [..., A], standard normal; it is an argument, so that the action is differentiable
+        in mean and log_std (the reparametrisation trick).
         Source: arXiv:1812.05905, appendix C.
         """
         u = self.mean + jnp.exp(self.log_std) * noise
@@ -501,7 +506,7 @@ def initial_memory(batch: tuple[int, ...] = ()) -> tuple:
 
 def apply_policy(
     args: Args, env: Env, params: dict, memory: tuple, obs: jax.Array
-) -> tuple[tuple, Gaussian]:
+) -> tuple[tuple, TanhGaussian]:
     """The policy: its memory and observations [..., O] -> next memory, distribution.
 
     A recurrent network would keep its state in `memory`, which acting and both evaluations carry
@@ -512,7 +517,7 @@ def apply_policy(
     actor, _ = make_networks(args, env)
     mean, raw = jnp.split(actor.apply(params, obs), 2, axis=-1)
     log_std = -5.0 + 3.5 * (jnp.tanh(raw) + 1.0)  # from -5 to 2, as in CleanRL
-    return memory, Gaussian(mean=mean, log_std=log_std)
+    return memory, TanhGaussian(mean=mean, log_std=log_std)
 
 
 def apply_critics(
@@ -592,10 +597,10 @@ class Worlds:
 
     env_state: State
     memory: tuple  # the policy's
-    key: jax.Array
+    key: jax.Array  # of the actions and resets
     episode_return: jax.Array
     episode_length: jax.Array  # int32
-    broken: jax.Array  # int32, how often this world broke
+    times_broken: jax.Array  # int32
 
 
 @struct.dataclass
@@ -619,7 +624,7 @@ def make_optimizer(args: Args, name: str) -> optax.GradientTransformation:
     return optax.apply_if_finite(optax.adam(learning_rate), max_consecutive_errors=2**31 - 1)
 
 
-def start_worlds(env_state: State, keys: jax.Array, broken: jax.Array) -> Worlds:
+def start_worlds(env_state: State, keys: jax.Array, times_broken: jax.Array) -> Worlds:
     """Worlds [N] at the start of an episode."""
     return Worlds(
         env_state=env_state,
@@ -627,7 +632,7 @@ def start_worlds(env_state: State, keys: jax.Array, broken: jax.Array) -> Worlds
         key=keys,
         episode_return=jnp.zeros(keys.shape),
         episode_length=jnp.zeros(keys.shape, jnp.int32),
-        broken=broken,
+        times_broken=times_broken,
     )
 
 
@@ -658,7 +663,7 @@ def init_learner_and_worlds(args: Args, env: Env, key: jax.Array) -> tuple[Learn
     n = args.num_envs
     env_state = jax.vmap(kernel(env.reset))(jax.random.split(reset_key, n))
     # The worlds' clocks start at random, so that their time limits do not come all at once.
-    env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.task.time_limit)
+    env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.time_limit)
     worlds = start_worlds(env_state, jax.random.split(world_key, n), jnp.zeros(n, jnp.int32))
     return learner, worlds
 
@@ -689,7 +694,7 @@ class Report:
     finished: jax.Array  # bool: a whole episode is over, not broken, its clock started at 0
 
 
-def split_keys(keys: jax.Array, n: int) -> jax.Array:
+def split_keys(keys: jax.Array, n: int) -> tuple[jax.Array, ...]:
     """n new keys for each key: [N] -> [n, N]."""
     return jnp.unstack(jax.vmap(partial(jax.random.split, num=n))(keys), axis=1)
 
@@ -717,7 +722,8 @@ def interact(
     memory, policy = apply_policy(args, env, learner.actor, worlds.memory, start.obs)
     noise = jax.vmap(partial(jax.random.normal, shape=(env.action_size,)))(action_key)
     action, _ = policy.sample(noise)
-    uniform = 2 * jax.scipy.stats.norm.cdf(noise) - 1  # from -1 to 1
+    # From -1 to 1: the same noise made uniform, so that no other key is needed.
+    uniform = 2 * jax.scipy.stats.norm.cdf(noise) - 1
     action = jnp.where(learner.steps < args.random_steps, uniform, action)
     torque = env.task.max_torque * action
     state = jax.vmap(kernel(env.step))(start, torque)
@@ -730,7 +736,7 @@ def interact(
         key=key,
         episode_return=worlds.episode_return + state.reward,
         episode_length=worlds.episode_length + 1,
-        broken=worlds.broken + broken,
+        times_broken=worlds.times_broken + broken,
     )
     transition = Transition(
         obs=start.obs,
@@ -746,7 +752,7 @@ def interact(
         end=end,
         finished=done & ~broken & (end.episode_length == state.info["elapsed"]),
     )
-    fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key, end.broken)
+    fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key, end.times_broken)
     return where_done(done, fresh, end), transition, report
 
 
@@ -873,7 +879,10 @@ def update_critics(
 def update_actor(
     args: Args, env: Env, mb: Transition, learner: Learner, noise: jax.Array
 ) -> tuple[Learner, dict[str, jax.Array]]:
-    """One step of the actor and, with --autotune, of the temperature. noise: [B, A]."""
+    """One step of the actor and, with --autotune, of the temperature.
+
+    noise: [B, A]. learner and noise come last, for lax.scan.
+    """
     (loss, logprob), gradient = jax.value_and_grad(actor_loss, argnums=2, has_aux=True)(
         args, env, learner.actor, learner, mb, noise
     )
@@ -891,6 +900,8 @@ def update_actor(
     if not args.autotune:
         return learner, metrics
 
+    # CleanRL draws new actions for this; those of the actor's loss save a pass, and lag by one
+    # step.
     loss, gradient = jax.value_and_grad(alpha_loss, argnums=1)(env, learner.log_alpha, logprob)
     step, opt_state = make_optimizer(args, "alpha").update(gradient, learner.opt_state["alpha"])
     learner = learner.replace(
@@ -929,9 +940,9 @@ def update(
 
     # As many steps of the actor as it has missed; each has its own noise.
     actor_noise = jax.random.normal(actor_key, (args.policy_frequency, *mb.action.shape))
-    update_actor_often = partial(jax.lax.scan, partial(update_actor, args, env, mb))
+    catch_up = partial(jax.lax.scan, partial(update_actor, args, env, mb))
     due = learner.updates % args.policy_frequency == 0
-    learner, actor_metrics = when(due, update_actor_often, learner, actor_noise)
+    learner, actor_metrics = when(due, catch_up, learner, actor_noise)
 
     skipped = [opt_state.notfinite_count for opt_state in learner.opt_state.values()]
     metrics = critic_metrics | {tag: values.mean() for tag, values in actor_metrics.items()}
@@ -982,7 +993,7 @@ def summarize(
         "charts/episodic_return": returns / episodes,
         "charts/episodic_length": lengths / episodes,
         "charts/episodes_finished": episodes,
-        "charts/nan_resets": state.worlds.broken.sum(),
+        "charts/nan_resets": state.worlds.times_broken.sum(),
         "charts/skipped_in_a_row": jnp.nanmax(metrics["charts/skipped_in_a_row"]),
         "charts/skipped_updates": sum(
             opt_state.total_notfinite for opt_state in state.learner.opt_state.values()
@@ -991,7 +1002,8 @@ def summarize(
     }
     valid = ~report.end.env_state.info["broken"]
     for name, term in report.end.env_state.metrics.items():
-        summary[name.replace("_", "/", 1)] = masked_mean(term, valid)
+        tag = name.replace("_", "/", 1)  # reward_x -> reward/x
+        summary[tag] = masked_mean(term, valid)
     return summary
 
 
@@ -1042,7 +1054,7 @@ def interact_and_draw(args: Args, env: Env, learner: Learner, worlds: Worlds) ->
 def host_iteration(
     args: Args, mesh: Mesh, interact_program, learn_program, state: TrainState
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The same with the buffer in the host's memory: only minibatches go to the devices."""
+    """train_iteration with the buffer in the host's memory: only minibatches go to the devices."""
     learner = state.learner
     worlds = state.worlds
     buffer = state.buffer
@@ -1054,9 +1066,9 @@ def host_iteration(
     history = []
     for _ in range(args.num_steps):
         (worlds, transition, report), indices = interact_program(learner, worlds)
-        transition, (rows, columns), t = jax.device_get((transition, indices, learner.steps))
+        transition, (rows, world_numbers), t = jax.device_get((transition, indices, learner.steps))
         buffer = write(buffer, t, transition)
-        mbs = gather(buffer, (rows, first_world + columns))
+        mbs = gather(buffer, (rows, first_world + world_numbers))
         learner, metrics = learn_program(learner, jax.device_put(mbs, minibatch_sharding))
         history.append((metrics, report))
 
@@ -1320,7 +1332,8 @@ class PendulumLog(Log):
     """The log, which keeps the angles of some pendulums as well, for tools/."""
 
     def write(self, iteration: int, metrics: dict) -> dict:
-        (angles,) = to_arrays(metrics.pop("angles")).values()  # [T, 4] rad
+        gathered = to_arrays(metrics.pop("angles"))  # from all processes
+        (angles,) = gathered.values()  # [T, 4] rad
         values = super().write(iteration, metrics)
         tensor = Summary.Value(tag="angles", tensor=make_tensor_proto(angles))
         step = iteration * self.args.steps_per_iteration

@@ -132,9 +132,9 @@ def make_task(name: str) -> Task:
     robot = unitree.ROBOTS["g1"]
     if name == "g1":
         substeps = unitree.Args().decimation
-        model = unitree.load_model(robot, unitree.CONTROL_DT / substeps, drawn=False)
+        model = unitree.load_model(robot, unitree.CONTROL_DT / substeps, visuals=False)
         model = servo(model, robot)
-        center = unitree.controller(robot)[0]
+        center = unitree.make_controller(robot)[0]
         start = np.concatenate([[0, 0, robot.start_height, 1, 0, 0, 0], center])
     else:
         substeps = 4

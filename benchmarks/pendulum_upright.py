@@ -59,7 +59,7 @@ def last_second(run_dir: Path, starts: int) -> dict[str, np.ndarray]:
     returns = sac.evaluate_on_host(
         original, policy, starts, 1_000_000, lambda: path.append((original.data.qpos[0], original.data.qvel[0])))
     steps = round(1 / env.task.dt)
-    angle, speed = np.abs(np.reshape(path, (starts, env.task.time_limit, 2))[:, -steps:]).max(axis=1).T
+    angle, speed = np.abs(np.reshape(path, (starts, env.time_limit, 2))[:, -steps:]).max(axis=1).T
     return {"return": returns, "angle": angle, "speed": speed}
 
 

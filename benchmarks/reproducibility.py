@@ -221,8 +221,8 @@ def in_c(task: str, starts, actions) -> np.ndarray:
     """Coordinates [S, T, nq] by C MuJoCo."""
     if task == "G1":
         robot = unitree.ROBOTS["g1"]
-        (default, stiffness, damping, most), substeps = unitree.controller(robot), unitree.Args.decimation
-        model = unitree.load_model(robot, unitree.CONTROL_DT / substeps, drawn=False)
+        (default, stiffness, damping, most), substeps = unitree.make_controller(robot), unitree.Args.decimation
+        model = unitree.load_model(robot, unitree.CONTROL_DT / substeps, visuals=False)
     else:
         model, substeps = ppo_mjx.load_model(ppo_mjx.TASKS[task]), ppo_mjx.TASKS[task].frame_skip
     data, path = mujoco.MjData(model), np.zeros((*actions.shape[:2], model.nq))

@@ -82,7 +82,7 @@ class Task:
 
 def servo(model: mujoco.MjModel, robot: unitree.Robot) -> mujoco.MjModel:
     """The model with the robot's joint controllers as actuators, so that C MuJoCo needs no Python between its steps."""
-    _, stiffness, damping, max_torque = unitree.controller(robot)
+    _, stiffness, damping, max_torque = unitree.make_controller(robot)
     model.actuator_biastype[:], model.actuator_forcelimited[:] = mujoco.mjtBias.mjBIAS_AFFINE, True
     model.actuator_gainprm[:, 0], model.actuator_ctrllimited[:] = stiffness, False
     model.actuator_biasprm[:, 1], model.actuator_biasprm[:, 2] = -stiffness, -damping
@@ -106,8 +106,8 @@ def make_task(name: str) -> Task:
         return Task(partial(sac.Env, args), model, model, 1,
                     lambda qpos, qvel: np.zeros(len(qpos), bool), scale=task.max_torque, gymnasium_id=env.gymnasium_id)
     args, robot = unitree.Args(robot=name), unitree.ROBOTS[name]
-    dt, default = unitree.CONTROL_DT / args.decimation, unitree.controller(robot)[0]
-    load = partial(unitree.load_model, robot, dt, drawn=False)
+    dt, default = unitree.CONTROL_DT / args.decimation, unitree.make_controller(robot)[0]
+    load = partial(unitree.load_model, robot, dt, visuals=False)
     return Task(partial(unitree.Env, args), load(), servo(load(), robot), args.decimation,
                 lambda qpos, _: unitree.has_fallen(robot, qpos, np),
                 to_ctrl=lambda action: default + robot.action_scale * action)

@@ -42,7 +42,7 @@ def load(name: str) -> mujoco.MjModel:
     if name == "g1":
         import ppo_mjx_unitree as unitree
 
-        return unitree.load_model(unitree.ROBOTS["g1"], 0.005, drawn=False)
+        return unitree.load_model(unitree.ROBOTS["g1"], 0.005, visuals=False)
     path = GYMNASIUM / TASKS[name] if name in TASKS else HERE / "robots" / f"{name}.xml"
     model = mujoco.MjModel.from_xml_path(str(path))
     if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:  # which MJX does not have

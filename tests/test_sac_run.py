@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_mjx
 import sac_mjx_pendulum as sac
-from tools import film_pendulum, live_window
+from tools import export_policy, film_pendulum, live_window
 
 SCRIPT = Path(sac.__file__)
 STEPS = 16 * 8  # of one iteration of SMALL
@@ -209,6 +209,20 @@ def small_run(tmp_path_factory) -> Path:
         sac.main([*flags, "--runs-dir", str(runs)])
     (folder,) = runs.iterdir()
     return folder
+
+
+def test_exported_policy_acts_the_same(small_run):
+    """The ONNX graph, of a script without a normaliser, gives the torques of `act`."""
+    onnx = pytest.importorskip("onnx.reference")
+    export_policy.main([str(small_run)])
+    obs = np.random.default_rng(0).normal(0, 3, (50, 3)).astype(np.float32)
+    with np.load(small_run / "policy.npz") as policy:
+        _, expected = sac.act(policy, (), obs)
+    graph = onnx.ReferenceEvaluator(str(small_run / "policy.onnx"))
+    (torque,) = graph.run(None, {"obs": obs})
+    assert torque.shape == (50, 1)
+    assert np.ptp(expected) > 0.01
+    np.testing.assert_allclose(torque, expected, atol=1e-5)
 
 
 def read_film(file: Path) -> tuple[np.ndarray, float]:

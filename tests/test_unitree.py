@@ -63,7 +63,7 @@ def rotation(quat) -> np.ndarray:
 
 # ---- Model
 
-BUILDS = partial(unitree.load_model, dt=0.002), partial(unitree.load_model, dt=0.005, drawn=False)
+BUILDS = partial(unitree.load_model, dt=0.002), partial(unitree.load_model, dt=0.005, visuals=False)
 
 def reference_model() -> mujoco.MjModel:
     """The facts as MJCF, in lines that share nothing with the script's."""
@@ -146,14 +146,14 @@ def test_standing_height():
 
 def test_only_soles_touch_the_floor():
     """No other pair of shapes can collide, drawn or not."""
-    for drawn in (True, False):
-        model = unitree.load_model(ROBOT, 0.002, drawn)
+    for visuals in (True, False):
+        model = unitree.load_model(ROBOT, 0.002, visuals)
         kind, affinity = model.geom_contype, model.geom_conaffinity
         pairs = (kind[:, None] & affinity | affinity[:, None] & kind) > 0
         floor = np.array([model.geom(i).name == "floor" for i in range(model.ngeom)])
         sole = np.array(["sole" in model.geom(i).name for i in range(model.ngeom)])
         np.testing.assert_array_equal(pairs, floor[:, None] & sole | sole[:, None] & floor)
-        assert floor.sum() == 1 and sole.sum() == 8 and (model.ngeom > 9) == drawn
+        assert floor.sum() == 1 and sole.sum() == 8 and (model.ngeom > 9) == visuals
 
 def changed_robot(folder: Path, change) -> unitree.Robot:
     """The robot by another MJCF file, in which `change` has changed the MjSpec."""
@@ -600,7 +600,7 @@ def test_payloads_are_compiled_models(env):
             equal = np.allclose(mine, other, rtol=1e-6, atol=1e-9)
             same, unequal = same + equal, unequal + [] if equal else [*unequal, jax.tree_util.keystr(path)]
         assert same > 100 and set(unequal) <= UNUSED, unequal
-    usual = mjx.put_model(unitree.load_model(ROBOT, 0.005, drawn=False), impl="jax")
+    usual = mjx.put_model(unitree.load_model(ROBOT, 0.005, visuals=False), impl="jax")
     assert_same(env.model, usual)  # drawing payloads leaves the robot as it was
 
 def test_every_randomised_number_changes_the_physics(step, moments):
@@ -763,7 +763,7 @@ def test_domains_cover_their_ranges():
     for name, value in {"friction": 0.8, "stiffness": 1, "damping": 1, "strength": 1, "delay": 0}.items():
         np.testing.assert_allclose(domain[name], value, rtol=1e-6)
     for name, values in env.payloads.items():
-        robots = getattr(unitree.load_model(ROBOT, 0.005, drawn=False), name)
+        robots = getattr(unitree.load_model(ROBOT, 0.005, visuals=False), name)
         np.testing.assert_allclose(values, np.stack([robots] * unitree.NUM_PAYLOADS), rtol=1e-9)
 
 def test_resets():
@@ -839,10 +839,10 @@ def test_rollout_of_short_episodes(make_mesh):
     np.testing.assert_array_equal(steps.finished, (time == 10) | (time == 5) & (started == 0))
     assert steps.finished.any() and (steps.done & ~steps.finished).any()
     for name in ("actor", "critic"):
-        after = np.concatenate([steps.obs[name][1:], worlds.env_state.obs[name][None]])
+        after = np.concatenate([steps.start.obs[name][1:], worlds.env_state.obs[name][None]])
         same = np.isclose(after, steps.end.env_state.obs[name], rtol=1e-5, atol=1e-5).all(axis=-1)
         np.testing.assert_array_equal(same, ~steps.done)
-    starts = np.concatenate([steps.obs["critic"][0], steps.obs["critic"][1:][steps.done[:-1]]])
+    starts = np.concatenate([steps.start.obs["critic"][0], steps.start.obs["critic"][1:][steps.done[:-1]]])
     assert len(np.unique(starts, axis=0)) == len(starts) > 128  # also of one world
     rewards, late = steps.end.env_state.reward, started == 2  # these end after 3 and 8 steps
     np.testing.assert_allclose(steps.end.episode_return[7, late], rewards[3:, late].sum(axis=0), rtol=1e-4)
@@ -852,7 +852,7 @@ def test_rollout_of_short_episodes(make_mesh):
     np.testing.assert_array_equal(steps.end.episode_length[7, late], 5)
     stats = jax.tree.map(as_numpy, state.learner.obs_stats["actor"])
     mean = unitree.make_networks(USUAL, env)[0].apply(
-        state.learner.params["actor"], unitree.normalize(stats, steps.obs["actor"]))
+        state.learner.params["actor"], unitree.normalize(stats, steps.start.obs["actor"]))
     np.testing.assert_allclose(steps.mean, mean, atol=1e-5)
     noise = (steps.action - steps.mean) / np.exp(USUAL.init_log_std)
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
@@ -875,7 +875,7 @@ def test_broken_world_does_not_reach_the_networks(make_mesh):
     assert metrics["charts/nan_resets"] == 1 and metrics["charts/falls"] == 0
     assert all(np.isfinite(as_numpy(x)).all() for x in jax.tree.leaves(state))
     assert all(np.isfinite(x) for x in metrics.values()) and metrics["charts/episodic_length"] == 5
-    np.testing.assert_array_equal(state.worlds.broken, np.arange(64) == 3)
+    np.testing.assert_array_equal(state.worlds.times_broken, np.arange(64) == 3)
     for stats in (*state.learner.obs_stats.values(), state.learner.return_stats):
         assert float(stats.count) == pytest.approx(511, abs=1e-2)  # not of the step that broke
     assert int(state.learner.iteration) == 1
@@ -893,7 +893,8 @@ def test_broken_steps_are_not_learnt_from(make_mesh, reward):
     def learn(value):
         end = steps.end.env_state.replace(reward=np.where(breaks, value, steps.end.env_state.reward))
         returns = np.where(breaks, value, steps.end.discounted_return)
-        changed = steps.replace(valid=~breaks, start=None, end=steps.end.replace(
+        start = steps.start.replace(info={})
+        changed = steps.replace(valid=~breaks, start=start, end=steps.end.replace(
             env_state=end.replace(info={"broken": breaks}), key=None, discounted_return=returns))
         changed = jax.tree.map(jnp.asarray, changed)
         with pytest.MonkeyPatch.context() as patch:
@@ -1035,7 +1036,7 @@ def update(make_mesh):
         batch = unitree.Batch(*jax.tree.map(
             lambda x: jnp.asarray(x, jnp.float32), (obs, action, old_mean, advantage, target)), jnp.full(16, True))
         if args not in programs:
-            program = jax.shard_map(partial(unitree.update_epochs, args, TINY), mesh=make_mesh(1), in_specs=(P(), P()),
+            program = jax.shard_map(partial(unitree.update, args, TINY), mesh=make_mesh(1), in_specs=(P(), P()),
                                     out_specs=(P(), P()), check_vma=False)
             programs[args] = jax.jit(program).lower(learner, batch).compile(QUICK)
         return *programs[args](learner, batch), learner
@@ -1093,8 +1094,8 @@ def watched(judge: bool):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unitree, "save", save)
         if judge:  # one short start for each command
-            patch.setattr(unitree, "GATE_STARTS", 1)
-            patch.setattr(unitree, "GATE_STEPS", 100)
+            patch.setattr(unitree, "TEST_STARTS", 1)
+            patch.setattr(unitree, "TEST_STEPS", 100)
         else:
             patch.setattr(unitree, "judge", lambda *_: {"passed": False})
         yield states
@@ -1215,7 +1216,7 @@ def test_resumed_is_uninterrupted(trained, tmp_path):
     assert [int(state.learner.iteration) for state in states] == [LEARN.num_iterations]
     assert_same(states[0], state)
     result = json.loads((run_dir / "run.json").read_text())["evaluation"]
-    assert not result["passed"] and len(result["table"]) == 2 * len(ROBOT.gate)
+    assert not result["passed"] and len(result["table"]) == 2 * len(ROBOT.test_commands)
 
 @pytest.mark.parametrize(("factor", "well"), [(1.0, True), (1.001, False), (math.nan, False)])
 def test_smoke_compares_a_resumed_run(monkeypatch, capsys, tmp_path, factor, well):
@@ -1378,9 +1379,9 @@ def test_verdict(monkeypatch, capsys, change, passed):
     monkeypatch.setattr(unitree, "drive", drive)
     result, out = unitree.judge(ROBOT, {}), capsys.readouterr().out
     assert result["passed"] == passed and ("PASS" in out) == passed and ("FAIL" in out) != passed
-    assert len(set(calls)) == len(calls) == 2 * 8 * len(ROBOT.gate)
+    assert len(set(calls)) == len(calls) == 2 * 8 * len(ROBOT.test_commands)
     assert {push for *_, push in calls} == {True, False} and {seed for _, seed, _ in calls} == set(range(8))
-    assert all(name in out for name in ROBOT.gate)
+    assert all(name in out for name in ROBOT.test_commands)
     if passed:
         assert (result["error"], result["yaw"], result["drift"]) == pytest.approx((0.14, 0.19, 0.09))
 

@@ -3,10 +3,10 @@
     python tools/export_policy.py runs/NAME
     python tools/export_policy.py runs/NAME --script my_robot.py
 
-It writes runs/NAME/policy.onnx: obs [N, O] -> action [N, A], both float32, the normaliser inside.
-The graph is what the script's own function `act` computes, so that a copy of a script with another
-network needs no other tool. run.json names the script; it is taken from the run folder if there is
-a copy of it, else from above this folder, and --script names another one. Needs the package onnx.
+It writes runs/NAME/policy.onnx: obs [N, O] -> action [N, A], both float32, with the normaliser
+inside, if the script has one. The graph is what the script's own function `act` computes, so that
+a copy of a script with another network needs no other tool. run.json names the script, which is
+looked for above this folder; --script names another one. Needs the package onnx.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def export(script: ModuleType, policy: dict[str, np.ndarray], file: Path) -> Non
         graph.nodes.append(helper.make_node("Identity", [symbol.name], [name]))
 
     graph = Graph()
-    obs_size = len(policy["obs_mean"])
+    obs_size = len(policy.get("obs_mean", policy["w0"]))
     leaves, tree = jax.tree.flatten(script.initial_memory((1,)))
     names = [f"memory_{i}" for i in range(len(leaves))]
     memory = jax.tree.unflatten(tree, [Symbol(graph, name) for name in names])
@@ -160,12 +160,8 @@ def main(argv: list[str]) -> None:
     try:
         with np.load(flags.run_dir / "policy.npz", allow_pickle=False) as arrays:
             policy = dict(arrays)
-        path = flags.script
-        if not path:
-            name = json.loads((flags.run_dir / "run.json").read_text())["script"]
-            copy = flags.run_dir / name
-            path = copy if copy.exists() else ROOT / name
-        script = load_script(path)
+        run = json.loads((flags.run_dir / "run.json").read_text())
+        script = load_script(flags.script or ROOT / run["script"])
     except Exception as error:
         problem = f"{type(error).__name__}: {error!s:.200}"
         parser.error(f"{flags.run_dir}: no policy, or no script that made it ({problem})")

@@ -167,9 +167,9 @@ def main(argv: list[str]) -> None:
         player.next_frame,
         interval=1000 * dt,
         blit=True,  # drawing every frame whole takes several times as long
-        save_count=1,
+        save_count=1,  # the frames have no end: without it matplotlib warns
     )
-    figure.animation = playing  # which ends when nothing refers to it
+    figure.animation = playing  # kept: matplotlib stops an animation that is garbage-collected
     pyplot.show()
 
 
