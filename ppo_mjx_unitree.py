@@ -687,8 +687,8 @@ class State:
 def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
     """One step of one world's physics.
 
-    onekernel's step is MJX's, but its solver stops as soon as it has converged, and its frame of
-    friction for steep capsules is C MuJoCo's.
+    onekernel's step equals MJX's to rounding, up to two things: its solver stops as soon as it has
+    converged, and a capsule steeper than 60 degrees gets C MuJoCo's friction directions.
     """
     if onekernel:
         return onekernel.mjx.step(model, data)
@@ -698,9 +698,10 @@ def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
 
 @cache
 def kernel(function):
-    """A function of one world as one kernel for all: jax.vmap(kernel(env.step))(states, actions).
+    """Compile a function of ONE world: jax.vmap of the result runs all worlds in one kernel.
 
-    Without onekernel, the function itself, for XLA.
+    See docs/onekernel.md. Without onekernel it returns the function itself, which XLA compiles, to
+    a program many times slower. Cached, so that each function is compiled once.
     """
     return onekernel.compile(function) if onekernel else function
 
@@ -965,6 +966,7 @@ class RunningStats:
 def update_stats(stats: RunningStats, batch: jax.Array, valid: jax.Array) -> RunningStats:
     """Merge in the valid samples of the batches [T, N, ...] of all devices. valid: bool [T, N].
 
+    Only inside shard_map over "devices".
     Source: Chan, Golub and LeVeque's parallel variance.
     """
     count = jax.lax.psum(valid.sum(), "devices")
@@ -1115,10 +1117,11 @@ def shuffle(key: jax.Array, size: int) -> jax.Array:
     """A random order of `size` items, int32 [size].
 
     It sorts one array, of random bits followed by the item's own number: five times as fast on a
-    CPU as jax.random.permutation, which sorts pairs, twice.
+    CPU as jax.random.permutation, which sorts pairs, twice. Nearly uniform: items that draw equal
+    bits keep their order.
     """
     bits = (size - 1).bit_length()
-    if bits > 13:  # too few random bits would be left
+    if bits > 13:  # fewer than 19 random bits would be left
         return jax.random.permutation(key, size)
     marked = (jax.random.bits(key, (size,)) << bits) | jnp.arange(size, dtype=jnp.uint32)
     return (jnp.sort(marked) & ((1 << bits) - 1)).astype(jnp.int32)
@@ -1309,15 +1312,16 @@ def compute_gae(
 ) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimates and value targets of a rollout, in units of the reward.
 
-    All arguments and results are [T, N]. next_value belongs to the state in which the step ended,
-    before any reset: nothing is to come after a termination, but an episode that the time limit
-    cuts keeps what that state promised. So does one whose next step is not valid; an invalid step
-    has the advantage 0.
+    All arguments and results are [T, N]. next_value is the critic's value of the state that the
+    step reached, before any reset. A terminated step does not bootstrap (0 in place of next_value).
+    A step at the time limit, or before an invalid step, bootstraps from next_value and takes
+    nothing from later advantages. Invalid steps get advantage 0.
     Source: arXiv:1506.02438, equation 16; the parts of the time limit and of `valid` are ours.
     """
 
     def backwards(next_advantage, step):
         reward, value, next_value, terminated, done, valid = step
+        # Unlike CleanRL: an episode that the time limit cuts is worth what was to come.
         delta = reward + args.gamma * jnp.where(terminated, 0.0, next_value) - value
         following = jnp.where(done, 0.0, next_advantage)
         advantage = delta + args.gamma * args.gae_lambda * following
@@ -1540,8 +1544,10 @@ def update(
 def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
     """What the first world to break went through, for `dump`.
 
-    Of all worlds [T, N, ...] -> [1, T, ...], so that the first axis is that of the devices.
+    Of all worlds [T, N, ...] -> [1, T, ...], so that the first axis is that of the devices. It is
+    world 0's if none broke; `dump` checks.
     """
+    # argmax finds the first True in the order of memory: the earliest step, its lowest world.
     world = jnp.unravel_index(jnp.argmax(broken), broken.shape)[1]
     steps = {"start": start, "action": action, "broken": broken}
     return jax.tree.map(lambda x: x[None, :, world], steps)
@@ -1962,8 +1968,8 @@ class Log:
         self.start = time.time()
         self.first_step = first * args.steps_per_iteration
         self.shown = "-"  # the last return
-        self.resets = 0  # of worlds that broke, in the whole run; after a resume not known yet
-        self.dumped = False  # the first of them
+        self.resets = 0  # worlds reset in the whole run, as last logged
+        self.dumped = False  # whether nan_dump.npz has been dealt with
 
         quiet = jax.process_index() > 0
         name = f"events.out.tfevents.{time.time_ns()}"
@@ -2018,8 +2024,10 @@ class Log:
         if resets > self.resets and not self.dumped:
             self.dumped = dump(self.args, self.run_dir / "nan_dump.npz", box)
         self.resets = resets
-        skipped = values["charts/skipped_in_a_row"]  # NaN before the first update
+        # NaN in SAC before its first update; NaN >= 10 is False.
+        skipped = values["charts/skipped_in_a_row"]
         message = f"{self.run_dir}: step {step}: {skipped:.0f} gradients in a row are not finite"
+        # One bad gradient is bad luck; ten in a row mean that the parameters are lost.
         require(not skipped >= 10, message, 1)
 
         if values["charts/episodes_finished"]:
@@ -2076,7 +2084,7 @@ def from_arrays(arrays: dict[str, np.ndarray], like):
 
 
 def writing(file: Path):
-    """For what may find a full disk."""
+    """Context for file writes: a full disk ends the run with one line."""
     return or_fail(f"cannot write {file}; what was saved before is whole", 1, OSError)
 
 
@@ -2129,7 +2137,8 @@ def save(args: Args, run_dir: Path, state: TrainState, policy: dict) -> None:
     folder = run_dir / "checkpoints"
     with writing(folder):
         folder.mkdir(exist_ok=True)
-        write_npz(run_dir / "policy.npz", policy)  # first: a resumed run starts at the checkpoint
+        # Before the checkpoint: if we are killed in between, resuming from the older one rewrites it.
+        write_npz(run_dir / "policy.npz", policy)
         write_npz(folder / f"{int(state.learner.iteration):09}.npz", arrays)
         for old in [*checkpoints(run_dir)[3:], *folder.glob("*.part")]:
             old.unlink()
@@ -2273,19 +2282,20 @@ def split_cpu(args: Args) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     each = (args.num_devices or cores) // (args.num_processes or 1)
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
+        # At most 64: of 256 worlds each would get fewer than four.
         jax.config.update("jax_num_cpu_devices", min(max(each, 1), 64))
 
 
 def join_processes(args: Args) -> None:
-    """Meet the other processes. What is None, JAX asks SLURM or Open MPI for."""
+    """Join the other processes; JAX asks SLURM or Open MPI for arguments that are None."""
     auto = args.coordinator_address == "auto"
     with or_fail("--coordinator-address, --num-processes, --process-id"):
         jax.distributed.initialize(
             coordinator_address=None if auto else args.coordinator_address,
             num_processes=args.num_processes,
             process_id=args.process_id,
-            heartbeat_timeout_seconds=20,
-            shutdown_timeout_seconds=3600,
+            heartbeat_timeout_seconds=20,  # a process that is silent for so long ends all of them
+            shutdown_timeout_seconds=3600,  # as all wait while the first evaluates and films
         )
         multihost_utils.sync_global_devices("start")  # now: on CPUs Gloo waits for 30 s at most
 
@@ -2343,7 +2353,7 @@ def check_memory(mesh: Mesh | None, size: int, flag: str = "--num-envs") -> None
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     message = f"{flag}: this takes {size} bytes of the {room} that there are; try less"
-    require(size < 0.95 * room, message)
+    require(size < 0.95 * room, message)  # the rest is for code and the libraries' own memory
 
 
 # end shared

@@ -351,8 +351,8 @@ class State:
 def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
     """One step of one world's physics.
 
-    onekernel's step is MJX's, but its solver stops as soon as it has converged, and its frame of
-    friction for steep capsules is C MuJoCo's.
+    onekernel's step equals MJX's to rounding, up to two things: its solver stops as soon as it has
+    converged, and a capsule steeper than 60 degrees gets C MuJoCo's friction directions.
     """
     if onekernel:
         return onekernel.mjx.step(model, data)
@@ -362,9 +362,10 @@ def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
 
 @cache
 def kernel(function):
-    """A function of one world as one kernel for all: jax.vmap(kernel(env.step))(states, actions).
+    """Compile a function of ONE world: jax.vmap of the result runs all worlds in one kernel.
 
-    Without onekernel, the function itself, for XLA.
+    See docs/onekernel.md. Without onekernel it returns the function itself, which XLA compiles, to
+    a program many times slower. Cached, so that each function is compiled once.
     """
     return onekernel.compile(function) if onekernel else function
 
@@ -956,8 +957,10 @@ def update(
 def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
     """What the first world to break went through, for `dump`.
 
-    Of all worlds [T, N, ...] -> [1, T, ...], so that the first axis is that of the devices.
+    Of all worlds [T, N, ...] -> [1, T, ...], so that the first axis is that of the devices. It is
+    world 0's if none broke; `dump` checks.
     """
+    # argmax finds the first True in the order of memory: the earliest step, its lowest world.
     world = jnp.unravel_index(jnp.argmax(broken), broken.shape)[1]
     steps = {"start": start, "action": action, "broken": broken}
     return jax.tree.map(lambda x: x[None, :, world], steps)
@@ -1182,7 +1185,7 @@ def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
     state = jax.vmap(kernel(env.reset))(keys)
     alive = jnp.full(len(keys), True)
     start = (state, initial_memory(keys.shape), alive, jnp.zeros(len(keys)))
-    (*_, total), _ = jax.lax.scan(step, start, None, length=env.task.time_limit)
+    (*_, total), _ = jax.lax.scan(step, start, None, length=env.time_limit)
     return total
 
 
@@ -1215,7 +1218,8 @@ def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
     episodes = args.eval_episodes
     keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(episodes))
     returns = {}
-    returns["MJX"] = np.asarray(evaluate_mjx(env, policy, keys))  # the starts of C MuJoCo's
+    # From the same initial states as C MuJoCo.
+    returns["MJX"] = np.asarray(evaluate_mjx(env, policy, keys))
     returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, episodes, args.seed)
     if importlib.util.find_spec("gymnasium"):
         gymnasium = importlib.import_module("gymnasium")
@@ -1255,8 +1259,8 @@ class Log:
         self.start = time.time()
         self.first_step = first * args.steps_per_iteration
         self.shown = "-"  # the last return
-        self.resets = 0  # of worlds that broke, in the whole run; after a resume not known yet
-        self.dumped = False  # the first of them
+        self.resets = 0  # worlds reset in the whole run, as last logged
+        self.dumped = False  # whether nan_dump.npz has been dealt with
 
         quiet = jax.process_index() > 0
         name = f"events.out.tfevents.{time.time_ns()}"
@@ -1311,8 +1315,10 @@ class Log:
         if resets > self.resets and not self.dumped:
             self.dumped = dump(self.args, self.run_dir / "nan_dump.npz", box)
         self.resets = resets
-        skipped = values["charts/skipped_in_a_row"]  # NaN before the first update
+        # NaN in SAC before its first update; NaN >= 10 is False.
+        skipped = values["charts/skipped_in_a_row"]
         message = f"{self.run_dir}: step {step}: {skipped:.0f} gradients in a row are not finite"
+        # One bad gradient is bad luck; ten in a row mean that the parameters are lost.
         require(not skipped >= 10, message, 1)
 
         if values["charts/episodes_finished"]:
@@ -1382,7 +1388,7 @@ def from_arrays(arrays: dict[str, np.ndarray], like):
 
 
 def writing(file: Path):
-    """For what may find a full disk."""
+    """Context for file writes: a full disk ends the run with one line."""
     return or_fail(f"cannot write {file}; what was saved before is whole", 1, OSError)
 
 
@@ -1435,7 +1441,8 @@ def save(args: Args, run_dir: Path, state: TrainState, policy: dict) -> None:
     folder = run_dir / "checkpoints"
     with writing(folder):
         folder.mkdir(exist_ok=True)
-        write_npz(run_dir / "policy.npz", policy)  # first: a resumed run starts at the checkpoint
+        # Before the checkpoint: if we are killed in between, resuming from the older one rewrites it.
+        write_npz(run_dir / "policy.npz", policy)
         write_npz(folder / f"{int(state.learner.iteration):09}.npz", arrays)
         for old in [*checkpoints(run_dir)[3:], *folder.glob("*.part")]:
             old.unlink()
@@ -1579,19 +1586,20 @@ def split_cpu(args: Args) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     each = (args.num_devices or cores) // (args.num_processes or 1)
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
+        # At most 64: of 256 worlds each would get fewer than four.
         jax.config.update("jax_num_cpu_devices", min(max(each, 1), 64))
 
 
 def join_processes(args: Args) -> None:
-    """Meet the other processes. What is None, JAX asks SLURM or Open MPI for."""
+    """Join the other processes; JAX asks SLURM or Open MPI for arguments that are None."""
     auto = args.coordinator_address == "auto"
     with or_fail("--coordinator-address, --num-processes, --process-id"):
         jax.distributed.initialize(
             coordinator_address=None if auto else args.coordinator_address,
             num_processes=args.num_processes,
             process_id=args.process_id,
-            heartbeat_timeout_seconds=20,
-            shutdown_timeout_seconds=3600,
+            heartbeat_timeout_seconds=20,  # a process that is silent for so long ends all of them
+            shutdown_timeout_seconds=3600,  # as all wait while the first evaluates and films
         )
         multihost_utils.sync_global_devices("start")  # now: on CPUs Gloo waits for 30 s at most
 
@@ -1649,7 +1657,7 @@ def check_memory(mesh: Mesh | None, size: int, flag: str = "--num-envs") -> None
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     message = f"{flag}: this takes {size} bytes of the {room} that there are; try less"
-    require(size < 0.95 * room, message)
+    require(size < 0.95 * room, message)  # the rest is for code and the libraries' own memory
 
 
 # end shared

@@ -528,7 +528,8 @@ def processes(args: Args, script: str, folder: Path):
     pair[0].wait_for(lambda: "step " in pair[0].text)
     pair[1].process.terminate()
     codes = [run.end(90) for run in pair]
-    rows.append(row("SIGTERM to process 1 of two", script, 1, int(codes == [143, 143] and "to continue" in pair[0].text),
+    stopped = codes == [143, 143] and "to continue" in pair[0].text
+    rows.append(row("SIGTERM to process 1 of two", script, 1, int(stopped),
                     f"exit codes {codes}, both after the same iteration"))
     return rows
 
