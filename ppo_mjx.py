@@ -1626,9 +1626,9 @@ class Log:
         with writing(run_dir / "events*"):
             self.writer = RecordWriter(open(os.devnull if quiet else run_dir / name, "ab"))
         self.write_event(0, file_version="brain.Event:2")
-        if first:  # TensorBoard forgets what an interrupted run wrote from this step on
-            session = SessionLog(status=SessionLog.START)
-            self.write_event(self.first_step + 1, session_log=session)
+        # TensorBoard forgets what an interrupted run wrote from this step on. That may be all of it.
+        session = SessionLog(status=SessionLog.START)
+        self.write_event(self.first_step + 1, session_log=session)
         rows = [f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items()]
         table = "|param|value|\n|-|-|" + "".join(rows)
         summary = text_pb("hyperparameters/text_summary", table)
