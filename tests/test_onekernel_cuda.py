@@ -24,7 +24,7 @@ from quick import quick_jit
 
 import onekernel
 import ppo_mjx
-from onekernel import api, cpu, cuda, ffi
+from onekernel import api, cpu, cuda, ffi, machine_code
 
 WORLDS = 150  # two blocks of 64 threads and a part of a third
 NAMES = ("control_and_memory", "every_operation", "half_cheetah")
@@ -516,7 +516,7 @@ def grid(text: str):
         ]
     arguments = ", ".join(f"{kind} %value{index}" for index, kind in enumerate(types))
     text += GRID.replace("{read}", "\n  ".join(read)).replace("{arguments}", arguments)
-    code = cpu.compile_ir(text)
+    code = machine_code.compile_module(text)
     machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
