@@ -14,6 +14,7 @@ import optax
 import pytest
 import tyro
 from jax.flatten_util import ravel_pytree
+from quick import QUICK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_mjx
@@ -131,10 +132,13 @@ def test_same_numbers(make_mesh, make_state, monkeypatch):
     their_env = ppo_mjx.Env(ppo_mjx.Args(env_id="HalfCheetah"))
     mesh = make_mesh(1)
 
+    state = make_state(their_args, their_env, mesh)
+    iterate = minimal.train_iteration.lower(args, env, *as_minimal(state)).compile(QUICK)
+    their_iterate = ppo_mjx.train_iteration.lower(their_args, their_env, mesh, state).compile(QUICK)
+
     def iterate_both(state: ppo_mjx.TrainState) -> ppo_mjx.TrainState:
-        learner, worlds = as_minimal(state)
-        learner, worlds, metrics = minimal.train_iteration(args, env, learner, worlds)
-        state, their_metrics = ppo_mjx.train_iteration(their_args, their_env, mesh, state)
+        learner, worlds, metrics = iterate(*as_minimal(state))
+        state, their_metrics = their_iterate(state)
 
         expected_learner, expected_worlds = as_minimal(state)
         assert_close(worlds, expected_worlds, rtol=1e-6)
@@ -142,7 +146,6 @@ def test_same_numbers(make_mesh, make_state, monkeypatch):
         assert_close(metrics, {tag: their_metrics[tag] for tag in metrics}, rtol=1e-4)
         return state, metrics
 
-    state = make_state(their_args, their_env, mesh)
     assert_close(minimal.init(args, env, jax.random.key(1)), as_minimal(state), rtol=0)
     state, metrics = iterate_both(state)
     assert jnp.isnan(metrics["charts/episodic_return"])
