@@ -51,6 +51,17 @@ TASKS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def quick_to_compile(request):
+    """Small programs that run for moments: XLA's optimisations cost more than they give.
+
+    They pay in the one whole run.
+    """
+    jax.config.update("jax_disable_most_optimizations", "run_dir" not in request.fixturenames)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def as_numpy(leaf) -> np.ndarray:
     """A copy, as the array itself may be donated or, on the host, written to."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
