@@ -14,7 +14,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from graph_oracle import evaluate
@@ -516,11 +515,7 @@ def grid(text: str):
         ]
     arguments = ", ".join(f"{kind} %value{index}" for index, kind in enumerate(types))
     text += GRID.replace("{read}", "\n  ".join(read)).replace("{arguments}", arguments)
-    code = machine_code.compile_module(text)
-    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
+    engine = ffi.load_object(machine_code.compile_module(text))
     kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     function = kind(engine.get_function_address("grid"))
     function.engine = engine  # the code lives as long as that
