@@ -134,7 +134,7 @@ def compiled(width: int, inline: bool = False) -> llvm.ExecutionEngine:
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
     )
     text = program(width, inline) + (X86_CONTROL if IS_X86 else "")
-    engine = llvm.create_mcjit_compiler(optimised(text, machine, use_lmm=True), machine)
+    engine = llvm.create_mcjit_compiler(optimised(text, machine), machine, use_lmm=True)
     engine.finalize_object()
     return engine
 
