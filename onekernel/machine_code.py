@@ -83,19 +83,19 @@ def start_worker(texts: list[str]):
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "PYTHONSAFEPATH": "1",  # not this file's folder, whose names are not for all to import
     }
-    request = tempfile.TemporaryFile()
-    answer = tempfile.TemporaryFile()
-    write_items(request, [text.encode() for text in texts])
-    request.seek(0)
     try:
+        request = tempfile.TemporaryFile()
+        answer = tempfile.TemporaryFile()
+        write_items(request, [text.encode() for text in texts])
+        request.seek(0)
         process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable or "python", __file__],
             stdin=request,
             stdout=answer,
             stderr=subprocess.DEVNULL,
             env=environment,
         )
-    except OSError:
+    except OSError:  # a full disk, or no such program
         return lambda: None
 
     def wait() -> list[bytes] | None:

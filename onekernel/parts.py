@@ -7,9 +7,9 @@ its place. Parts hand their values on through memory (slots.py has put them ther
 function's arguments are pointers alone.
 
 Functions that follow each other stand in a module together, with what they need: the result is one
-text, in which SEPARATOR stands between modules. The kernel is in the last one. As modules are loaded
-one by one, each has a variable for the address of a part that it calls, and the loader fills it in
-(see ffi.Loader)."""
+text, in which SEPARATOR stands between modules. The kernel is in the last one. As modules are
+loaded one by one, each has a variable for the address of a part that it calls, and the loader fills
+it in (see ffi.Loader)."""
 
 import re
 

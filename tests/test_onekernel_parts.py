@@ -107,6 +107,14 @@ def test_what_other_processes_fail_at_is_compiled_here(monkeypatch, broken):
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_full_disk_means_to_compile_here(monkeypatch):
+    def full():
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(machine_code.tempfile, "TemporaryFile", full)
+    assert machine_code.start_worker([""])() is None
+
+
 def test_what_crosses_functions_is_in_memory():
     """Of a value of each type that a part computes, another part reads what was stored."""
     body = """br label %part1
