@@ -608,10 +608,8 @@ def find_mjcf(task: Task) -> Path:
 
 def load_model(task: Task) -> mujoco.MjModel:
     """The task's model, for C MuJoCo. Meshes are found relative to the MJCF's file."""
-    # half_cheetah.xml has a deprecated setting, of which MuJoCo would warn on the terminal and in a
-    # file.
-    mujoco.set_mju_user_warning(lambda message: None)
-    try:
+    # half_cheetah.xml has a deprecated setting, of which MuJoCo would warn.
+    with warnings.catch_warnings(action="ignore"):
         with or_fail(f"model {task.mjcf:.60}", kind=ValueError):
             if task.mjcf.lstrip().startswith("<"):
                 spec = mujoco.MjSpec.from_string(task.mjcf)
@@ -619,8 +617,6 @@ def load_model(task: Task) -> mujoco.MjModel:
             else:
                 spec = mujoco.MjSpec.from_file(str(find_mjcf(task)))
             return spec.compile()
-    finally:
-        mujoco.set_mju_user_warning(None)
 
 
 # ---- 3. Environment ------------------------------------------------------------------------------
@@ -834,10 +830,12 @@ def remarks(task: Task, model: mujoco.MjModel) -> list[str]:
     if not task.mjcf.lstrip().startswith("<") and find_mjcf(task).parent == gymnasium_models():
         return lines  # whose poses and bounds are known
 
-    bounds = f"faster than {task.max_speed:g} m/s or rad/s (max_speed)"
-    if type(task).is_healthy is Task.is_healthy:
-        bounds += f", z outside of {task.healthy_z[0]:g} to {task.healthy_z[1]:g} (healthy_z)"
-    lines.append(f"{model.nu} actuators; an episode ends at {task.time_limit} steps, or {bounds}")
+    bounds = {"healthy_z": task.healthy_z, "max_pitch": task.max_pitch, "max_state": task.max_state}
+    set_bounds = [f"{name} {bound}" for name, bound in bounds.items() if np.isfinite(bound).any()]
+    ends = ", ".join([f"max_speed {task.max_speed:g} (m/s, rad/s)", *set_bounds])
+    lines.append(
+        f"{model.nu} actuators; an episode ends after {task.time_limit} steps, or by {ends}"
+    )
 
     data = mujoco.MjData(model)
     reset_data(task, model, data)
@@ -845,8 +843,8 @@ def remarks(task: Task, model: mujoco.MjModel) -> list[str]:
     for joint in np.flatnonzero(model.jnt_limited):
         low, high = model.jnt_range[joint]
         value = data.qpos[model.jnt_qposadr[joint]]
-        one_number = model.jnt_type[joint] >= mujoco.mjtJoint.mjJNT_SLIDE
-        if one_number and not low - 1e-6 <= value <= high + 1e-6:
+        is_ball = model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_BALL
+        if not is_ball and not low - 1e-6 <= value <= high + 1e-6:
             name = called(model, "joint", joint)
             lines.append(f"{name} starts at {value:.3g}, outside of its range {low:.3g} {high:.3g}")
     if data.ncon and data.contact.dist.min() < -5e-3:  # m
