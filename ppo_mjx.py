@@ -687,15 +687,23 @@ KINEMATIC_FIELDS = frozenset(
 )
 
 
-def reset_data(task: Task, model: mujoco.MjModel, data: mujoco.MjData) -> None:
-    """Put C MuJoCo's data in the pose that episodes start from, without noise; see Task.keyframe."""
+def find_keyframe(task: Task, model: mujoco.MjModel) -> int:
+    """The number of the keyframe that episodes start from; -1 for the model's own pose."""
     if task.keyframe is None or model.nkey == 0:
-        mujoco.mj_resetData(model, data)
-        return
+        return -1
     number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_KEY, task.keyframe)
     known = number >= 0 or task.keyframe == "home"
     require(known, f"keyframe {task.keyframe}: the model has no keyframe of that name")
-    mujoco.mj_resetDataKeyframe(model, data, max(number, 0))
+    return max(number, 0)
+
+
+def reset_data(task: Task, model: mujoco.MjModel, data: mujoco.MjData) -> None:
+    """Put C MuJoCo's data in the pose that episodes start from, without noise."""
+    keyframe = find_keyframe(task, model)
+    if keyframe < 0:
+        mujoco.mj_resetData(model, data)
+    else:
+        mujoco.mj_resetDataKeyframe(model, data, keyframe)
 
 
 def control_range(
@@ -748,8 +756,6 @@ class Env:
 
         if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:  # which MJX lacks
             model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
-        # How MJX stores matrices, not what it computes; onekernel wants them dense.
-        model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
         device = jax.local_devices()[0]
         with or_fail(f"{self.name}: MJX cannot take its model"):
             self.model = mjx.put_model(model, device, impl="jax")
@@ -2233,7 +2239,8 @@ def foreign_kinds(model: mujoco.MjModel) -> list[str]:
     for kind, histories in ("actuator", model.actuator_history), ("sensor", model.sensor_history):
         for number in np.flatnonzero(histories[:, 0]):
             faults.append(f"{called(model, kind, number)}: MJX lacks delays; leave it out")
-    in_fluid = model.opt.density > 0 or model.opt.viscosity > 0
+    option = model.opt
+    in_fluid = option.density > 0 or option.viscosity > 0 or option.wind.any()
     for number in np.flatnonzero(model.geom_fluid[:, 0] > 0) if in_fluid else ():
         faults.append(f"{called(model, 'geom', number)}: MJX lacks fluidshape ellipsoid; use none")
     if model.nplugin or model.nflex:
@@ -2347,20 +2354,24 @@ def remarks(task: Task, model: mujoco.MjModel) -> list[str]:
     bounds = {"healthy_z": task.healthy_z, "max_pitch": task.max_pitch, "max_state": task.max_state}
     set_bounds = [f"{name} {bound}" for name, bound in bounds.items() if np.isfinite(bound).any()]
     ends = ", ".join([f"max_speed {task.max_speed:g} (m/s, rad/s)", *set_bounds])
-    lines.append(
-        f"{model.nu} actuators; an episode ends after {task.time_limit} steps, or by {ends}"
-    )
+    keyframe = find_keyframe(task, model)
+    pose = f"keyframe {model.key(keyframe).name or keyframe}" if keyframe >= 0 else "its own pose"
+    lines.append(f"starts from {pose}; an episode ends after {task.time_limit} steps, or by {ends}")
 
     data = mujoco.MjData(model)
     reset_data(task, model, data)
     mujoco.mj_forward(model, data)
+    outside = []
     for joint in np.flatnonzero(model.jnt_limited):
         low, high = model.jnt_range[joint]
         value = data.qpos[model.jnt_qposadr[joint]]
         is_ball = model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_BALL
         if not is_ball and not low - 1e-6 <= value <= high + 1e-6:
             name = called(model, "joint", joint)
-            lines.append(f"{name} starts at {value:.3g}, outside of its range {low:.3g} {high:.3g}")
+            outside.append(f"{name} starts at {value:.3g}, outside of {low:.3g} to {high:.3g}")
+    if outside:
+        more = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
+        lines.append(outside[0] + more)
     if data.ncon and data.contact.dist.min() < -5e-3:  # m
         deepest = data.contact[int(data.contact.dist.argmin())]
         names = [called(model, "geom", geom) for geom in deepest.geom]
