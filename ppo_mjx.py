@@ -255,12 +255,10 @@ class Task:
     mjcf: str  # name of one of Gymnasium's files, path of another (see find_mjcf), or MJCF itself
     frame_skip: int = 4  # physics steps in one environment step
     time_limit: int = 1000  # steps
-    max_speed: float = (
-        200.0  # m/s and rad/s; faster physics are broken. Random actions reach some 30
-    )
+    max_speed: float = 200.0  # m/s and rad/s: faster physics are broken; random actions reach 30
 
-    # None: actions move the controls over the actuators' whole ranges. A number: by at most so much,
-    # in rad or m, from those that hold the standing pose, which is for position servos.
+    # Actions move the controls over each actuator's whole range. Not None, for position servos: by at
+    # most so much, in rad or m, from the controls that hold the pose of the start.
     servo_offset: float | None = None
 
     # The pose that episodes start from: this keyframe, or the first where the model has no `home`.
