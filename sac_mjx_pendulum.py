@@ -46,6 +46,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -1760,6 +1761,16 @@ def build(args: Args, env: Env, mesh: Mesh) -> Programs:
 
 
 # shared: run_facts
+def make_run_dir(wanted: Path) -> Path:
+    """Create the folder of a new run; where another run of the same second has it, NAME_2, ..."""
+    folder = wanted
+    for number in itertools.count(2):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+        folder = wanted.with_name(f"{wanted.name}_{number}")
+
+
 def describe_run(args: Args, mesh: Mesh) -> dict:
     """What run.json says of how to repeat the run."""
     git = ["git", "rev-parse", "HEAD"]
@@ -1835,9 +1846,9 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     first = int(programs.state.learner.iteration)
 
     run = programs.facts | describe_run(args, mesh)
-    if jax.process_index() == 0:
+    if not resuming and jax.process_index() == 0:
         with or_fail(f"--runs-dir, --exp-name: {run_dir}"):
-            run_dir.mkdir(exist_ok=resuming)
+            run_dir = make_run_dir(run_dir)
     write_run(run_dir, run)
     if args.track and jax.process_index() == 0:
         importlib.import_module("wandb").init(
