@@ -79,15 +79,19 @@ from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from mujoco.rendering.classic import gl_context
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.record_writer import RecordWriter
-from tqdm import tqdm
 
 with contextlib.redirect_stdout(io.StringIO()):  # it announces that the optional Warp is missing
     from mujoco import mjx
     from mujoco.mjx._src import smooth
+
+try:  # what only the log of training needs
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.text.summary_v2 import text_pb
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from tqdm import tqdm
+except ImportError:
+    RecordWriter = None
 
 try:  # the folder beside this file: it compiles all worlds' physics to one kernel
     import onekernel.mjx
@@ -1606,6 +1610,13 @@ def say(text: str) -> None:
         print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
 
 
+def check_log(args: Args) -> None:
+    """Refuse to train without the packages that write the log."""
+    require(RecordWriter, "tensorboard or tqdm is missing; pip install tensorboard tqdm")
+    wandb = not args.track or importlib.util.find_spec("wandb")
+    require(wandb, "--track: wandb is missing; pip install wandb")
+
+
 class Log:
     """TensorBoard, and a progress bar or, without a terminal, plain lines.
 
@@ -1885,6 +1896,11 @@ def parse_args(argv: list[str], default: Args = Args()) -> Args:
         raise
 
 
+def without_help(argv: list[str]) -> list[str]:
+    """The command line without the flag at which `parse_args` would print the help and end."""
+    return [flag for flag in argv if flag not in ("-h", "--help")]
+
+
 # Flags of one call, which run.json does not keep.
 CALL_FLAGS = (
     "resume",
@@ -2029,9 +2045,6 @@ def check_args(args: Args) -> None:
     require(args.num_iterations, message)
     message = f"--num-minibatches {args.num_minibatches}: must divide {steps}"
     require(steps % args.num_minibatches == 0, message)
-
-    wandb = not args.track or importlib.util.find_spec("wandb")
-    require(wandb, "--track: wandb is missing; pip install wandb")
 
 
 # ---- 14. Main ------------------------------------------------------------------------------------
@@ -2182,6 +2195,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
 
     Returns the run's folder and its policy.
     """
+    check_log(args)
     stops = listen()
     resuming = run_dir is not None
     if args.capture_video:  # better to fail now than after training
@@ -2280,7 +2294,8 @@ def smoke(args: Args) -> None:
 
 def main(argv: list[str]) -> None:
     """Do what the command line asks for."""
-    task = TASKS[parse_args(argv).env_id]
+    # Parsed twice: the task decides what the other flags default to, and what --help shows of them.
+    task = TASKS[parse_args(without_help(argv)).env_id]
     default = Args(
         num_envs=task.num_envs,
         num_steps=task.num_steps,

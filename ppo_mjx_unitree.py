@@ -78,14 +78,18 @@ from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from mujoco.rendering.classic import gl_context
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.record_writer import RecordWriter
-from tqdm import tqdm
 
 with contextlib.redirect_stdout(io.StringIO()):  # it announces that the optional Warp is missing
     from mujoco import mjx
+
+try:  # what only the log of training needs
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.text.summary_v2 import text_pb
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from tqdm import tqdm
+except ImportError:
+    RecordWriter = None
 
 try:
     import onekernel.mjx
@@ -1956,6 +1960,13 @@ def say(text: str) -> None:
         print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
 
 
+def check_log(args: Args) -> None:
+    """Refuse to train without the packages that write the log."""
+    require(RecordWriter, "tensorboard or tqdm is missing; pip install tensorboard tqdm")
+    wandb = not args.track or importlib.util.find_spec("wandb")
+    require(wandb, "--track: wandb is missing; pip install wandb")
+
+
 class Log:
     """TensorBoard, and a progress bar or, without a terminal, plain lines.
 
@@ -2235,6 +2246,11 @@ def parse_args(argv: list[str], default: Args = Args()) -> Args:
         raise
 
 
+def without_help(argv: list[str]) -> list[str]:
+    """The command line without the flag at which `parse_args` would print the help and end."""
+    return [flag for flag in argv if flag not in ("-h", "--help")]
+
+
 # Flags of one call, which run.json does not keep.
 CALL_FLAGS = (
     "resume",
@@ -2389,9 +2405,6 @@ def check_args(args: Args) -> None:
     message = f"--num-minibatches {args.num_minibatches}: must divide {steps}"
     require(steps % args.num_minibatches == 0, message)
 
-    wandb = not args.track or importlib.util.find_spec("wandb")
-    require(wandb, "--track: wandb is missing; pip install wandb")
-
 
 # ---- 16. Main ------------------------------------------------------------------------------------
 def open_run_dir(args: Args, run_dir: Path | None) -> Path:
@@ -2535,6 +2548,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
 
     Returns the run's folder and its policy.
     """
+    check_log(args)
     stops = listen()
     resuming = run_dir is not None
     if args.capture_video:  # better to fail now than after training
@@ -2623,8 +2637,8 @@ def smoke(args: Args) -> None:
 
 def main(argv: list[str]) -> None:
     """Do what the command line asks for."""
-    # Parsed twice: the robot decides what the other flags default to.
-    robot = ROBOTS[parse_args(argv).robot]
+    # Parsed twice: the robot decides what the other flags default to, and what --help shows.
+    robot = ROBOTS[parse_args(without_help(argv)).robot]
     default = Args(
         command_x=robot.command_x,
         command_y=robot.command_y,

@@ -76,15 +76,19 @@ from flax import struct
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.record_writer import RecordWriter
-from tensorboard.util.tensor_util import make_tensor_proto
-from tqdm import tqdm
 
 with contextlib.redirect_stdout(io.StringIO()):  # it announces that the optional Warp is missing
     from mujoco import mjx
+
+try:  # what only the log of training needs
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.text.summary_v2 import text_pb
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from tensorboard.util.tensor_util import make_tensor_proto
+    from tqdm import tqdm
+except ImportError:
+    RecordWriter = None
 
 try:
     import onekernel.mjx
@@ -260,11 +264,15 @@ TASKS = {
 }
 
 
+def task_flags(source) -> dict[str, float | None]:
+    """The numbers of a task that are flags, by name. source: a `Task`, or `Args`."""
+    names = ("gravity", "length", "mass", "dt", "max_torque", "max_speed")
+    return {name: getattr(source, name) for name in names}
+
+
 def make_task(args: Args) -> Task:
     """The task, with the numbers that the flags change."""
-    numbers = ("gravity", "length", "mass", "dt", "max_torque", "max_speed")
-    flags = {name: getattr(args, name) for name in numbers}
-    changes = {name: value for name, value in flags.items() if value is not None}
+    changes = {name: value for name, value in task_flags(args).items() if value is not None}
     return dataclasses.replace(TASKS[args.env_id], **changes)
 
 
@@ -1247,6 +1255,13 @@ def say(text: str) -> None:
         print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
 
 
+def check_log(args: Args) -> None:
+    """Refuse to train without the packages that write the log."""
+    require(RecordWriter, "tensorboard or tqdm is missing; pip install tensorboard tqdm")
+    wandb = not args.track or importlib.util.find_spec("wandb")
+    require(wandb, "--track: wandb is missing; pip install wandb")
+
+
 class Log:
     """TensorBoard, and a progress bar or, without a terminal, plain lines.
 
@@ -1539,6 +1554,11 @@ def parse_args(argv: list[str], default: Args = Args()) -> Args:
         raise
 
 
+def without_help(argv: list[str]) -> list[str]:
+    """The command line without the flag at which `parse_args` would print the help and end."""
+    return [flag for flag in argv if flag not in ("-h", "--help")]
+
+
 # Flags of one call, which run.json does not keep.
 CALL_FLAGS = (
     "resume",
@@ -1685,9 +1705,6 @@ def check_args(args: Args) -> None:
     message = f"--buffer-size {args.buffer_size}: less than one step of {args.num_envs} worlds"
     require(args.buffer_rows, message)
 
-    wandb = not args.track or importlib.util.find_spec("wandb")
-    require(wandb, "--track: wandb is missing; pip install wandb")
-
 
 # ---- 14. Main ------------------------------------------------------------------------------------
 def open_run_dir(args: Args, run_dir: Path | None) -> Path:
@@ -1832,6 +1849,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
 
     Returns the run's folder and its policy.
     """
+    check_log(args)
     stops = listen()
     resuming = run_dir is not None
     mesh = make_mesh(args.num_devices, args.num_envs, args.batch_size)
@@ -1924,7 +1942,9 @@ def smoke(args: Args) -> None:
 
 def main(argv: list[str]) -> None:
     """Do what the command line asks for."""
-    args = parse_args(argv)
+    # Parsed twice: the task decides what the other flags default to, and what --help shows of them.
+    task = TASKS[parse_args(without_help(argv)).env_id]
+    args = parse_args(argv, Args(**task_flags(task)))
     check_args(args)
     if args.resume:
         saved = dataclasses.replace(read_run(Path(args.resume)), **call_flags(args))
