@@ -42,6 +42,7 @@ CleanRL. All metrics and flags are explained in docs/ppo_mjx_unitree.md.
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -50,6 +51,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -2473,16 +2475,45 @@ def build(args: Args, mesh: Mesh) -> Programs:
 
 # shared: run_facts
 def make_run_dir(wanted: Path) -> Path:
-    """Create the folder of a new run; where another run of the same second has it, NAME_2, ..."""
+    """Create the folder of a new run, with a copy of this script in it.
+
+    Where another run of the same second has that folder, it is NAME_2, NAME_3, ...
+    """
     folder = wanted
     for number in itertools.count(2):
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
-            return folder
+            break
         folder = wanted.with_name(f"{wanted.name}_{number}")
+    shutil.copy(__file__, folder)
+    return folder
 
 
-def describe_run(args: Args, mesh: Mesh) -> dict:
+def model_digest(model: mujoco.MjModel) -> str:
+    """A digest of a model's numbers and of its options; where its files lie does not matter."""
+    digest = hashlib.sha256()
+    for part in (model, model.opt):
+        for name in dir(part):
+            value = getattr(part, name)
+            is_number = isinstance(value, int | float | np.ndarray)
+            if is_number and not name.startswith(("_", "path")):
+                digest.update(name.encode() + np.asarray(value).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tell_changes(run_dir: Path, model: mujoco.MjModel) -> None:
+    """Say in a line each if the code or the model is not the one that the run has had."""
+    script = Path(__file__)
+    for copy in run_dir.glob("*.py"):
+        if copy.read_bytes() != script.read_bytes():
+            command = shlex.join(["diff", str(copy), str(script)])
+            say(f"the code has changed since the run began, perhaps its rewards: {command}")
+    then = json.loads((run_dir / "run.json").read_text()).get("model")
+    if then and then != model_digest(model):
+        say("the model has changed since the run was trained: its files, or MuJoCo's version")
+
+
+def describe_run(args: Args, mesh: Mesh, model: mujoco.MjModel) -> dict:
     """What run.json says of how to repeat the run."""
     git = ["git", "rev-parse", "HEAD"]
     commit = ""
@@ -2494,6 +2525,7 @@ def describe_run(args: Args, mesh: Mesh) -> dict:
         "script": Path(__file__).name,
         "args": dataclasses.asdict(args),
         "commit": commit,
+        "model": model_digest(model),
         "devices": [device.device_kind for device in mesh.devices],
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
@@ -2560,11 +2592,13 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     run_dir = open_run_dir(args, run_dir)
 
     programs = build(args, mesh)
+    model = programs.env.robot.model
     if resuming:
+        tell_changes(run_dir, model)
         programs.state = restore(args, run_dir, programs.state)
     first = int(programs.state.learner.iteration)
 
-    run = programs.facts | describe_run(args, mesh)
+    run = programs.facts | describe_run(args, mesh, model)
     if not resuming and jax.process_index() == 0:
         with or_fail(f"--runs-dir, --exp-name: {run_dir}"):
             run_dir = make_run_dir(run_dir)
@@ -2608,6 +2642,7 @@ def evaluate_run(args: Args, run_dir: Path) -> int:
     with or_fail(f"--evaluate {run_dir}: no policy"):
         with np.load(run_dir / "policy.npz", allow_pickle=False) as file:
             policy = dict(file)
+    tell_changes(run_dir, ROBOTS[args.robot].model)
     result = finish(args, run_dir, policy)
     return int(not result["passed"])
 

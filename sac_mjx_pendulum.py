@@ -43,6 +43,7 @@ marked "shared" are copies of its own.
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -51,6 +52,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -1779,16 +1781,45 @@ def build(args: Args, env: Env, mesh: Mesh) -> Programs:
 
 # shared: run_facts
 def make_run_dir(wanted: Path) -> Path:
-    """Create the folder of a new run; where another run of the same second has it, NAME_2, ..."""
+    """Create the folder of a new run, with a copy of this script in it.
+
+    Where another run of the same second has that folder, it is NAME_2, NAME_3, ...
+    """
     folder = wanted
     for number in itertools.count(2):
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
-            return folder
+            break
         folder = wanted.with_name(f"{wanted.name}_{number}")
+    shutil.copy(__file__, folder)
+    return folder
 
 
-def describe_run(args: Args, mesh: Mesh) -> dict:
+def model_digest(model: mujoco.MjModel) -> str:
+    """A digest of a model's numbers and of its options; where its files lie does not matter."""
+    digest = hashlib.sha256()
+    for part in (model, model.opt):
+        for name in dir(part):
+            value = getattr(part, name)
+            is_number = isinstance(value, int | float | np.ndarray)
+            if is_number and not name.startswith(("_", "path")):
+                digest.update(name.encode() + np.asarray(value).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tell_changes(run_dir: Path, model: mujoco.MjModel) -> None:
+    """Say in a line each if the code or the model is not the one that the run has had."""
+    script = Path(__file__)
+    for copy in run_dir.glob("*.py"):
+        if copy.read_bytes() != script.read_bytes():
+            command = shlex.join(["diff", str(copy), str(script)])
+            say(f"the code has changed since the run began, perhaps its rewards: {command}")
+    then = json.loads((run_dir / "run.json").read_text()).get("model")
+    if then and then != model_digest(model):
+        say("the model has changed since the run was trained: its files, or MuJoCo's version")
+
+
+def describe_run(args: Args, mesh: Mesh, model: mujoco.MjModel) -> dict:
     """What run.json says of how to repeat the run."""
     git = ["git", "rev-parse", "HEAD"]
     commit = ""
@@ -1800,6 +1831,7 @@ def describe_run(args: Args, mesh: Mesh) -> dict:
         "script": Path(__file__).name,
         "args": dataclasses.asdict(args),
         "commit": commit,
+        "model": model_digest(model),
         "devices": [device.device_kind for device in mesh.devices],
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
@@ -1859,11 +1891,13 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     run_dir = open_run_dir(args, run_dir)
 
     programs = build(args, env, mesh)
+    model = load_model(env.task)
     if resuming:
+        tell_changes(run_dir, model)
         programs.state = restore(args, run_dir, programs.state)
     first = int(programs.state.learner.iteration)
 
-    run = programs.facts | describe_run(args, mesh)
+    run = programs.facts | describe_run(args, mesh, model)
     if not resuming and jax.process_index() == 0:
         with or_fail(f"--runs-dir, --exp-name: {run_dir}"):
             run_dir = make_run_dir(run_dir)
@@ -1911,6 +1945,7 @@ def evaluate_run(args: Args, run_dir: Path) -> None:
     with or_fail(f"--evaluate {run_dir}: no policy"):
         with np.load(run_dir / "policy.npz", allow_pickle=False) as file:
             policy = dict(file)
+    tell_changes(run_dir, load_model(env.task))
     judge(args, env, policy)
 
 
