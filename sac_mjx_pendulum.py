@@ -135,7 +135,9 @@ class Args:
     compile_cache: bool = True
     """keep compiled programs in the user's cache folder, for a quicker start next time"""
     resume: str | None = None
-    """run folder to continue, with the settings that it was started with"""
+    """run folder to continue, with its own settings; it may become longer, by --total-timesteps"""
+    init_from: str | None = None
+    """run folder whose policy and statistics a new run begins with, instead of random weights"""
     evaluate: str | None = None
     """run folder whose policy to evaluate; nothing is trained"""
     coordinator_address: str | None = None
@@ -623,6 +625,9 @@ class TrainState:
     worlds: Worlds
     buffer: Transition  # [C, N, ...], in the device's memory or, as NumPy arrays, in the host's
 
+
+# What --init-from takes from another run's learner.
+INHERITED = ("actor", "critics", "targets", "log_alpha")
 
 STATE_SPEC = TrainState(learner=P(), worlds=P("devices"), buffer=P(None, "devices"))
 
@@ -1466,30 +1471,59 @@ def save(args: Args, run_dir: Path, state: TrainState, policy: dict) -> None:
             old.unlink()
 
 
-def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
-    """The newest whole checkpoint, in the place of `state`.
+def newest_checkpoint(run_dir: Path, flag: str) -> tuple[Path, dict, dict] | None:
+    """The newest checkpoint that is whole: its file, its arrays, its settings.
 
-    `state` itself, if the run was stopped before its first checkpoint.
+    None, if the run was stopped before its first checkpoint. flag: the one that asks for it.
     """
     for file in checkpoints(run_dir):
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 saved = dict(arrays)  # which reads all, and compares the checksums
-            theirs = json.loads(str(saved["args"]))
+            return file, saved, dict(json.loads(str(saved["args"])))
         except Exception as error:  # there is no end to what may be wrong with a file
             problem = f"{type(error).__name__}: {error!s:.80}"
-            say(f"--resume: {file} is broken ({problem}); trying the one before")
-            continue
+            say(f"{flag}: {file} is broken ({problem}); trying the one before")
+    require(not checkpoints(run_dir), f"{flag}: {run_dir} holds no whole checkpoint")
 
-        ours = json.loads(json.dumps(dataclasses.asdict(args)))  # with lists for tuples, as theirs
-        names = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
-        message = f"--resume: {file} differs from run.json in {', '.join(names):.200}"
-        require(not names, message)
-        with or_fail(f"--resume: {file} was written by other code"):
-            return from_arrays(saved, state)
 
-    require(not checkpoints(run_dir), f"--resume: {run_dir} holds no whole checkpoint")
-    return state
+def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
+    """The newest whole checkpoint, in the place of `state`.
+
+    `state` itself, if the run was stopped before its first checkpoint.
+    """
+    newest = newest_checkpoint(run_dir, "--resume")
+    if newest is None:
+        return state
+    file, saved, theirs = newest
+    ours = json.loads(json.dumps(dataclasses.asdict(args)))  # with lists for tuples, as theirs
+    names = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+    refused = [name for name in names if name not in RESUME_FLAGS]
+    require(not refused, f"--resume: {file} differs from run.json in {', '.join(refused):.200}")
+    if "total_timesteps" in names:
+        change = f"from {theirs['total_timesteps']} to {args.total_timesteps} steps"
+        say(f"made longer, {change}: schedules go on as in a run of the new length")
+    with or_fail(f"--resume: {file} was written by other code"):
+        return from_arrays(saved, state)
+
+
+def inherit(run_dir: Path, learner: Learner) -> Learner:
+    """The learner with INHERITED from another run's newest checkpoint (--init-from)."""
+    newest = newest_checkpoint(run_dir, "--init-from")
+    require(newest, f"--init-from {run_dir}: no checkpoint there, so no policy")
+    file, saved, _ = newest
+    fields = tuple(f".learner.{name}" for name in INHERITED)
+    theirs = {
+        name.removeprefix(".learner"): saved[name] for name in saved if name.startswith(fields)
+    }
+    ours = to_arrays(learner)
+    with or_fail(f"--init-from {file}: does not fit; another task, script or --hidden-sizes?"):
+        missing = {name for name in ours if f".learner{name}".startswith(fields)} ^ theirs.keys()
+        if missing:
+            raise ValueError(f"{min(missing)} is in one of the two only")
+        learner = from_arrays(ours | theirs, learner)
+    say(f"weights and statistics are those of {file}")
+    return learner
 
 
 def write_run(run_dir: Path, content: dict) -> None:
@@ -1576,6 +1610,25 @@ CALL_FLAGS = (
 def call_flags(args) -> dict:
     """The flags of one call by their names; of the class `Args`, their defaults."""
     return {name: getattr(args, name) for name in CALL_FLAGS}
+
+
+# Settings that a run may change when it is resumed.
+RESUME_FLAGS = ("total_timesteps", "track", "capture_video")
+
+
+def resumed_args(args: Args, argv: list[str]) -> Args:
+    """The settings of the run to resume, with what the command line may change of them."""
+    saved = dataclasses.replace(read_run(Path(args.resume)), **call_flags(args))
+    wanted = parse_args(argv, saved)
+    kept = {name: getattr(saved, name) for name in RESUME_FLAGS if hasattr(saved, name)}
+    advice = "leave the other flags out, or start a new run, with --init-from"
+    unchanged = dataclasses.replace(wanted, **kept) == saved
+    require(unchanged, f"--resume: the run keeps its own settings; {advice}")
+
+    total = saved.total_timesteps
+    message = f"--total-timesteps {wanted.total_timesteps}: less than the {total} of this run"
+    require(wanted.total_timesteps >= total, f"--resume: {message}; it can only become longer")
+    return wanted
 
 
 def start_jax(args: Args) -> None:
@@ -1892,6 +1945,9 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
 
     programs = build(args, env, mesh)
     model = load_model(env.task)
+    if args.init_from and not (resuming and checkpoints(run_dir)):
+        learner = inherit(Path(args.init_from), programs.state.learner)
+        programs.state = programs.state.replace(learner=learner)
     if resuming:
         tell_changes(run_dir, model)
         programs.state = restore(args, run_dir, programs.state)
@@ -1980,13 +2036,9 @@ def main(argv: list[str]) -> None:
     # Parsed twice: the task decides what the other flags default to, and what --help shows of them.
     task = TASKS[parse_args(without_help(argv)).env_id]
     args = parse_args(argv, Args(**task_flags(task)))
-    check_args(args)
     if args.resume:
-        saved = dataclasses.replace(read_run(Path(args.resume)), **call_flags(args))
-        unchanged = parse_args(argv, saved) == saved
-        advice = "leave the other flags out, or start a new run"
-        require(unchanged, f"--resume: the run keeps its own settings; {advice}")
-        args = saved
+        args = resumed_args(args, argv)
+    check_args(args)
     start_jax(args)
 
     if args.smoke:
