@@ -115,6 +115,7 @@ MaybeCount = Annotated[int | None, Range(1, 1e9)]
 Index = Annotated[int, Range(0, 1e9)]
 NonNegative = Annotated[float, Range(0, 1e9)]
 Fraction = Annotated[float, Range(0, 1)]
+Cadence = Annotated[float, Range(1e-9, 1e9)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +139,8 @@ class Args:
     """log to Weights & Biases as well; WANDB_PROJECT names the project"""
     capture_video: bool = False
     """write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate"""
-    checkpoint_every: Count = 50
-    """iterations between checkpoints; the last three are kept"""
+    checkpoint_every: Cadence = 0.2
+    """share of the training between checkpoints, or iterations from 1 on; three are kept"""
     compile_cache: bool = True
     """keep compiled programs in the user's cache folder, for a quicker start next time"""
     resume: str | None = None
@@ -172,8 +173,8 @@ class Args:
         "Pusher",
     ] = "HalfCheetah"
     """the task: Gymnasium's v5"""
-    eval_every: Index = 100
-    """iterations between evaluations in MJX; 0 for none"""
+    eval_every: NonNegative = 0.4
+    """share of the training between evaluations in MJX, or iterations from 1 on; 0 for none"""
     eval_episodes: Annotated[int, Range(1, 1e4)] = 20
     """episodes of each evaluation"""
 
@@ -226,6 +227,10 @@ class Args:
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.steps_per_iteration
+
+    def cadence(self, every: float) -> int:
+        """Iterations between two events: `every` from 1 on; below, that share of the training."""
+        return max(1, round(every if every >= 1 else every * self.num_iterations))
 
 
 # ---- 2. Tasks (SI units and radians; a test holds each equal to Gymnasium's v5) ------------------
@@ -2249,6 +2254,8 @@ def train_loop(
     state = programs.state
     iteration = int(state.learner.iteration)
     saved = iteration
+    checkpoint_every = args.cadence(args.checkpoint_every)
+    eval_every = args.cadence(args.eval_every)
     pending = None  # an iteration and its metrics, read one iteration late: no device waits
     while iteration < args.num_iterations and not stop_wanted(stops, iteration):
         state, metrics = programs.iterate(state)
@@ -2257,11 +2264,11 @@ def train_loop(
             log.write(*pending)
         pending = (iteration, metrics)
 
-        if args.eval_every and iteration % args.eval_every == 0:
+        if args.eval_every and iteration % eval_every == 0:
             returns = programs.evaluate(export_policy(programs.env, state.learner))
             step = iteration * args.steps_per_iteration
             log.scalars(step, {"eval/episodic_return": returns.mean()})
-        if iteration % args.checkpoint_every == 0:
+        if iteration % checkpoint_every == 0:
             log.write(*pending)  # so that the curves reach as far as the checkpoint
             pending = None
             save(args, run_dir, state, export_policy(programs.env, state.learner))

@@ -113,6 +113,7 @@ MaybeCount = Annotated[int | None, Range(1, 1e9)]
 CountOrZero = Annotated[int, Range(0, 1e9)]
 NonNegative = Annotated[float, Range(0, 1e9)]
 Fraction = Annotated[float, Range(0, 1)]
+Cadence = Annotated[float, Range(1e-9, 1e9)]
 RelativeError = Annotated[float, Range(0, 0.9)]
 Shift = Annotated[float, Range(0, 0.9)]  # m
 Seconds = Annotated[float, Range(0.02, 1e6)]  # from a control step on
@@ -136,8 +137,8 @@ class Args:
     """log to Weights & Biases as well; WANDB_PROJECT names the project"""
     capture_video: bool = False
     """write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate"""
-    checkpoint_every: Count = 50
-    """iterations between checkpoints; the last three are kept"""
+    checkpoint_every: Cadence = 0.01
+    """share of the training between checkpoints, or iterations from 1 on; three are kept"""
     compile_cache: bool = True
     """keep compiled programs in the user's cache folder, for a quicker start next time"""
     resume: str | None = None
@@ -218,10 +219,10 @@ class Args:
     """weight of the mirror-symmetry loss; 0 for none"""
     imitation_coef: NonNegative = 0.5
     """weight, at the start, of the loss that draws the actor to a simple stepping motion"""
-    imitation_steps: Count = 600_000
-    """environment steps over which that weight falls to 0"""
-    standing_after: Count = 6_000_000
-    """environment steps after which it is at full weight again, for robots told to stand"""
+    imitation_until: Annotated[float, Range(1e-9, 1)] = 0.04
+    """share of the training over which that weight falls to 0"""
+    standing_after: Fraction = 0.4
+    """share of the training after which it is at full weight again, for robots told to stand"""
     max_grad_norm: NonNegative = 1.0
     """gradients are scaled down to this norm"""
     desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.02
@@ -238,6 +239,10 @@ class Args:
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.steps_per_iteration
+
+    def cadence(self, every: float) -> int:
+        """Iterations between two events: `every` from 1 on; below, that share of the training."""
+        return max(1, round(every if every >= 1 else every * self.num_iterations))
 
 
 # ---- 2. Robots (SI units and radians) ------------------------------------------------------------
@@ -1402,9 +1407,11 @@ def imitation_weight(args: Args, robot: Robot, iteration: jax.Array, obs: dict) 
     slow = 0.25 * OBSERVATION["velocity"].scale  # 0.25 m/s
 
     steps = iteration * float(args.steps_per_iteration)  # float: int32 would overflow
-    stands = (command == 0).all(axis=-1) & (steps >= args.standing_after)
+    total = args.total_timesteps
+    stands = (command == 0).all(axis=-1) & (steps >= args.standing_after * total)
     stands &= jnp.linalg.norm(velocity, axis=-1) < slow
-    return jnp.where(stands, 1.0, jnp.maximum(1 - steps / args.imitation_steps, 0.0))
+    fading = jnp.maximum(1 - steps / (args.imitation_until * total), 0.0)
+    return jnp.where(stands, 1.0, fading)
 
 
 def ppo_loss(
@@ -2597,6 +2604,7 @@ def train_loop(
     state = programs.state
     iteration = int(state.learner.iteration)
     saved = iteration
+    checkpoint_every = args.cadence(args.checkpoint_every)
     pending = None  # an iteration and its metrics, read one iteration late: no device waits
     while iteration < args.num_iterations and not stop_wanted(stops, iteration):
         state, metrics = programs.iterate(state)
@@ -2605,7 +2613,7 @@ def train_loop(
             log.write(*pending)
         pending = (iteration, metrics)
 
-        if iteration % args.checkpoint_every == 0:
+        if iteration % checkpoint_every == 0:
             log.write(*pending)  # so that the curves reach as far as the checkpoint
             pending = None
             save(args, run_dir, state, export_policy(programs.env, state.learner))

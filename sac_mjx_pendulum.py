@@ -112,6 +112,7 @@ MaybeCount = Annotated[int | None, Range(1, 1e9)]
 CountOrZero = Annotated[int, Range(0, 1e9)]
 NonNegative = Annotated[float, Range(0, 1e9)]
 Fraction = Annotated[float, Range(0, 1)]
+Cadence = Annotated[float, Range(1e-9, 1e9)]
 MaybePositive = Annotated[float | None, Range(0.05, 1e4)]  # in SI units; None: the task's own
 
 
@@ -130,8 +131,8 @@ class Args:
     """folder for the run folders"""
     track: bool = False
     """log to Weights & Biases as well; WANDB_PROJECT names the project"""
-    checkpoint_every: Count = 50
-    """iterations between checkpoints, which hold the buffer too; the last three are kept"""
+    checkpoint_every: Cadence = 0.4
+    """share of the training between checkpoints, or iterations from 1 on; they hold the buffer too"""
     compile_cache: bool = True
     """keep compiled programs in the user's cache folder, for a quicker start next time"""
     resume: str | None = None
@@ -164,8 +165,8 @@ class Args:
     """Nm"""
     max_speed: MaybePositive = None
     """rad/s"""
-    eval_every: CountOrZero = 10
-    """iterations between evaluations in MJX; 0 for none"""
+    eval_every: NonNegative = 0.4
+    """share of the training between evaluations in MJX, or iterations from 1 on; 0 for none"""
     eval_episodes: Annotated[int, Range(1, 1e4)] = 100
     """episodes of each evaluation"""
 
@@ -214,6 +215,10 @@ class Args:
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.steps_per_iteration
+
+    def cadence(self, every: float) -> int:
+        """Iterations between two events: `every` from 1 on; below, that share of the training."""
+        return max(1, round(every if every >= 1 else every * self.num_iterations))
 
     @property
     def random_steps(self) -> int:
@@ -1903,6 +1908,8 @@ def train_loop(
     state = programs.state
     iteration = int(state.learner.iteration)
     saved = iteration
+    checkpoint_every = args.cadence(args.checkpoint_every)
+    eval_every = args.cadence(args.eval_every)
     pending = None  # an iteration and its metrics, read one iteration late: no device waits
     while iteration < args.num_iterations and not stop_wanted(stops, iteration):
         state, metrics = programs.iterate(state)
@@ -1911,11 +1918,11 @@ def train_loop(
             log.write(*pending)
         pending = (iteration, metrics)
 
-        if args.eval_every and iteration % args.eval_every == 0:
+        if args.eval_every and iteration % eval_every == 0:
             returns = programs.evaluate(export_policy(programs.env, state.learner))
             step = iteration * args.steps_per_iteration
             log.scalars(step, {"eval/episodic_return": returns.mean()})
-        if iteration % args.checkpoint_every == 0:
+        if iteration % checkpoint_every == 0:
             log.write(*pending)  # so that the curves reach as far as the checkpoint
             pending = None
             save(args, run_dir, state, export_policy(programs.env, state.learner))
