@@ -1549,22 +1549,31 @@ def evaluate_on_host(
     return returns
 
 
+def evaluation_seed(args: Args) -> int:
+    """The seed of the first evaluation episode; the others follow it.
+
+    No run is trained with one of them, as --seed ends below.
+    """
+    return 1_000_000_001 + args.seed
+
+
 def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
     """Evaluate in each simulator at hand.
 
     Prints mean, std, min and max of the returns, and returns them by simulator.
     """
     episodes = args.eval_episodes
-    keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(episodes))
+    seed = evaluation_seed(args)
+    keys = jax.vmap(jax.random.key)(seed + jnp.arange(episodes))
     returns = {}
     # From the same initial states as C MuJoCo.
     returns["MJX"] = np.asarray(evaluate_mjx(env, policy, keys))
-    returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, episodes, args.seed)
+    returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, episodes, seed)
     if importlib.util.find_spec("gymnasium"):
         gymnasium = importlib.import_module("gymnasium")
         if env.gymnasium_id in gymnasium.registry:
             theirs = gymnasium.make(env.gymnasium_id)
-            returns["Gymnasium"] = evaluate_on_host(theirs, policy, episodes, args.seed)
+            returns["Gymnasium"] = evaluate_on_host(theirs, policy, episodes, seed)
 
     print(f"return of {episodes:3} episodes     mean      std      min      max")
     table = {}
@@ -2138,7 +2147,7 @@ def build(args: Args, mesh: Mesh) -> Programs:
     say(f"building {args.env_id} for {mesh.size} x {mesh.devices[0].device_kind}{slowly}")
     env = Env(args)
     key = jax.random.key(args.seed)
-    eval_keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
+    eval_keys = jax.vmap(jax.random.key)(evaluation_seed(args) + jnp.arange(args.eval_episodes))
 
     shardings = jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
     init = jax.jit(init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
@@ -2349,7 +2358,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
         log.writer.close()
         write_run(run_dir, run)
         if args.capture_video:
-            write_video(env, policy, args.seed, run_dir / "videos" / "c_mujoco.mp4")
+            write_video(env, policy, evaluation_seed(args), run_dir / "videos" / "c_mujoco.mp4")
     return run_dir, policy
 
 
@@ -2362,7 +2371,7 @@ def evaluate_run(args: Args, run_dir: Path) -> None:
     tell_changes(run_dir, load_model(env.task))
     judge(args, env, policy)
     if args.capture_video:
-        write_video(env, policy, args.seed, run_dir / "videos" / "c_mujoco.mp4")
+        write_video(env, policy, evaluation_seed(args), run_dir / "videos" / "c_mujoco.mp4")
 
 
 def smoke(args: Args) -> None:

@@ -1231,22 +1231,31 @@ def evaluate_on_host(
     return returns
 
 
+def evaluation_seed(args: Args) -> int:
+    """The seed of the first evaluation episode; the others follow it.
+
+    No run is trained with one of them, as --seed ends below.
+    """
+    return 1_000_000_001 + args.seed
+
+
 def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
     """Evaluate in each simulator at hand.
 
     Prints mean, std, min and max of the returns, and returns them by simulator.
     """
     episodes = args.eval_episodes
-    keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(episodes))
+    seed = evaluation_seed(args)
+    keys = jax.vmap(jax.random.key)(seed + jnp.arange(episodes))
     returns = {}
     # From the same initial states as C MuJoCo.
     returns["MJX"] = np.asarray(evaluate_mjx(env, policy, keys))
-    returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, episodes, args.seed)
+    returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, episodes, seed)
     if importlib.util.find_spec("gymnasium"):
         gymnasium = importlib.import_module("gymnasium")
         if env.gymnasium_id in gymnasium.registry:
             theirs = gymnasium.make(env.gymnasium_id)
-            returns["Gymnasium"] = evaluate_on_host(theirs, policy, episodes, args.seed)
+            returns["Gymnasium"] = evaluate_on_host(theirs, policy, episodes, seed)
 
     print(f"return of {episodes:3} episodes     mean      std      min      max")
     table = {}
@@ -1814,7 +1823,7 @@ def build(args: Args, env: Env, mesh: Mesh) -> Programs:
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     iterate, programs = compile_iteration(args, env, mesh, state)
     policy = export_policy(env, state.learner)
-    eval_keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
+    eval_keys = jax.vmap(jax.random.key)(evaluation_seed(args) + jnp.arange(args.eval_episodes))
     evaluate = evaluate_mjx.lower(env, policy, eval_keys).compile()
 
     memories = [program.memory_analysis() for program in programs]  # of one device
