@@ -2208,7 +2208,8 @@ def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
 
 def inherit(run_dir: Path, learner: Learner) -> Learner:
     """The learner with INHERITED from another run's newest checkpoint (--init-from)."""
-    newest = newest_checkpoint(run_dir, "--init-from")
+    with or_fail(f"--init-from {str(run_dir)!r:.200}"):
+        newest = newest_checkpoint(run_dir, "--init-from")
     require(newest, f"--init-from {run_dir}: no checkpoint there, so no policy")
     file, saved, _ = newest
     fields = tuple(f".learner.{name}" for name in INHERITED)
@@ -2356,9 +2357,53 @@ def start_jax(args: Args) -> None:
         join_processes(args)
 
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
+
+def read_limits(*files: str) -> list[list[str]]:
+    """What these files say in each of Linux's control groups that hold this process.
+
+    A container's limits stand there; of version 2 in one tree, of version 1 in several.
+    """
+    limits = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root = CONTROL_GROUPS / controllers.split(",")[0]
+            own = root / path.lstrip("/")  # missing in a container, which sees its own as the root
+            for folder in [own, *own.parents]:
+                if folder.is_relative_to(root) and all((folder / name).exists() for name in files):
+                    limits.append(" ".join((folder / name).read_text() for name in files).split())
+    return limits
+
+
+def count_cores() -> int:
+    """Cores that this process may use, by its affinity and by a container's quota."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    quotas = read_limits("cpu.max") + read_limits("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    for quota, period in quotas:
+        if quota.isdigit():  # not "max" or -1
+            cores = min(cores, int(quota) // int(period))
+    return max(cores, 1)
+
+
+def host_memory() -> float:
+    """Bytes that this process may use, by the machine and a container; infinite if none tells."""
+    room = math.inf
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows does not tell
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for (limit,) in read_limits("memory.max") + read_limits("memory.limit_in_bytes"):
+        if limit.isdigit():
+            room = min(room, int(limit))
+    return room
+
+
 def split_cpu(args: Args) -> None:
     """Make a CPU as many devices as it has cores; as one, it would leave most of them idle."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = count_cores()
+    os.environ.setdefault("NPROC", str(cores))  # of XLA's threads, which knows no quota
     each = (args.num_devices or cores) // (args.num_processes or 1)
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
         # At most 64: of 256 worlds each would get fewer than four.
@@ -2430,7 +2475,7 @@ def check_memory(mesh: Mesh | None, size: int, flag: str = "--num-envs") -> None
     if stats:
         room = stats["bytes_limit"] * mesh.size
     else:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        room = host_memory()
     message = f"{flag}: this takes {size} bytes of the {room} that there are; try less"
     require(size < 0.95 * room, message)  # the rest is for code and the libraries' own memory
 
