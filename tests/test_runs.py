@@ -3,9 +3,14 @@
 import dataclasses
 import io
 import json
+import math
+import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
+import types
 from functools import partial
 from pathlib import Path
 
@@ -253,3 +258,248 @@ def test_no_policy_to_begin_with(script, tmp_path, capsys):
     fields = {field.name for field in dataclasses.fields(script.Learner)}
     assert set(script.INHERITED) <= fields
     assert not {"iteration", "key", "opt_state"} & set(script.INHERITED)
+
+
+# ---- Shares of the training
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_cadence_is_a_share_of_the_training(script):
+    """Whatever the number of worlds or steps; numbers from 1 on are iterations."""
+    for num_envs, num_steps, total in [(64, 8, 10**5), (256, 16, 10**6), (1024, 64, 10**8)]:
+        args = script.Args(num_envs=num_envs, num_steps=num_steps, total_timesteps=total)
+        steps = args.cadence(0.25) * args.steps_per_iteration
+        assert abs(steps - total / 4) <= args.steps_per_iteration
+    assert args.cadence(1.0) == 1
+    assert args.cadence(50) == 50
+    assert script.Args().cadence(1e-9) == 1
+    assert script.Args().cadence(0.5) == round(script.Args().num_iterations / 2)
+
+
+def test_training_saves_and_evaluates_by_its_cadence(run_dir, monkeypatch):
+    """At these shares of the run, and at its end; with 0 there are no evaluations."""
+    args = dataclasses.replace(ppo_mjx.read_run(run_dir), total_timesteps=10 * STEPS)
+    saved = []
+    evaluated = []
+    learner = types.SimpleNamespace(iteration=0)
+    programs = types.SimpleNamespace(
+        env=None,
+        state=types.SimpleNamespace(learner=learner),
+        iterate=lambda state: (state, {}),
+        evaluate=lambda policy: np.zeros(2),
+    )
+    log = types.SimpleNamespace(
+        write=lambda iteration, metrics: None,
+        scalars=lambda step, values: evaluated.append(step // STEPS),
+        bar=types.SimpleNamespace(close=lambda: None),
+    )
+    monkeypatch.setattr(ppo_mjx, "save", lambda *_: saved.append(1))
+    monkeypatch.setattr(ppo_mjx, "export_policy", lambda *_: {})
+    args = dataclasses.replace(args, checkpoint_every=0.3, eval_every=0.2)
+    ppo_mjx.train_loop(args, run_dir, programs, log, [])
+    assert evaluated == [2, 4, 6, 8, 10]
+    assert len(saved) == 4
+    ppo_mjx.train_loop(dataclasses.replace(args, eval_every=0), run_dir, programs, log, [])
+    assert len(evaluated) == 5
+
+
+def test_imitation_is_a_share_of_the_training():
+    """By default it falls to 0 over 600,000 steps of 15 million, and comes again at 6 million."""
+    robot = unitree.ROBOTS["g1"]
+    obs = {"actor": jnp.zeros(300), "critic": jnp.zeros(300)}  # longer than they are
+    walking = obs | {"actor": jnp.ones(300)}
+    for factor in (1, 4):
+        args = unitree.Args(total_timesteps=factor * 15_000_000)
+        share = args.steps_per_iteration / factor
+        for steps, standing in [(0, 1.0), (300_000, 0.5), (600_000, 0.0), (6_000_000, 1.0)]:
+            iteration = jnp.int32(math.ceil(steps / share))
+            weight = unitree.imitation_weight(args, robot, iteration, obs)  # it stands, as told
+            assert weight == pytest.approx(standing, abs=0.01)
+            weight = unitree.imitation_weight(args, robot, iteration, walking)
+            assert weight == pytest.approx(max(1 - steps / 600_000, 0), abs=0.01)
+
+
+# ---- Evaluation
+
+
+@pytest.mark.parametrize("script", [ppo_mjx, sac])
+def test_evaluation_seeds_are_no_training_seeds(script):
+    """Of the largest --seed neither, and they fit into int32, as JAX counts."""
+    (largest,) = script.Args.__annotations__["seed"].__metadata__
+    first = script.evaluation_seed(script.Args(seed=0))
+    last = script.evaluation_seed(script.Args(seed=int(largest.most))) + 10_000
+    assert largest.most < first
+    assert last < 2**31
+
+
+WITHOUT_TRAINING = """
+import sys
+import types
+for name in ("wandb", "tensorboard", "tqdm"):
+    sys.modules[name] = None  # which cannot be imported
+import {script} as m
+m.main(sys.argv[1:])
+"""
+
+
+def run(code: str, *flags, optimize: bool = False) -> subprocess.CompletedProcess:
+    """Run Python code in a process of its own."""
+    python = [sys.executable, *(["-O"] if optimize else [])]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent), "JAX_PLATFORMS": "cpu"}
+    command = [*python, "-c", code, *(str(flag) for flag in flags)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_evaluation_needs_nothing_of_training(copy):
+    """Packages of the log are missing, and so is the GPU of a run that was tracked.
+
+    The result is that of training; a call to train names what is missing.
+    """
+    recorded = json.loads((copy / "run.json").read_text())
+    settings = recorded["args"] | {"track": True, "num_devices": 8}
+    ppo_mjx.write_run(copy, recorded | {"args": settings, "devices": 8 * ["NVIDIA H100"]})
+    code = WITHOUT_TRAINING.format(script="ppo_mjx")
+    done = run(code, "--evaluate", copy, "--eval-episodes", "2")
+    assert done.returncode == 0, done.stderr
+    for name, row in recorded["evaluation"].items():
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(name))
+        mean = float(line.removeprefix(name).split()[0])
+        assert mean == pytest.approx(row["mean"], abs=0.1 + 1e-3 * abs(row["mean"]))
+
+    done = run(code, "--resume", copy, "--no-track")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: tensorboard or tqdm is missing")
+
+
+def test_evaluation_has_the_physics_of_the_run(tmp_path, monkeypatch):
+    """Of its settings, whatever the command line's defaults are."""
+    args = sac.Args(gravity=3.0, length=0.7, hidden_sizes=(4,))
+    sac.write_run(tmp_path, {"args": dataclasses.asdict(args)})
+    np.savez(tmp_path / "policy.npz", w0=np.zeros((3, 1)))
+    seen = []
+    monkeypatch.setattr(sac, "judge", lambda args, env, policy: seen.append(env.task))
+    sac.main(["--evaluate", str(tmp_path)])
+    assert (seen[0].gravity, seen[0].length, seen[0].mass) == (3.0, 0.7, 1.0)
+    assert sac.load_model(seen[0]).opt.gravity[2] == -3.0
+
+
+# ---- Help
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "defaults"),
+    [
+        (ppo_mjx, "--env-id Ant --help", {"learning-rate": "0.0002", "num-steps": "32"}),
+        (ppo_mjx, "-h", {"learning-rate": "0.001", "num-steps": "16"}),
+        (sac, "--help --env-id PointMass", {"gravity": "9.81", "max-torque": "4.0"}),
+        (unitree, "--help", {"command-x": "-0.6 1.0"}),
+    ],
+)
+def test_help_shows_the_defaults_of_the_task(script, flags, defaults, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        script.main(flags.split())
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    for flag, default in defaults.items():
+        after = text.split(f"--{flag} ", 1)[1]
+        assert re.search(r"\(default: (.*?)\)", after, re.DOTALL)[1] == default
+
+
+# ---- Containers and operating systems
+
+
+@pytest.fixture
+def container(tmp_path, monkeypatch):
+    """Write a file of a control group, under a root of the test's own."""
+    monkeypatch.setattr(ppo_mjx, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(ppo_mjx.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+
+    def write(file: str, text: str) -> None:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text + "\n")
+
+    groups = "4:memory:/docker/abc\n1:cpu,cpuacct:/docker/abc\n0::/a/b\n"
+    write("proc", groups)
+    shipped = ppo_mjx.Path
+    fake = lambda file: shipped(tmp_path / "proc" if file == "/proc/self/cgroup" else file)  # noqa: E731
+    monkeypatch.setattr(ppo_mjx, "Path", fake)
+    return write
+
+
+def test_no_limits(container):
+    """Without any, there are the machine's."""
+    assert ppo_mjx.count_cores() == 16
+    container("cpu.max", "max 100000")
+    container("cpu/cpu.cfs_quota_us", "-1")
+    container("cpu/cpu.cfs_period_us", "100000")
+    container("memory.max", "max")
+    assert ppo_mjx.count_cores() == 16
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert ppo_mjx.host_memory() == machine
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "350000 100000"}, 3),  # the container's own group is its root
+        ({"a/cpu.max": "400000 100000", "a/b/cpu.max": "max 100000"}, 4),  # that of a parent
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),  # version 1
+        ({"c/cpu.max": "100000 100000"}, 16),  # of others
+    ],
+)
+def test_quota_of_a_container(container, monkeypatch, files, cores):
+    """As many devices and threads as whole cores are granted."""
+    for file, text in files.items():
+        container(file, text)
+    assert ppo_mjx.count_cores() == cores
+    updates = []
+    monkeypatch.delenv("NPROC", raising=False)
+    monkeypatch.setattr(ppo_mjx.jax.config, "update", lambda *option: updates.append(option))
+    ppo_mjx.split_cpu(ppo_mjx.Args())
+    assert updates == [("jax_num_cpu_devices", cores)]
+    assert os.environ["NPROC"] == str(cores)
+    monkeypatch.setenv("NPROC", "5")  # to be undone, and the user's own goes first
+    ppo_mjx.split_cpu(ppo_mjx.Args())
+    assert os.environ["NPROC"] == "5"
+
+
+@pytest.mark.parametrize("file", ["memory.max", "a/b/memory.max", "memory/memory.limit_in_bytes"])
+def test_memory_of_a_container(container, capsys, file):
+    """What does not fit into it is refused."""
+    container(file, str(10**6))
+    assert ppo_mjx.host_memory() == 10**6
+    ppo_mjx.check_memory(None, 900_000)
+    with pytest.raises(SystemExit):
+        ppo_mjx.check_memory(None, 990_000)
+    assert "of the 1000000 that there are" in capsys.readouterr().err
+
+
+ELSEWHERE = """
+import os, pathlib, sys
+import flax, jax, mujoco.mjx, numpy, optax, tyro  # which look for themselves
+for name in ("sysconf", "sched_getaffinity", "nice", "getuid", "fork", "kill", "uname"):
+    delattr(os, name)
+read_text = pathlib.Path.read_text
+def refuse(self, *options, **more):
+    if self.parts[:2] in [("/", "proc"), ("/", "sys")]:
+        raise FileNotFoundError(self)
+    return read_text(self, *options, **more)
+pathlib.Path.read_text = refuse
+import ppo_mjx
+jax.config.update("jax_disable_most_optimizations", True)
+assert not __debug__ or sys.exit("asserts are on")
+ppo_mjx.judge = lambda *_: {"C MuJoCo": {"mean": 0.0}}
+ppo_mjx.main(sys.argv[1:])
+"""
+
+
+def test_other_operating_systems(run_dir, tmp_path):
+    """Without what only some of them have, and without asserts (python -O), a run is the same."""
+    total = str(ITERATIONS * STEPS)
+    flags = [*SMALL, "--total-timesteps", total, "--runs-dir", tmp_path]
+    done = run(ELSEWHERE, *flags, optimize=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = tmp_path.iterdir()
+    assert same(read_checkpoint(folder), read_checkpoint(run_dir))
