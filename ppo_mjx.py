@@ -1638,6 +1638,16 @@ def check_log(args: Args) -> None:
     require(wandb, "--track: wandb is missing; pip install wandb")
 
 
+def start_tracking(run_dir: Path, settings: dict) -> None:
+    """Log to Weights & Biases as well, under the name of the run's folder."""
+    importlib.import_module("wandb").init(
+        id=run_dir.name,
+        name=run_dir.name,
+        config=settings,
+        resume="allow",
+    )
+
+
 class Log:
     """TensorBoard, and a progress bar or, without a terminal, plain lines.
 
@@ -1881,6 +1891,16 @@ def inherit(run_dir: Path, learner: Learner) -> Learner:
         learner = from_arrays(ours | theirs, learner)
     say(f"weights and statistics are those of {file}")
     return learner
+
+
+def first_state(args: Args, run_dir: Path, resuming: bool, state: TrainState) -> TrainState:
+    """Where training begins: the newest checkpoint, another run's policy, or `state` itself.
+
+    A run that was stopped before its first checkpoint begins once more as it began.
+    """
+    if args.init_from and not (resuming and checkpoints(run_dir)):
+        state = state.replace(learner=inherit(Path(args.init_from), state.learner))
+    return restore(args, run_dir, state) if resuming else state
 
 
 def write_run(run_dir: Path, content: dict) -> None:
@@ -2355,12 +2375,9 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     programs = build(args, mesh)
     env = programs.env
     model = load_model(env.task)
-    if args.init_from and not (resuming and checkpoints(run_dir)):
-        learner = inherit(Path(args.init_from), programs.state.learner)
-        programs.state = programs.state.replace(learner=learner)
     if resuming:
         tell_changes(run_dir, model)
-        programs.state = restore(args, run_dir, programs.state)
+    programs.state = first_state(args, run_dir, resuming, programs.state)
     first = int(programs.state.learner.iteration)
 
     run = programs.facts | describe_run(args, mesh, model)
@@ -2369,12 +2386,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
             run_dir = make_run_dir(run_dir)
     write_run(run_dir, run)
     if args.track and jax.process_index() == 0:
-        importlib.import_module("wandb").init(
-            id=run_dir.name,
-            name=run_dir.name,
-            config=run["args"],
-            resume="allow",
-        )
+        start_tracking(run_dir, run["args"])
 
     steps = args.steps_per_iteration
     unused = args.total_timesteps % steps
