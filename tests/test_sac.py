@@ -1068,7 +1068,7 @@ def test_dependencies_are_pinned_alike():
 
 
 def test_every_setting_is_used():
-    """No flag is without effect: each field of Args is read, by its name or in `make_task`."""
+    """No flag is without effect: each field of Args is read, by its name or in `task_flags`."""
     fields = {field.name for field in dataclasses.fields(sac.Args)}
     tree = ast.parse(SCRIPT.read_text())
     read = set()
@@ -1076,6 +1076,6 @@ def test_every_setting_is_used():
         if isinstance(node, ast.Attribute):
             owner = getattr(node.value, "id", None) or getattr(node.value, "attr", None)
             read |= {node.attr} if owner in ("args", "self") else set()
-    (make_task,) = (node for node in tree.body if getattr(node, "name", None) == "make_task")
-    read |= {node.value for node in ast.walk(make_task) if isinstance(node, ast.Constant)}
+    (task_flags,) = (node for node in tree.body if getattr(node, "name", None) == "task_flags")
+    read |= {node.value for node in ast.walk(task_flags) if isinstance(node, ast.Constant)}
     assert fields - read == set()

@@ -975,7 +975,7 @@ def test_loss_by_hand(mirror_coef, imitation_coef, iteration):
     old_mean[:, 0] += old_std[0] * np.sqrt(-2 * np.log(density / ratio * np.prod(old_std) * 2 * math.pi))
     advantage, target = np.array([2.0, -1.0, 0.5]), np.array([1.5, -0.5, 3.0])
     args = unitree.Args(hidden_sizes=(3,), clip_coef=0.2, vf_coef=0.5, mirror_coef=mirror_coef, num_envs=5, num_steps=2,
-                        imitation_coef=imitation_coef, imitation_steps=40, standing_after=70)
+                        total_timesteps=100, imitation_coef=imitation_coef, imitation_until=0.4, standing_after=0.7)
     batch = unitree.Batch(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (
         {"actor": actor_obs, "critic": critic_obs}, action, old_mean, advantage, target)), jnp.full(3, True))
     wrong = jax.tree.map(lambda x: 1e3 + 0 * x[:1], batch).replace(valid=jnp.array([False]))  # a broken world's step
