@@ -54,7 +54,8 @@ def record(task_id: str) -> Recording:
 def compiled_step(task_id: str, x64: bool):
     """The environment, and one compiled step of WORLDS worlds from (qpos, qvel, warmstart, x, action). In float64 it
     goes by XLA."""
-    jax.clear_caches()  # JAX 0.9 mixes up its traces of float64 constants between the precisions
+    if x64:
+        jax.clear_caches()  # JAX 0.9 mixes up its traces of float64 constants between the precisions
     def step(qpos, qvel, warmstart, x, action):
         reset = jax.vmap(ppo_mjx.kernel(env.reset))(jax.random.split(jax.random.key(0), WORLDS))
         state = reset.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), info=reset.info | {"x": x})
@@ -68,7 +69,8 @@ def compiled_step(task_id: str, x64: bool):
         env = ppo_mjx.Env(ppo_mjx.Args(env_id=task_id))
         sizes = (env.model.nq,), (env.model.nv,), (env.model.nv,), (), (env.model.nu,)
         compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, *size), float) for size in sizes)).compile()
-    jax.clear_caches()
+    if x64:
+        jax.clear_caches()
     return env, call
 
 MOMENT = np.arange(WORLDS), np.random.default_rng(1).integers(0, STEPS, WORLDS)  # a random one of each episode

@@ -105,15 +105,8 @@ def test_recorded_steps_have_contacts_and_terminations():
         ends = seen.terminated.any(axis=1).sum()
         assert ends >= WORLDS // 2 if task_id in FALLING else ends == 0
 
-@pytest.fixture
-def quick_to_compile():
-    """XLA takes a minute to optimise a step that runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
 @pytest.mark.parametrize("task_id", ["HalfCheetah"])
-def test_step_equals_gymnasium_in_float64(quick_to_compile, task_id):
+def test_step_equals_gymnasium_in_float64(task_id):
     """In double precision one step is Gymnasium's to the sixth digit: observation, reward and termination."""
     seen, state = record(task_id), one_step(task_id, x64=True)
     assert state.obs.dtype == np.float64
