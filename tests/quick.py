@@ -1,7 +1,8 @@
 """XLA's options in tests: a fifth of the usual time to compile, the same numbers but for rounding.
 
 LLVM's optimiser is left out, and fusions are written by XLA's older emitter, whose code is shorter.
-Kernels of `onekernel` are compiled as they are for users, whatever these options say."""
+Kernels of `onekernel` are compiled as they are for users, whatever these options say, but where a
+test asks for `quick_kernels`."""
 
 import contextlib
 import os
@@ -23,6 +24,19 @@ ENVIRONMENT = {
 def quick_jit(function):
     """As jax.jit, but quickly compiled, whatever the environment says."""
     return jax.jit(function, compiler_options=QUICK)
+
+
+def quick_kernels(monkeypatch) -> None:
+    """Kernels without LLVM's choice of registers, in this process; they leave no trace in the cache."""
+    from llvmlite import binding as llvm  # which some machines have not
+
+    create_target_machine = llvm.Target.create_target_machine
+
+    def without(target, **options):
+        return create_target_machine(target, **options | {"opt": 0})
+
+    monkeypatch.setattr(llvm.Target, "create_target_machine", without)
+    monkeypatch.setenv("ONEKERNEL_CACHE", "0")
 
 
 @contextlib.contextmanager

@@ -51,6 +51,11 @@ def record(task_id: str) -> Recording:
     return Recording(*(np.array(x).reshape(WORLDS, STEPS, *np.shape(x[0])) for x in zip(*rows, strict=True)))
 
 @functools.cache
+def make_env(task_id: str) -> ppo_mjx.Env:
+    """One for all tests of a task, so that each of its kernels is traced and compiled once."""
+    return ppo_mjx.Env(ppo_mjx.Args(env_id=task_id))
+
+@functools.cache
 def compiled_step(task_id: str, x64: bool):
     """The environment, and one compiled step of WORLDS worlds from (qpos, qvel, warmstart, x, action). In float64 it
     goes by XLA."""
@@ -66,7 +71,7 @@ def compiled_step(task_id: str, x64: bool):
     with jax.enable_x64(x64), warnings.catch_warnings():
         if x64:
             warnings.simplefilter("ignore", onekernel.Fallback)
-        env = ppo_mjx.Env(ppo_mjx.Args(env_id=task_id))
+        env = ppo_mjx.Env(ppo_mjx.Args(env_id=task_id)) if x64 else make_env(task_id)
         sizes = (env.model.nq,), (env.model.nv,), (env.model.nv,), (), (env.model.nu,)
         compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, *size), float) for size in sizes)).compile()
     if x64:

@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 import ppo_mjx
 
-
 # ---- Advantages
 
 def test_gae_by_hand():

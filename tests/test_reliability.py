@@ -38,7 +38,9 @@ SCRIPTS = [ppo_mjx, sac, unitree]
 SMALL = {
     ppo_mjx: {"env_id": "InvertedPendulum", "num_envs": 8, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1,
               "eval_every": 0, "eval_episodes": 1},
-    sac: {"num_envs": 16, "num_steps": 8, "batch_size": 16, "learning_starts": 32, "buffer_size": 4096,
+    # test_sac.py's, so that both files share compiled programs
+    sac: {"num_envs": 16, "num_steps": 8, "updates_per_step": 2, "buffer_size": 320, "batch_size": 32,
+          "learning_starts": 64, "policy_lr": 1e-3, "q_lr": 4e-3, "hidden_sizes": (16, 16),
           "eval_every": 4, "eval_episodes": 2},
     unitree: {"num_envs": 8, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1},
 }  # fmt: skip
