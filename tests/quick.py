@@ -30,12 +30,16 @@ def quick_kernels(monkeypatch) -> None:
     """Kernels without LLVM's choice of registers, in this process; they leave no trace in the cache."""
     from llvmlite import binding as llvm  # which some machines have not
 
+    from onekernel import machine_code
+
     create_target_machine = llvm.Target.create_target_machine
 
     def without(target, **options):
         return create_target_machine(target, **options | {"opt": 0})
 
     monkeypatch.setattr(llvm.Target, "create_target_machine", without)
+    # Other processes, which large kernels are shared with, would not know of this.
+    monkeypatch.setattr(machine_code, "count_cores", lambda: 1)
     monkeypatch.setenv("ONEKERNEL_CACHE", "0")
 
 
