@@ -86,7 +86,7 @@ from tqdm import tqdm
 
 with contextlib.redirect_stdout(io.StringIO()):  # it announces that the optional Warp is missing
     from mujoco import mjx
-    from mujoco.mjx._src import smooth
+    from mujoco.mjx._src import collision_driver, smooth
 
 try:  # the folder beside this file: it compiles all worlds' physics to one kernel
     import onekernel.mjx
@@ -226,6 +226,7 @@ class Physics:
 
     qpos: jax.Array  # [nq] m and rad
     qvel: jax.Array  # [nv] m/s and rad/s
+    act: jax.Array  # [na] states of the actuators that have one, such as filters and muscles
     qacc_warmstart: jax.Array  # [nv] where the constraint solver starts
 
 
@@ -241,15 +242,26 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One of Gymnasium's tasks: its numbers, its formulas, and the settings that train it best.
+    """A robot and what it is to do: numbers, formulas, and the settings that train it best.
 
     The formulas work on one robot in JAX (xp=jnp) and in C MuJoCo (xp=np). Those of this class take
     leading axes as well, for many robots at once.
     """
 
-    mjcf: str  # file among Gymnasium's models, absolute path of another file, or MJCF itself
+    mjcf: str  # name of one of Gymnasium's files, path of another (see find_mjcf), or MJCF itself
     frame_skip: int = 4  # physics steps in one environment step
     time_limit: int = 1000  # steps
+    max_speed: float = (
+        200.0  # m/s and rad/s; faster physics are broken. Random actions reach some 30
+    )
+
+    # None: actions move the controls over the actuators' whole ranges. A number: by at most so much,
+    # in rad or m, from those that hold the standing pose, which is for position servos.
+    servo_offset: float | None = None
+
+    # The pose that episodes start from: this keyframe, or the first where the model has no `home`.
+    # Without keyframes, or for None, the model's own.
+    keyframe: str | None = "home"
 
     # The episode goes on while these hold
     healthy_z: tuple[float, float] = (-math.inf, math.inf)  # m, height of the torso
@@ -279,18 +291,20 @@ class Task:
     learning_rate: float = Args.learning_rate
     total_timesteps: int = Args.total_timesteps
 
-    def start(self, key: jax.Array, qpos0: jax.Array, nv: int) -> tuple[jax.Array, jax.Array]:
+    def start(
+        self, key: jax.Array, qpos0: jax.Array, qvel0: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Coordinates [nq] and velocities [nv] at the start of an episode, with noise.
 
-        key: one PRNG key; qpos0: [nq], the model's own coordinates.
+        key: one PRNG key; qpos0, qvel0: [nq] and [nv], those of the model's pose (`reset_data`).
         """
         qpos_key, qvel_key = jax.random.split(key)
         uniform = partial(jax.random.uniform, minval=-self.reset_noise, maxval=self.reset_noise)
         qpos = qpos0 + uniform(qpos_key, qpos0.shape)
         if self.gaussian_velocity:
-            qvel = self.reset_noise * jax.random.normal(qvel_key, (nv,))
+            qvel = qvel0 + self.reset_noise * jax.random.normal(qvel_key, qvel0.shape)
         else:
-            qvel = uniform(qvel_key, (nv,))
+            qvel = qvel0 + uniform(qvel_key, qvel0.shape)
         return qpos, qvel
 
     def sense(self, field, xp=jnp) -> tuple[Any, dict[str, Any]]:
@@ -334,7 +348,8 @@ class Task:
     def reward_terms(self, now: Snapshot, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
         """The terms of the reward, which is their sum: name -> [...].
 
-        x_velocity: [...] m/s; action: [..., A], clipped to the motors' range; healthy: bool [...].
+        x_velocity: [...] m/s; action: [..., A], the controls as measured from those of action 0,
+        the middle of their range or the standing pose; healthy: bool [...].
         """
         terms = {
             "reward_forward": self.forward_reward * x_velocity,
@@ -383,7 +398,9 @@ class InvertedDoublePendulum(Task):
 class Reacher(Task):
     """An arm of two links in a plane, whose fingertip is to reach a target that lies still."""
 
-    def start(self, key: jax.Array, qpos0: jax.Array, nv: int) -> tuple[jax.Array, jax.Array]:
+    def start(
+        self, key: jax.Array, qpos0: jax.Array, qvel0: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         arm_key, velocity_key, radius_key, angle_key = jax.random.split(key, 4)
         noise = self.reset_noise
         arm = qpos0[:2] + jax.random.uniform(arm_key, (2,), minval=-noise, maxval=noise)
@@ -418,7 +435,9 @@ class Reacher(Task):
 class Pusher(Task):
     """An arm of seven joints that is to push a cylinder to a goal."""
 
-    def start(self, key: jax.Array, qpos0: jax.Array, nv: int) -> tuple[jax.Array, jax.Array]:
+    def start(
+        self, key: jax.Array, qpos0: jax.Array, qvel0: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         cylinder_key, velocity_key = jax.random.split(key)
         # The cylinder stands at least 0.17 m from the goal: the first of 32 candidates that does.
         # Each fits with a probability of 62%, so that none does once in 10^13 episodes.
@@ -429,7 +448,7 @@ class Pusher(Task):
         cylinder = candidates[jnp.argmax(far)]
 
         qpos = jnp.concatenate([qpos0[:-4], cylinder, jnp.zeros(2)])
-        velocity = jax.random.uniform(velocity_key, (nv - 4,), minval=-5e-3, maxval=5e-3)
+        velocity = jax.random.uniform(velocity_key, (len(qvel0) - 4,), minval=-5e-3, maxval=5e-3)
         qvel = jnp.concatenate([velocity, jnp.zeros(4)])
         return qpos, qvel
 
@@ -503,6 +522,7 @@ TASKS = {
     ),
     "Humanoid": Task(
         mjcf="humanoid.xml",
+        keyframe=None,
         frame_skip=5,
         healthy_z=(1.0, 2.0),
         forward_reward=1.25,
@@ -518,6 +538,7 @@ TASKS = {
     ),
     "HumanoidStandup": HumanoidStandup(
         mjcf="humanoidstandup.xml",
+        keyframe=None,
         frame_skip=5,
         ctrl_cost=0.1,
         contact_cost=5e-7,
@@ -565,20 +586,37 @@ TASKS = {
 }
 
 
-def load_model(task: Task) -> mujoco.MjModel:
-    """The task's model, for C MuJoCo."""
-    if task.mjcf.startswith("<"):
-        return mujoco.MjModel.from_xml_string(task.mjcf)
+def gymnasium_models() -> Path | None:
+    """The folder of Gymnasium's models; None where gymnasium is not installed."""
     package = importlib.util.find_spec("gymnasium")  # which imports nothing of it
-    require(package, "gymnasium, which has the models, is missing; pip install gymnasium==1.4.0")
-    folder = Path(package.submodule_search_locations[0]) / "envs" / "mujoco" / "assets"
-    # half_cheetah.xml has a deprecated setting, of which MuJoCo would warn on the terminal and in a
-    # file.
-    mujoco.set_mju_user_warning(lambda message: None)
-    try:
-        return mujoco.MjModel.from_xml_path(str(folder / task.mjcf))  # an absolute path stays
-    finally:
-        mujoco.set_mju_user_warning(None)
+    if not package:
+        return None
+    return Path(package.submodule_search_locations[0]) / "envs" / "mujoco" / "assets"
+
+
+def find_mjcf(task: Task) -> Path:
+    """The model's file: Gymnasium's of that name, else a path from this script's folder on."""
+    folder = gymnasium_models()
+    plain_name = Path(task.mjcf).name == task.mjcf
+    if folder and plain_name and (folder / task.mjcf).exists():
+        return folder / task.mjcf
+    file = Path(__file__).parent / Path(task.mjcf).expanduser()
+    missing = "gymnasium, which has the models, is missing; pip install gymnasium==1.4.0"
+    require(folder or not plain_name or file.exists(), missing)
+    return file
+
+
+def load_model(task: Task) -> mujoco.MjModel:
+    """The task's model, for C MuJoCo. Meshes are found relative to the MJCF's file."""
+    # half_cheetah.xml has a deprecated setting, of which MuJoCo would warn.
+    with warnings.catch_warnings(action="ignore"):
+        with or_fail(f"model {task.mjcf:.60}", kind=ValueError):
+            if task.mjcf.lstrip().startswith("<"):
+                spec = mujoco.MjSpec.from_string(task.mjcf)
+                spec.modelfiledir = str(Path(__file__).parent)
+            else:
+                spec = mujoco.MjSpec.from_file(str(find_mjcf(task)))
+            return spec.compile()
 
 
 # ---- 3. Environment ------------------------------------------------------------------------------
@@ -622,37 +660,270 @@ def kernel(function):
 # end shared
 
 
+def physics_forward(model: mjx.Model, data: mjx.Data) -> mjx.Data:
+    """All that MuJoCo computes from one world's state, forces and sensors included."""
+    if onekernel:
+        return onekernel.mjx.forward(model, data)
+    with jax.default_matmul_precision("highest"):
+        return mjx.forward(model, data)
+
+
+# Fields that coordinates and velocities alone determine, without collisions or forces.
+KINEMATIC_FIELDS = {
+    *("qpos", "qvel", "xpos", "xquat", "xmat", "xipos", "ximat", "xanchor", "xaxis"),
+    *("geom_xpos", "geom_xmat", "site_xpos", "site_xmat"),
+    *("subtree_com", "cinert", "cdof", "cdof_dot", "cvel"),
+}
+
+
+def reset_data(task: Task, model: mujoco.MjModel, data: mujoco.MjData) -> None:
+    """Put C MuJoCo's data in the pose that episodes start from, without noise; see Task.keyframe."""
+    if task.keyframe is None or model.nkey == 0:
+        mujoco.mj_resetData(model, data)
+        return
+    number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_KEY, task.keyframe)
+    known = number >= 0 or task.keyframe == "home"
+    require(known, f"keyframe {task.keyframe}: the model has no keyframe of that name")
+    mujoco.mj_resetDataKeyframe(model, data, max(number, 0))
+
+
+def control_range(
+    task: Task, model: mujoco.MjModel, start: mujoco.MjData
+) -> tuple[np.ndarray, np.ndarray]:
+    """How actions [A] in [-1, 1] become controls: scale and bias [A], in the actuators' units.
+
+    start: the pose of the start.
+    """
+    lowest, highest = model.actuator_ctrlrange.T
+    if task.servo_offset is None:
+        return (highest - lowest) / 2, (highest + lowest) / 2
+
+    bias = start.ctrl.copy()
+    if not bias.any():  # the keyframe tells no controls: a servo stays where it is
+        stiffness = -model.actuator_biasprm[:, 1]
+        is_servo = (stiffness > 0) & (stiffness == model.actuator_gainprm[:, 0])
+        bias = np.where(is_servo, start.actuator_length, 0.0)
+    return np.full(model.nu, task.servo_offset), bias
+
+
+def called(model: mujoco.MjModel, kind: str, number: int) -> str:
+    """What messages call an element of a model: its name; without one, number and place.
+
+    kind: actuator, equality, geom, joint or sensor.
+    """
+    name = getattr(model, kind)(number).name
+    if name:
+        return f"{kind} {name}"
+    place = ""
+    if kind == "geom":
+        place = f" (of body {model.body(model.geom_bodyid[number]).name})"
+    if kind == "actuator" and model.actuator_trntype[number] == mujoco.mjtTrn.mjTRN_JOINT:
+        place = f" (of joint {model.joint(model.actuator_trnid[number, 0]).name})"
+    return f"{kind} {number}{place}"
+
+
+def foreign_kinds(model: mujoco.MjModel) -> list[str]:
+    """What of a model MJX does not have, or would leave out unsaid."""
+    kinds = [
+        ("actuator", "dyntype", model.actuator_dyntype, mujoco.mjtDyn, mjx.DynType),
+        ("actuator", "gaintype", model.actuator_gaintype, mujoco.mjtGain, mjx.GainType),
+        ("actuator", "biastype", model.actuator_biastype, mujoco.mjtBias, mjx.BiasType),
+        ("actuator", "transmission", model.actuator_trntype, mujoco.mjtTrn, mjx.TrnType),
+        ("equality", "type", model.eq_type, mujoco.mjtEq, mjx.EqType),
+        ("sensor", "type", model.sensor_type, mujoco.mjtSensor, mjx.SensorType),
+    ]
+    faults = []
+    for kind, what, values, names, known in kinds:
+        has = ", ".join(member.name.lower() for member in known)
+        for number, value in enumerate(values):
+            if value not in set(known):
+                theirs = names(value).name.split("_", 1)[1].lower()
+                element = called(model, kind, number)
+                faults.append(f"{element}: MJX lacks the {what} {theirs}; it has {has}")
+
+    for kind, histories in ("actuator", model.actuator_history), ("sensor", model.sensor_history):
+        for number in np.flatnonzero(histories[:, 0]):
+            faults.append(f"{called(model, kind, number)}: MJX lacks delays; leave it out")
+    in_fluid = model.opt.density > 0 or model.opt.viscosity > 0
+    for number in np.flatnonzero(model.geom_fluid[:, 0] > 0) if in_fluid else ():
+        faults.append(f"{called(model, 'geom', number)}: MJX lacks fluidshape ellipsoid; use none")
+    if model.nplugin or model.nflex:
+        faults.append("plugins, flex: MJX lacks them; leave them out")
+
+    integrator = mujoco.mjtIntegrator(model.opt.integrator).name.removeprefix("mjINT_")
+    if integrator not in ("EULER", "RK4", "IMPLICITFAST"):
+        faults.append(f"option integrator {integrator}: MJX has Euler, RK4 and implicitfast")
+    elif integrator == "IMPLICITFAST" and in_fluid:
+        faults.append("option integrator implicitfast: MJX lacks it in a fluid; use Euler or RK4")
+    return faults
+
+
+def foreign_contacts(model: mujoco.MjModel) -> list[str]:
+    """The pairs of geoms that can collide, but not in MJX."""
+    convex = {mujoco.mjtGeom.mjGEOM_MESH, mujoco.mjtGeom.mjGEOM_HFIELD}
+    elliptic = model.opt.cone == mujoco.mjtCone.mjCONE_ELLIPTIC
+    faults = []
+    for first, second, pair in collision_driver.geom_pairs(model):
+        types = [mujoco.mjtGeom(model.geom_type[geom]) for geom in (first, second)]
+        kinds = [kind.name.removeprefix("mjGEOM_").lower() for kind in types]
+        margin = model.geom_margin[[first, second]].sum() if pair < 0 else model.pair_margin[pair]
+        condim = max(model.geom_condim[[first, second]]) if pair < 0 else model.pair_dim[pair]
+
+        names = [called(model, "geom", geom) for geom in (first, second)]
+        both = f"{names[0]} ({kinds[0]}) and {names[1]} ({kinds[1]})"
+        if not collision_driver.has_collision_fn(*types):
+            advice = "collide as capsules or meshes, or keep them apart by contype and conaffinity"
+            faults.append(f"{both}: MJX lacks this collision; {advice}")
+        elif margin and convex.intersection(types):
+            faults.append(f"{both}: MJX lacks margin for meshes and height fields; leave it out")
+        elif elliptic and condim == 1:
+            faults.append(f"{both}: MJX lacks condim 1 with elliptic cones; use condim 3")
+    return faults
+
+
+def can_move(task: Task, model: mujoco.MjModel) -> bool:
+    """Whether random controls of 20 physics steps move the robot elsewhere than action 0 does."""
+    random = np.random.default_rng(0).uniform(-1, 1, model.nu)
+    ends = []
+    for action in np.zeros(model.nu), random:
+        data = mujoco.MjData(model)
+        reset_data(task, model, data)
+        mujoco.mj_forward(model, data)
+        scale, bias = control_range(task, model, data)
+        data.ctrl = bias + scale * action
+        mujoco.mj_step(model, data, nstep=20)
+        ends.append(np.concatenate([data.qpos, data.qvel]))
+    return not np.array_equal(*ends)
+
+
+def check_model(task: Task, model: mujoco.MjModel) -> list[str]:
+    """Why a model cannot be trained, by the names of its parts, and what to write instead.
+
+    A line for each fault; none if all is well.
+    """
+    faults = foreign_kinds(model) + foreign_contacts(model)
+    if model.nu == 0:
+        faults.append("the model has no actuators, so that no action could move it")
+    if task.first_observed >= model.nq:
+        faults.append(
+            f"first_observed {task.first_observed}: the model has {model.nq} coordinates, from 0 on"
+        )
+
+    lowest, highest = model.actuator_ctrlrange.T
+    if task.servo_offset is None:
+        advice = 'write ctrlrange="-1 1", or for a position servo inheritrange="1"'
+        for number in np.flatnonzero(~(lowest < highest) | ~np.isfinite(highest - lowest)):
+            name = called(model, "actuator", number)
+            faults.append(f"{name} has no ctrlrange for actions to be mapped to; {advice}")
+    if not faults and not can_move(task, model):
+        faults.append("no action moves the robot; look at the actuators' gear, gain and forcerange")
+    return faults
+
+
+def remarks(task: Task, model: mujoco.MjModel) -> list[str]:
+    """What is told about a model before its training starts: what may surprise, a line for each."""
+    lines = []
+    if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:
+        lines.append("the model's solver, PGS, is not in MJX; Newton's takes its place there")
+    if model.opt.noslip_iterations:
+        lines.append("the model's noslip_iterations are not in MJX; only C MuJoCo has them")
+    if not task.mjcf.lstrip().startswith("<") and find_mjcf(task).parent == gymnasium_models():
+        return lines  # whose poses and bounds are known
+
+    bounds = {"healthy_z": task.healthy_z, "max_pitch": task.max_pitch, "max_state": task.max_state}
+    set_bounds = [f"{name} {bound}" for name, bound in bounds.items() if np.isfinite(bound).any()]
+    ends = ", ".join([f"max_speed {task.max_speed:g} (m/s, rad/s)", *set_bounds])
+    lines.append(
+        f"{model.nu} actuators; an episode ends after {task.time_limit} steps, or by {ends}"
+    )
+
+    data = mujoco.MjData(model)
+    reset_data(task, model, data)
+    mujoco.mj_forward(model, data)
+    for joint in np.flatnonzero(model.jnt_limited):
+        low, high = model.jnt_range[joint]
+        value = data.qpos[model.jnt_qposadr[joint]]
+        is_ball = model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_BALL
+        if not is_ball and not low - 1e-6 <= value <= high + 1e-6:
+            name = called(model, "joint", joint)
+            lines.append(f"{name} starts at {value:.3g}, outside of its range {low:.3g} {high:.3g}")
+    if data.ncon and data.contact.dist.min() < -5e-3:  # m
+        deepest = data.contact[int(data.contact.dist.argmin())]
+        names = [called(model, "geom", geom) for geom in deepest.geom]
+        lines.append(f"{names[1]} starts {-deepest.dist:.2g} m deep in {names[0]}")
+
+    x, senses = task.sense(partial(getattr, data), np)
+    start = Snapshot(qpos=data.qpos, qvel=data.qvel, x=x, senses=senses)
+    if not np.all(task.is_healthy(start, np)):
+        lines.append("the robot starts outside of the task's bounds: each episode ends at once")
+    return lines
+
+
 class Env:
     """One world of a task. `reset` and `step` are pure functions: batch them with jax.vmap.
 
     An episode ends where the robot is not healthy, at the time limit, or by broken physics (not
-    finite, or faster than MAX_SPEED). A step that breaks the physics has reward 0, is left out of
-    learning, and keeps the observation before it.
+    finite, or faster than the task's max_speed). A step that breaks the physics has reward 0, is
+    left out of learning, and keeps the observation before it.
     """
 
-    MAX_SPEED = 200.0  # m/s and rad/s; random actions reach some 30
-
     def __init__(self, args: Args):
+        self.name = args.env_id
         self.task = TASKS[args.env_id]
-        self.gymnasium_id = args.env_id + "-v5"
         self.time_limit = self.task.time_limit  # steps
 
         model = load_model(self.task)
-        model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # Humanoid asks for PGS, which MJX lacks
-        assert model.na == 0, "Physics has no place for the state of actuators"
-        lowest, highest = model.actuator_ctrlrange.T
-        assert np.ptp([-lowest, highest]) == 0, "all motors take -max_action to max_action"
+        faults = check_model(self.task, model)
+        require(not faults, f"model of {self.name}: {'; '.join(faults[:1])}")
+        self.remarks = remarks(self.task, model)
 
-        self.control_dt = model.opt.timestep * self.task.frame_skip  # s
+        start = mujoco.MjData(model)
+        reset_data(self.task, model, start)
+        mujoco.mj_forward(model, start)
+        self.init_qpos = start.qpos.copy()
+        self.init_qvel = start.qvel.copy()
+        self.init_act = start.act.copy()
+        self.action_scale, self.action_bias = control_range(self.task, model, start)
         self.action_size = model.nu
-        self.max_action = float(highest[0])
-        self.init_qpos = np.array(model.qpos0)
+        self.control_dt = model.opt.timestep * self.task.frame_skip  # s
 
+        if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:  # which MJX lacks
+            model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
+        # How MJX stores matrices, not what it computes; onekernel wants them dense.
+        model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
         device = jax.local_devices()[0]
-        self.model = mjx.put_model(model, device, impl="jax")
-        self.template = mjx.make_data(self.model, device)
+        with or_fail(f"model of {self.name}: MJX cannot take it"):
+            self.model = mjx.put_model(model, device, impl="jax")
+            template = mjx.make_data(self.model, device)
+        self.template = template.replace(
+            mocap_pos=jnp.asarray(start.mocap_pos),
+            mocap_quat=jnp.asarray(start.mocap_quat),
+        )
+
+        self.fields = {self.task.position[0], *dict(self.task.sensed)}  # MuJoCo's, that are read
+        for field in self.fields:
+            known = hasattr(start, field) and field in vars(template) | vars(template._impl)
+            require(known, f"task {self.name}: MuJoCo's data have no field {field}")
         start = jax.eval_shape(kernel(self.reset), jax.random.key(0))
         self.observation_size = start.obs.size
+
+    @property
+    def gymnasium_id(self) -> str | None:
+        """Gymnasium's name of this very task; None of another robot or observation."""
+        gymnasium = importlib.import_module("gymnasium")
+        if self.name + "-v5" not in gymnasium.registry or self.task.mjcf.lstrip().startswith("<"):
+            return None
+        theirs = gymnasium.make(self.name + "-v5").unwrapped
+        theirs.reset(seed=0)
+        ours = CMujocoEnv(self)
+        if Path(theirs.fullpath) != find_mjcf(self.task):
+            return None
+        ours.data.qpos = theirs.data.qpos
+        ours.data.qvel = theirs.data.qvel
+        mujoco.mj_forward(ours.model, ours.data)
+        alike = np.array_equal(np.shape(ours.observe()), theirs.observation_space.shape)
+        alike = alike and np.allclose(ours.observe(), theirs._get_obs(), atol=1e-6)
+        return self.name + "-v5" if alike else None
 
     def measure(self, data: Physics, full: mjx.Data) -> Snapshot:
         """What the task's formulas need; full: the data that were computed last."""
@@ -662,12 +933,20 @@ class Env:
 
     def reset(self, key: jax.Array) -> State:
         """A new episode, with Gymnasium's noise. key: one PRNG key."""
-        qpos, qvel = self.task.start(key, self.init_qpos, self.model.nv)
-        data = Physics(qpos=qpos, qvel=qvel, qacc_warmstart=jnp.zeros_like(qvel))
+        qpos, qvel = self.task.start(key, self.init_qpos, self.init_qvel)
+        data = Physics(
+            qpos=qpos,
+            qvel=qvel,
+            act=jnp.asarray(self.init_act),
+            qacc_warmstart=jnp.zeros_like(qvel),
+        )
 
-        full = self.template.replace(qpos=qpos, qvel=qvel)  # there are no forces yet
-        full = smooth.kinematics(self.model, full)
-        full = smooth.com_vel(self.model, smooth.com_pos(self.model, full))
+        full = self.template.replace(**vars(data), ctrl=jnp.asarray(self.action_bias))
+        if self.fields <= KINEMATIC_FIELDS:
+            full = smooth.kinematics(self.model, full)
+            full = smooth.com_vel(self.model, smooth.com_pos(self.model, full))
+        else:
+            full = physics_forward(self.model, full)
         now = self.measure(data, full)
 
         zero = jnp.zeros(())
@@ -694,7 +973,12 @@ class Env:
         def substep(carry, _):
             data, full = carry
             full = physics_step(self.model, full.replace(**vars(data), ctrl=action))
-            data = Physics(full.qpos, full.qvel, full.qacc_warmstart)
+            data = Physics(
+                qpos=full.qpos,
+                qvel=full.qvel,
+                act=full.act,
+                qacc_warmstart=full.qacc_warmstart,
+            )
             return (data, full), None
 
         start = (data, self.template)
@@ -713,19 +997,20 @@ class Env:
     def step(self, state: State, action: jax.Array) -> State:
         """One control step.
 
-        action: [A] in [-max_action, max_action], the actuators' controls; torque or force is
-        gear * action.
+        action: [A], the actuators' controls in their own units: action_bias, plus up to
+        action_scale in both directions; see `scale_action`.
         """
         data, now = self.advance(state.data, action)
         obs = self.task.observe(now)
 
         finite = jnp.isfinite(data.qpos).all() & jnp.isfinite(obs).all()
-        slow = (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN as well
+        slow = (jnp.abs(data.qvel) < self.task.max_speed).all()  # False for NaN as well
         sane = finite & slow
 
         healthy = self.task.is_healthy(now)
         x_velocity = (now.x - state.info["x"]) / self.control_dt
-        terms = self.task.reward_terms(now, x_velocity, action, healthy)
+        effort = action - self.action_bias
+        terms = self.task.reward_terms(now, x_velocity, effort, healthy)
         terms = {name: jnp.where(sane, term, 0.0) for name, term in terms.items()}
 
         elapsed = state.info["elapsed"] + 1
@@ -1050,8 +1335,8 @@ def where_done(done: jax.Array, fresh: Worlds, end: Worlds) -> Worlds:
 
 
 def scale_action(env: Env, action: jax.Array) -> jax.Array:
-    """What the environment gets for an action of the policy [..., A]."""
-    return env.max_action * jnp.clip(action, -1.0, 1.0)
+    """The actuators' controls for an action of the policy [..., A]."""
+    return env.action_scale * jnp.clip(action, -1.0, 1.0) + env.action_bias
 
 
 def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Worlds, Transition]:
@@ -1354,7 +1639,9 @@ def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
         "charts/episodic_return": sums["returns"] / sums["episodes"],
         "charts/episodic_length": sums["lengths"] / sums["episodes"],
         "charts/episodes_finished": sums["episodes"],
-        "charts/nan_resets": sums["times_broken"],  # not only NaN: too fast as well (Env.MAX_SPEED)
+        "charts/nan_resets": sums[
+            "times_broken"
+        ],  # not only NaN: too fast as well (Task.max_speed)
     }
 
 
@@ -1419,11 +1706,11 @@ def train_iteration(
 
 
 # ---- 11. Evaluation ------------------------------------------------------------------------------
-# shared: export
 def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
-    """All that the deterministic policy needs: largest action, normaliser, layers w0, b0, ..."""
+    """All that the deterministic policy needs: normaliser, layers w0, b0, ..., controls' range."""
     policy = {
-        "max_action": np.float32(env.max_action),
+        "action_scale": np.float32(env.action_scale),
+        "action_bias": np.float32(env.action_bias),
         "obs_mean": learner.obs_stats.mean,
         "obs_var": learner.obs_stats.var,
     }
@@ -1434,20 +1721,17 @@ def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
     return jax.device_get(policy)
 
 
-# end shared
-
-
 def act(policy: dict, memory: tuple, obs, xp=np) -> tuple[tuple, Any]:
     """The exported policy: its memory and raw observations [..., O] -> next memory, action.
 
-    The actions [..., A] are the distribution's mean. NumPy suffices.
+    The actions [..., A] are the distribution's mean, as controls of the actuators. NumPy suffices.
     """
     x = xp.clip((obs - policy["obs_mean"]) / xp.sqrt(policy["obs_var"] + 1e-8), -10.0, 10.0)
     last = sum(name.startswith("w") for name in policy) - 1
     for i in range(last):
         x = xp.tanh(x @ policy[f"w{i}"] + policy[f"b{i}"])
     action = x @ policy[f"w{last}"] + policy[f"b{last}"]
-    return memory, policy["max_action"] * xp.clip(action, -1.0, 1.0)
+    return memory, policy["action_scale"] * xp.clip(action, -1.0, 1.0) + policy["action_bias"]
 
 
 class CMujocoEnv:
@@ -1464,9 +1748,10 @@ class CMujocoEnv:
 
     def reset(self, seed: int):
         start = jax.device_get(self.start(jax.random.key(seed)).data)
-        mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos = start.qpos
-        self.data.qvel = start.qvel
+        reset_data(self.task, self.model, self.data)
+        for name, value in vars(start).items():
+            setattr(self.data, name, value)
+        self.data.ctrl = self.env.action_bias
         self.elapsed = 0
         mujoco.mj_forward(self.model, self.data)
         return self.observe(), {}
@@ -1486,7 +1771,8 @@ class CMujocoEnv:
         obs = self.observe()
         healthy = self.task.is_healthy(self.now, np)
         x_velocity = (self.now.x - x_before) / self.env.control_dt
-        terms = self.task.reward_terms(self.now, x_velocity, action, healthy, np)
+        effort = action - self.env.action_bias
+        terms = self.task.reward_terms(self.now, x_velocity, effort, healthy, np)
         truncated = self.elapsed >= self.env.time_limit
         return obs, sum(terms.values()), not healthy, truncated, {}
 
@@ -1564,6 +1850,9 @@ def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
 def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
     """A renderer by MUJOCO_GL; without it by EGL on Linux, which needs no display."""
     advice = "on Linux install libegl1, or libosmesa6 and set MUJOCO_GL=osmesa"
+    screen = model.vis.global_
+    screen.offwidth = max(screen.offwidth, 640)  # of MuJoCo's memory for pictures
+    screen.offheight = max(screen.offheight, 480)
     with or_fail(f"--capture-video: no OpenGL; {advice}"):
         if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
             gl_context.GLContext = importlib.import_module("mujoco.egl").GLContext
@@ -1571,6 +1860,19 @@ def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
 
 
 # end shared
+
+
+def make_camera(model: mujoco.MjModel) -> int | mujoco.MjvCamera:
+    """The model's camera `track`; without one, a camera that follows the heaviest of its trees."""
+    number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    if number >= 0:
+        return number
+    camera = mujoco.MjvCamera()
+    mujoco.mjv_defaultFreeCamera(model, camera)
+    is_root = (model.body_parentid == 0) & (np.arange(model.nbody) > 0)
+    camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING
+    camera.trackbodyid = int(np.argmax(is_root * model.body_subtreemass))
+    return camera
 
 
 def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
@@ -1581,8 +1883,7 @@ def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
 
     imageio = importlib.import_module("imageio")
     renderer = make_renderer(original.model)
-    # -1, where the model has no such camera, is one that sees all of it.
-    camera = mujoco.mj_name2id(original.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    camera = make_camera(original.model)
     every = max(1, round(0.02 / env.control_dt))  # steps of one frame
     frames_per_second = 1 / (every * env.control_dt)
     with writing(file):
@@ -2063,6 +2364,8 @@ def build(args: Args, mesh: Mesh) -> Programs:
     slowly = "" if onekernel else "; without the folder onekernel beside it, XLA's slow physics"
     say(f"building {args.env_id} for {mesh.size} x {mesh.devices[0].device_kind}{slowly}")
     env = Env(args)
+    for remark in env.remarks:
+        say(f"{args.env_id}: {remark}")
     key = jax.random.key(args.seed)
     eval_keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
 

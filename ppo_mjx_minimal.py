@@ -690,7 +690,6 @@ def train_iteration(
 
 
 # ---- 10. Main ------------------------------------------------------------------------------------
-# shared: export
 def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
     """All that the deterministic policy needs: largest action, normaliser, layers w0, b0, ..."""
     policy = {
@@ -703,9 +702,6 @@ def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
         policy["w" + number] = layer["kernel"]
         policy["b" + number] = layer["bias"]
     return jax.device_get(policy)
-
-
-# end shared
 
 
 def train(args: Args) -> Path:

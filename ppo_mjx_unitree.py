@@ -1857,6 +1857,9 @@ def judge(robot: Robot, policy: dict) -> dict:
 def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
     """A renderer by MUJOCO_GL; without it by EGL on Linux, which needs no display."""
     advice = "on Linux install libegl1, or libosmesa6 and set MUJOCO_GL=osmesa"
+    screen = model.vis.global_
+    screen.offwidth = max(screen.offwidth, 640)  # of MuJoCo's memory for pictures
+    screen.offheight = max(screen.offheight, 480)
     with or_fail(f"--capture-video: no OpenGL; {advice}"):
         if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
             gl_context.GLContext = importlib.import_module("mujoco.egl").GLContext

@@ -55,8 +55,8 @@ def still(env_id: str) -> dict:
     """A policy that does nothing."""
     env = ppo.Env(ppo.Args(env_id=env_id))
     weights = np.zeros((env.observation_size, env.action_size))
-    return {"max_action": 1.0, "obs_mean": np.zeros(len(weights)), "obs_var": np.ones(len(weights)), "w0": weights,
-            "b0": weights[0]}  # fmt: skip
+    return {"action_scale": 1.0, "action_bias": 0.0, "obs_mean": np.zeros(len(weights)),
+            "obs_var": np.ones(len(weights)), "w0": weights, "b0": weights[0]}  # fmt: skip
 
 
 def main(args: Args) -> None:

@@ -98,7 +98,7 @@ def make_task(name: str) -> Task:
         model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # as Env has it, for Humanoid
         return Task(partial(ppo.Env, name), model, ppo.load_model(task), task.frame_skip,
                     lambda qpos, qvel: ~task.is_healthy(ppo.Snapshot(qpos, qvel, None, {}), np),
-                    scale=env.max_action, gymnasium_id=env.gymnasium_id)
+                    scale=env.action_scale, gymnasium_id=env.gymnasium_id)
     if name == "Pendulum":
         args = sac.Args(env_id="Pendulum-v1")
         task, env = sac.TASKS[args.env_id], sac.Env(args)

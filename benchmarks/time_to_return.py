@@ -51,10 +51,11 @@ class Args:
 def act(policy: dict, obs: np.ndarray) -> np.ndarray:
     """The saved policy, by NumPy alone: the snippet of docs/ppo_mjx.md."""
     x = np.clip((obs - policy["obs_mean"]) / np.sqrt(policy["obs_var"] + 1e-8), -10, 10)
-    last = len(policy) // 2 - 2
+    last = sum(name.startswith("w") for name in policy) - 1
     for i in range(last):
         x = np.tanh(x @ policy[f"w{i}"] + policy[f"b{i}"])
-    return policy["max_action"] * np.clip(x @ policy[f"w{last}"] + policy[f"b{last}"], -1, 1)
+    action = np.clip(x @ policy[f"w{last}"] + policy[f"b{last}"], -1, 1)
+    return policy["action_scale"] * action + policy["action_bias"]
 
 
 def judge(env_id: str, file: Path, episodes: int) -> list[float]:

@@ -57,7 +57,8 @@ def compiled_step(task_id: str, x64: bool):
     jax.clear_caches()  # JAX 0.9 mixes up its traces of float64 constants between the precisions
     def step(qpos, qvel, warmstart, x, action):
         reset = jax.vmap(ppo_mjx.kernel(env.reset))(jax.random.split(jax.random.key(0), WORLDS))
-        state = reset.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), info=reset.info | {"x": x})
+        data = reset.data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=warmstart)
+        state = reset.replace(data=data, info=reset.info | {"x": x})
         return jax.vmap(ppo_mjx.kernel(env.step))(state, action)
     def call(*inputs):
         with jax.enable_x64(x64):

@@ -218,7 +218,8 @@ def test_step_is_pure_and_vmap_is_a_loop():
     jax.tree.map(np.testing.assert_array_equal, first, second)
     qpos, qvel, warmstart, x, action = (jnp.asarray(x[7], jnp.float32) for x in inputs)
     start = ppo_mjx.kernel(env.reset)(jax.random.key(0))
-    start = start.replace(data=ppo_mjx.Physics(qpos, qvel, warmstart), info=start.info | {"x": x})
+    data = start.data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=warmstart)
+    start = start.replace(data=data, info=start.info | {"x": x})
     alone, batch = ppo_mjx.kernel(env.step)(start, action), jax.tree.map(lambda x: x[7], first)
     jax.tree.map(np.testing.assert_array_equal, alone, batch)
 

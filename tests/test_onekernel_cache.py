@@ -1,5 +1,6 @@
 """The store of compiled kernels, and the fingerprint that tells whether a trace still holds."""
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -725,7 +726,7 @@ def test_parts_of_an_environment_count(hopper):
     for change in (
         mock.patch.object(ppo_mjx, "physics_step", lambda model, data: data),
         mock.patch.object(ppo_mjx, "onekernel", None),
-        mock.patch.object(ppo_mjx.Env, "MAX_SPEED", 100.0),
+        mock.patch.object(hopper, "task", dataclasses.replace(hopper.task, max_speed=100.0)),
         mock.patch.object(hopper, "control_dt", 2.0),
         mock.patch.object(hopper, "model", hopper.model.tree_replace({"opt.timestep": 0.1})),
         mock.patch.object(hopper, "model", hopper.model.replace(nq=7)),
