@@ -226,8 +226,12 @@ class Physics:
 
     qpos: jax.Array  # [nq] m and rad
     qvel: jax.Array  # [nv] m/s and rad/s
-    act: jax.Array  # [na] states of the actuators that have one, such as filters and muscles
     qacc_warmstart: jax.Array  # [nv] where the constraint solver starts
+    act: jax.Array | None  # [na] states of actuators, such as filters and muscles; None without any
+
+    def fields(self) -> dict[str, jax.Array]:
+        """MuJoCo's fields by their names."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @struct.dataclass
@@ -290,6 +294,11 @@ class Task:
     num_steps: int = 32
     learning_rate: float = Args.learning_rate
     total_timesteps: int = Args.total_timesteps
+
+    @property
+    def fields(self) -> set[str]:
+        """MuJoCo's fields that `sense` reads."""
+        return {self.position[0], *dict(self.sensed)}
 
     def start(
         self, key: jax.Array, qpos0: jax.Array, qvel0: jax.Array
@@ -796,27 +805,42 @@ def can_move(task: Task, model: mujoco.MjModel) -> bool:
     return not np.array_equal(*ends)
 
 
+def misfits(task: Task, model: mujoco.MjModel) -> list[str]:
+    """What a task's row asks of a model that it does not have."""
+    faults = []
+    if task.first_observed >= model.nq:
+        faults.append(f"first_observed {task.first_observed}: it has {model.nq} coordinates")
+
+    data = mujoco.MjData(model)
+    known = {field.name for field in (*mjx.Data.fields(), *mjx.DataJAX.fields())}
+    unknown = {field for field in task.fields if field not in known or not hasattr(data, field)}
+    faults += [f"position, sensed: MuJoCo's data have no field {field}" for field in unknown]
+
+    source, *index = task.position
+    shape = np.shape(getattr(data, source, ()))
+    inside = [-n <= i < n for i, n in zip(index, shape, strict=False)]
+    if source not in unknown and (len(index) != len(shape) or not all(inside)):
+        faults.append(f"position {task.position}: {source} has the shape {shape}")
+    return faults
+
+
 def check_model(task: Task, model: mujoco.MjModel) -> list[str]:
     """Why a model cannot be trained, by the names of its parts, and what to write instead.
 
     A line for each fault; none if all is well.
     """
-    faults = foreign_kinds(model) + foreign_contacts(model)
-    if model.nu == 0:
-        faults.append("the model has no actuators, so that no action could move it")
-    if task.first_observed >= model.nq:
-        faults.append(
-            f"first_observed {task.first_observed}: the model has {model.nq} coordinates, from 0 on"
-        )
-
+    faults = foreign_kinds(model) + foreign_contacts(model) + misfits(task, model)
     lowest, highest = model.actuator_ctrlrange.T
     if task.servo_offset is None:
         advice = 'write ctrlrange="-1 1", or for a position servo inheritrange="1"'
         for number in np.flatnonzero(~(lowest < highest) | ~np.isfinite(highest - lowest)):
             name = called(model, "actuator", number)
             faults.append(f"{name} has no ctrlrange for actions to be mapped to; {advice}")
-    if not faults and not can_move(task, model):
-        faults.append("no action moves the robot; look at the actuators' gear, gain and forcerange")
+
+    if model.nu == 0:
+        faults.append("it has no actuators, so that no action could move it")
+    elif not faults and not can_move(task, model):
+        faults.append("no action moves it; look at the actuators' gear, gain and forcerange")
     return faults
 
 
@@ -874,7 +898,8 @@ class Env:
 
         model = load_model(self.task)
         faults = check_model(self.task, model)
-        require(not faults, f"model of {self.name}: {'; '.join(faults[:1])}")
+        if faults:
+            require(False, f"{self.name}: {faults[0]}")
         self.remarks = remarks(self.task, model)
 
         start = mujoco.MjData(model)
@@ -892,20 +917,25 @@ class Env:
         # How MJX stores matrices, not what it computes; onekernel wants them dense.
         model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
         device = jax.local_devices()[0]
-        with or_fail(f"model of {self.name}: MJX cannot take it"):
+        with or_fail(f"{self.name}: MJX cannot take its model"):
             self.model = mjx.put_model(model, device, impl="jax")
             template = mjx.make_data(self.model, device)
+        self.check_sensors(model, template)
         self.template = template.replace(
             mocap_pos=jnp.asarray(start.mocap_pos),
             mocap_quat=jnp.asarray(start.mocap_quat),
         )
 
-        self.fields = {self.task.position[0], *dict(self.task.sensed)}  # MuJoCo's, that are read
-        for field in self.fields:
-            known = hasattr(start, field) and field in vars(template) | vars(template._impl)
-            require(known, f"task {self.name}: MuJoCo's data have no field {field}")
         start = jax.eval_shape(kernel(self.reset), jax.random.key(0))
         self.observation_size = start.obs.size
+
+    def check_sensors(self, model: mujoco.MjModel, template: mjx.Data) -> None:
+        """Refuse to observe sensors that MJX leaves at 0: of forces, without any constraint."""
+        of_forces = np.flatnonzero(model.sensor_needstage == mujoco.mjtStage.mjSTAGE_ACC)
+        if "sensordata" in self.task.fields and len(of_forces) and not template._impl.efc_J.size:
+            name = called(model, "sensor", of_forces[0])
+            advice = "limit a joint, or let something collide"
+            require(False, f"{self.name}: {name} is 0 in MJX without constraints; {advice}")
 
     @property
     def gymnasium_id(self) -> str | None:
@@ -937,12 +967,12 @@ class Env:
         data = Physics(
             qpos=qpos,
             qvel=qvel,
-            act=jnp.asarray(self.init_act),
             qacc_warmstart=jnp.zeros_like(qvel),
+            act=jnp.asarray(self.init_act) if self.model.na else None,
         )
 
-        full = self.template.replace(**vars(data), ctrl=jnp.asarray(self.action_bias))
-        if self.fields <= KINEMATIC_FIELDS:
+        full = self.template.replace(**data.fields(), ctrl=jnp.asarray(self.action_bias))
+        if self.task.fields <= KINEMATIC_FIELDS:
             full = smooth.kinematics(self.model, full)
             full = smooth.com_vel(self.model, smooth.com_pos(self.model, full))
         else:
@@ -972,12 +1002,12 @@ class Env:
 
         def substep(carry, _):
             data, full = carry
-            full = physics_step(self.model, full.replace(**vars(data), ctrl=action))
+            full = physics_step(self.model, full.replace(**data.fields(), ctrl=action))
             data = Physics(
                 qpos=full.qpos,
                 qvel=full.qvel,
-                act=full.act,
                 qacc_warmstart=full.qacc_warmstart,
+                act=full.act if self.model.na else None,
             )
             return (data, full), None
 
@@ -1749,7 +1779,7 @@ class CMujocoEnv:
     def reset(self, seed: int):
         start = jax.device_get(self.start(jax.random.key(seed)).data)
         reset_data(self.task, self.model, self.data)
-        for name, value in vars(start).items():
+        for name, value in start.fields().items():
             setattr(self.data, name, value)
         self.data.ctrl = self.env.action_bias
         self.elapsed = 0

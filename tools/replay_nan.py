@@ -61,7 +61,8 @@ def replay(script: ModuleType, saved: dict[str, np.ndarray], args) -> None:
     state = jax.tree.map(lambda x: x[first], starts)
     original = make_original(script, env, state)
     for name, value in vars(state.data).items():
-        setattr(original.data, name, value)
+        if value is not None:
+            setattr(original.data, name, value)
 
     print("step  largest speed in MJX  in C MuJoCo  largest difference")
     step = jax.jit(script.kernel(env.step))
