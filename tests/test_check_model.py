@@ -15,7 +15,7 @@ ROBOTS = Path(__file__).parent / "robots"
 VERDICTS = {
     "dense_contacts": (1, ["600 rows", "(box with box)", "448 of them are box with box"]),
     "double_pole": (0, ["3 of dry friction, 1 of limits"]),
-    "elliptic": (0, ["elliptic cones", "iterations=50"]),
+    "elliptic": (0, ["elliptic cones", '<option iterations="50"']),
     "filter": (0, ["motor with a filter", "nothing: they have all"]),
     "flywheel": (0, ["max_speed=500,  # random actions reach 90"]),
     "gripper": (0, ["1 of equalities, 5 of dry friction, 6 of limits"]),
@@ -240,3 +240,24 @@ def test_a_compiler_gets_so_many_seconds():
     """One that takes longer is ended, with all that it started."""
     assert "not compiled after 0.1 s" in check_model.measure_apart("XLA", Path("x"), {}, 0.1)
     assert "failed" in check_model.measure_apart("XLA", Path("/nowhere.xml"), {}, 60)
+
+
+def test_add_your_robot_page(capsys, tmp_path):
+    """What the page shows of the doctor is what it says of the page's quadruped; so is the row."""
+    docs = Path(check_model.ROOT) / "docs"
+    code, sound = doctor(capsys, docs / "quadruped.xml", "--quick")
+    assert code == 0
+    row = (docs / "quadruped.diff").read_text()
+    for field in ("frame_skip=5,", "servo_offset=0.4,", "first_observed=2,"):
+        assert f"    {field}  #" in sound and f"+        {field}\n" in row
+
+    text = (docs / "quadruped.xml").read_text()
+    start = text.index("  <keyframe>")
+    (tmp_path / "robot.xml").write_text(text[:start] + "</mujoco>")
+    code, doubtful = doctor(capsys, tmp_path / "robot.xml", "--quick")
+    assert code == 1
+    page = (docs / "add_your_robot.md").read_text()
+    shown = page.split("```text\n")[1].split("```")[0].splitlines()
+    assert len([line for line in shown if "LOOK  " in line]) == 4
+    for line in shown:
+        assert line.removesuffix(" ...") in doubtful

@@ -365,10 +365,18 @@ def check_pose(report: Report, model: mujoco.MjModel, data: mujoco.MjData) -> No
         ]
         report.look(f"{shorten(words)}: out of range at the start; instead: {hint}")
 
+    for words in overlaps(model, data):
+        if words:
+            report.look(f"{shorten(words)} at the start; instead: {hint}")
+
+
+def overlaps(model: mujoco.MjModel, data: mujoco.MjData) -> tuple[list[str], list[str]]:
+    """In words, the geoms that are under what does not move, and those inside others."""
     deepest = {}
     for contact in data.contact:
         geoms = tuple(int(geom) for geom in contact.geom)
         deepest[geoms] = min(contact.dist, deepest.get(geoms, 0.0))
+
     under = []
     inside = []
     fixed = model.body_weldid[model.geom_bodyid] == 0
@@ -376,20 +384,19 @@ def check_pose(report: Report, model: mujoco.MjModel, data: mujoco.MjData) -> No
         if distance > -DEEP:
             continue
         ground, other = sorted(geoms, key=lambda geom: not fixed[geom])
-        words = f"{ppo.called(model, 'geom', other)} ({-distance:.3f} m, {{}} {{}})"
-        place = "under" if fixed[ground] else "inside"
-        (under if fixed[ground] else inside).append(
-            words.format(place, ppo.called(model, "geom", ground))
-        )
-    for words in (under, inside):
-        if words:
-            report.look(f"{shorten(words)} at the start; instead: {hint}")
+        below = ppo.called(model, "geom", ground)
+        name = ppo.called(model, "geom", other)
+        if fixed[ground]:
+            under.append(f"{name} ({-distance:.3f} m, under {below})")
+        else:
+            inside.append(f"{name} ({-distance:.3f} m, inside {below})")
+    return under, inside
 
 
 def check_motion(report: Report, model: mujoco.MjModel, start: mujoco.MjData) -> None:
     """Half a second in C MuJoCo with action 0."""
     data = copy.copy(start)
-    roots = np.flatnonzero((model.body_parentid == 0) & (model.body_mocapid < 0))[1:]
+    roots = np.unique(model.body_rootid[model.dof_bodyid])  # of what has joints
     body = int(max(roots, key=lambda root: model.body_subtreemass[root]))
     heights = [data.subtree_com[body, 2]]
     touched = False
@@ -398,7 +405,8 @@ def check_motion(report: Report, model: mujoco.MjModel, start: mujoco.MjData) ->
         heights.append(data.subtree_com[body, 2])
         touched |= data.ncon > 0
     name = ppo.called(model, "body", body)
-    first, last = heights[0], heights[-1]
+    first = heights[0]
+    last = heights[-1]
     report.say(
         f"the centre of mass of {name} is {first:.3f} m high, and {last:.3f} m after 0.5 s of"
         f" action 0 (between {min(heights):.3f} and {max(heights):.3f})"
@@ -587,16 +595,13 @@ def measure(arm: str, path: str, states: dict[str, np.ndarray], pipe) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = run_arm(arm, Path(path), states)
-    result["fallback"] = [str(warning.message) for warning in caught if is_fallback(warning)]
+    fallbacks = [warning for warning in caught if warning.category.__name__ == "Fallback"]
+    result["fallback"] = [str(warning.message) for warning in fallbacks]
     pipe.send(result)
 
 
-def is_fallback(warning) -> bool:
-    return warning.category.__name__ == "Fallback"
-
-
-def run_arm(arm: str, path: Path, states: dict[str, np.ndarray]) -> dict:
-    """What `measure` sends."""
+def make_program(arm: str, path: Path, mesh: Mesh):
+    """A program: STATE of all worlds -> RESULTS of the first step, STATE after STEPS_IN_A_CALL."""
     with contextlib.redirect_stdout(None):
         model = newton(load(Report(), path))
     mjx_model = mjx.put_model(model, impl="jax")
@@ -609,32 +614,37 @@ def run_arm(arm: str, path: Path, states: dict[str, np.ndarray]) -> dict:
         else:
             with jax.default_matmul_precision("highest"):
                 data = mjx.step(mjx_model, before)
-        return {name: getattr(data, name) for name in {*STATE, *RESULTS}}
+        return {name: getattr(data, name) for name in (*STATE, "sensordata")}
 
     step = ppo.kernel(mjx_step) if arm == "onekernel" else mjx_step
 
-    def run(worlds: dict) -> tuple[dict, dict]:
-        def turn(worlds, _):
-            results = jax.vmap(step)(worlds)
-            return {name: results[name] for name in STATE}, {
-                name: results[name] for name in RESULTS
-            }
+    def turn(worlds: dict, _) -> tuple[dict, dict]:
+        after = jax.vmap(step)(worlds)
+        state = {name: after[name] for name in STATE}
+        results = {name: after[name] for name in RESULTS}
+        return state, results
 
+    def run(worlds: dict) -> tuple[dict, dict]:
         worlds, results = jax.lax.scan(turn, worlds, length=STEPS_IN_A_CALL)
         return jax.tree.map(lambda values: values[0], results), worlds
 
+    split = PartitionSpec("devices")
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
+
+
+def run_arm(arm: str, path: Path, states: dict[str, np.ndarray]) -> dict:
+    """What `measure` sends."""
     devices = jax.local_devices()
     number = 256 if devices[0].platform == "cpu" else 4096
     number -= number % len(devices)
-    mesh = Mesh(np.array(devices), ("devices",))
-    split = PartitionSpec("devices")
-    run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
     chosen = np.arange(number) % RANDOM_STEPS
     worlds = {name: jnp.asarray(values[chosen]) for name, values in states.items()}
 
     start = time.perf_counter()
+    run = make_program(arm, path, Mesh(np.array(devices), ("devices",)))
     results, _ = jax.block_until_ready(run(worlds))
     compiling = time.perf_counter() - start
+
     calls = 0
     start = time.perf_counter()
     while time.perf_counter() - start < 1.0:
@@ -834,8 +844,9 @@ def suggest(report: Report, model: mujoco.MjModel, task: ppo.Task, walk: Walk) -
         report.say(f"  {text}," + (f"  # {comment}" if comment else ""))
     report.say(")")
     report.say(
-        f"the solver needs iterations={iterations} ls_iterations={ls_iterations} in <option>; the"
-        f" file has {model.opt.iterations} and {model.opt.ls_iterations}"
+        f'enough for the solver: <option iterations="{iterations}"'
+        f' ls_iterations="{ls_iterations}"/>; the file has {model.opt.iterations} and'
+        f" {model.opt.ls_iterations}"
     )
     if speed < 0.05:
         report.look(
