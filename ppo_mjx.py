@@ -255,12 +255,10 @@ class Task:
     mjcf: str  # name of one of Gymnasium's files, path of another (see find_mjcf), or MJCF itself
     frame_skip: int = 4  # physics steps in one environment step
     time_limit: int = 1000  # steps
-    max_speed: float = (
-        200.0  # m/s and rad/s; faster physics are broken. Random actions reach some 30
-    )
+    max_speed: float = 200.0  # m/s and rad/s: faster physics are broken; random actions reach 30
 
-    # None: actions move the controls over the actuators' whole ranges. A number: by at most so much,
-    # in rad or m, from those that hold the standing pose, which is for position servos.
+    # Actions move the controls over each actuator's whole range. Not None, for position servos: by at
+    # most so much, in rad or m, from the controls that hold the pose of the start.
     servo_offset: float | None = None
 
     # The pose that episodes start from: this keyframe, or the first where the model has no `home`.
@@ -678,22 +676,32 @@ def physics_forward(model: mjx.Model, data: mjx.Data) -> mjx.Data:
 
 
 # Fields that coordinates and velocities alone determine, without collisions or forces.
-KINEMATIC_FIELDS = {
-    *("qpos", "qvel", "xpos", "xquat", "xmat", "xipos", "ximat", "xanchor", "xaxis"),
-    *("geom_xpos", "geom_xmat", "site_xpos", "site_xmat"),
-    *("subtree_com", "cinert", "cdof", "cdof_dot", "cvel"),
-}
+KINEMATIC_FIELDS = frozenset(
+    {
+        *("qpos", "qvel", "xpos", "xquat", "xmat", "xipos", "ximat", "xanchor", "xaxis"),
+        *("geom_xpos", "geom_xmat", "site_xpos", "site_xmat"),
+        *("subtree_com", "cinert", "cdof", "cdof_dot", "cvel"),
+    }
+)
 
 
-def reset_data(task: Task, model: mujoco.MjModel, data: mujoco.MjData) -> None:
-    """Put C MuJoCo's data in the pose that episodes start from, without noise; see Task.keyframe."""
+def find_keyframe(task: Task, model: mujoco.MjModel) -> int:
+    """The number of the keyframe that episodes start from; -1 for the model's own pose."""
     if task.keyframe is None or model.nkey == 0:
-        mujoco.mj_resetData(model, data)
-        return
+        return -1
     number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_KEY, task.keyframe)
     known = number >= 0 or task.keyframe == "home"
     require(known, f"keyframe {task.keyframe}: the model has no keyframe of that name")
-    mujoco.mj_resetDataKeyframe(model, data, max(number, 0))
+    return max(number, 0)
+
+
+def reset_data(task: Task, model: mujoco.MjModel, data: mujoco.MjData) -> None:
+    """Put C MuJoCo's data in the pose that episodes start from, without noise."""
+    keyframe = find_keyframe(task, model)
+    if keyframe < 0:
+        mujoco.mj_resetData(model, data)
+    else:
+        mujoco.mj_resetDataKeyframe(model, data, keyframe)
 
 
 def control_range(
@@ -713,174 +721,6 @@ def control_range(
         is_servo = (stiffness > 0) & (stiffness == model.actuator_gainprm[:, 0])
         bias = np.where(is_servo, start.actuator_length, 0.0)
     return np.full(model.nu, task.servo_offset), bias
-
-
-def called(model: mujoco.MjModel, kind: str, number: int) -> str:
-    """What messages call an element of a model: its name; without one, number and place.
-
-    kind: actuator, equality, geom, joint or sensor.
-    """
-    name = getattr(model, kind)(number).name
-    if name:
-        return f"{kind} {name}"
-    place = ""
-    if kind == "geom":
-        place = f" (of body {model.body(model.geom_bodyid[number]).name})"
-    if kind == "actuator" and model.actuator_trntype[number] == mujoco.mjtTrn.mjTRN_JOINT:
-        place = f" (of joint {model.joint(model.actuator_trnid[number, 0]).name})"
-    return f"{kind} {number}{place}"
-
-
-def foreign_kinds(model: mujoco.MjModel) -> list[str]:
-    """What of a model MJX does not have, or would leave out unsaid."""
-    kinds = [
-        ("actuator", "dyntype", model.actuator_dyntype, mujoco.mjtDyn, mjx.DynType),
-        ("actuator", "gaintype", model.actuator_gaintype, mujoco.mjtGain, mjx.GainType),
-        ("actuator", "biastype", model.actuator_biastype, mujoco.mjtBias, mjx.BiasType),
-        ("actuator", "transmission", model.actuator_trntype, mujoco.mjtTrn, mjx.TrnType),
-        ("equality", "type", model.eq_type, mujoco.mjtEq, mjx.EqType),
-        ("sensor", "type", model.sensor_type, mujoco.mjtSensor, mjx.SensorType),
-    ]
-    faults = []
-    for kind, what, values, names, known in kinds:
-        has = ", ".join(member.name.lower() for member in known)
-        for number, value in enumerate(values):
-            if value not in set(known):
-                theirs = names(value).name.split("_", 1)[1].lower()
-                element = called(model, kind, number)
-                faults.append(f"{element}: MJX lacks the {what} {theirs}; it has {has}")
-
-    for kind, histories in ("actuator", model.actuator_history), ("sensor", model.sensor_history):
-        for number in np.flatnonzero(histories[:, 0]):
-            faults.append(f"{called(model, kind, number)}: MJX lacks delays; leave it out")
-    in_fluid = model.opt.density > 0 or model.opt.viscosity > 0
-    for number in np.flatnonzero(model.geom_fluid[:, 0] > 0) if in_fluid else ():
-        faults.append(f"{called(model, 'geom', number)}: MJX lacks fluidshape ellipsoid; use none")
-    if model.nplugin or model.nflex:
-        faults.append("plugins, flex: MJX lacks them; leave them out")
-
-    integrator = mujoco.mjtIntegrator(model.opt.integrator).name.removeprefix("mjINT_")
-    if integrator not in ("EULER", "RK4", "IMPLICITFAST"):
-        faults.append(f"option integrator {integrator}: MJX has Euler, RK4 and implicitfast")
-    elif integrator == "IMPLICITFAST" and in_fluid:
-        faults.append("option integrator implicitfast: MJX lacks it in a fluid; use Euler or RK4")
-    return faults
-
-
-def foreign_contacts(model: mujoco.MjModel) -> list[str]:
-    """The pairs of geoms that can collide, but not in MJX."""
-    convex = {mujoco.mjtGeom.mjGEOM_MESH, mujoco.mjtGeom.mjGEOM_HFIELD}
-    elliptic = model.opt.cone == mujoco.mjtCone.mjCONE_ELLIPTIC
-    faults = []
-    for first, second, pair in collision_driver.geom_pairs(model):
-        types = [mujoco.mjtGeom(model.geom_type[geom]) for geom in (first, second)]
-        kinds = [kind.name.removeprefix("mjGEOM_").lower() for kind in types]
-        margin = model.geom_margin[[first, second]].sum() if pair < 0 else model.pair_margin[pair]
-        condim = max(model.geom_condim[[first, second]]) if pair < 0 else model.pair_dim[pair]
-
-        names = [called(model, "geom", geom) for geom in (first, second)]
-        both = f"{names[0]} ({kinds[0]}) and {names[1]} ({kinds[1]})"
-        if not collision_driver.has_collision_fn(*types):
-            advice = "collide as capsules or meshes, or keep them apart by contype and conaffinity"
-            faults.append(f"{both}: MJX lacks this collision; {advice}")
-        elif margin and convex.intersection(types):
-            faults.append(f"{both}: MJX lacks margin for meshes and height fields; leave it out")
-        elif elliptic and condim == 1:
-            faults.append(f"{both}: MJX lacks condim 1 with elliptic cones; use condim 3")
-    return faults
-
-
-def can_move(task: Task, model: mujoco.MjModel) -> bool:
-    """Whether random controls of 20 physics steps move the robot elsewhere than action 0 does."""
-    random = np.random.default_rng(0).uniform(-1, 1, model.nu)
-    ends = []
-    for action in np.zeros(model.nu), random:
-        data = mujoco.MjData(model)
-        reset_data(task, model, data)
-        mujoco.mj_forward(model, data)
-        scale, bias = control_range(task, model, data)
-        data.ctrl = bias + scale * action
-        mujoco.mj_step(model, data, nstep=20)
-        ends.append(np.concatenate([data.qpos, data.qvel]))
-    return not np.array_equal(*ends)
-
-
-def misfits(task: Task, model: mujoco.MjModel) -> list[str]:
-    """What a task's row asks of a model that it does not have."""
-    faults = []
-    if task.first_observed >= model.nq:
-        faults.append(f"first_observed {task.first_observed}: it has {model.nq} coordinates")
-
-    data = mujoco.MjData(model)
-    known = {field.name for field in (*mjx.Data.fields(), *mjx.DataJAX.fields())}
-    unknown = {field for field in task.fields if field not in known or not hasattr(data, field)}
-    faults += [f"position, sensed: MuJoCo's data have no field {field}" for field in unknown]
-
-    source, *index = task.position
-    shape = np.shape(getattr(data, source, ()))
-    inside = [-n <= i < n for i, n in zip(index, shape, strict=False)]
-    if source not in unknown and (len(index) != len(shape) or not all(inside)):
-        faults.append(f"position {task.position}: {source} has the shape {shape}")
-    return faults
-
-
-def check_model(task: Task, model: mujoco.MjModel) -> list[str]:
-    """Why a model cannot be trained, by the names of its parts, and what to write instead.
-
-    A line for each fault; none if all is well.
-    """
-    faults = foreign_kinds(model) + foreign_contacts(model) + misfits(task, model)
-    lowest, highest = model.actuator_ctrlrange.T
-    if task.servo_offset is None:
-        advice = 'write ctrlrange="-1 1", or for a position servo inheritrange="1"'
-        for number in np.flatnonzero(~(lowest < highest) | ~np.isfinite(highest - lowest)):
-            name = called(model, "actuator", number)
-            faults.append(f"{name} has no ctrlrange for actions to be mapped to; {advice}")
-
-    if model.nu == 0:
-        faults.append("it has no actuators, so that no action could move it")
-    elif not faults and not can_move(task, model):
-        faults.append("no action moves it; look at the actuators' gear, gain and forcerange")
-    return faults
-
-
-def remarks(task: Task, model: mujoco.MjModel) -> list[str]:
-    """What is told about a model before its training starts: what may surprise, a line for each."""
-    lines = []
-    if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:
-        lines.append("the model's solver, PGS, is not in MJX; Newton's takes its place there")
-    if model.opt.noslip_iterations:
-        lines.append("the model's noslip_iterations are not in MJX; only C MuJoCo has them")
-    if not task.mjcf.lstrip().startswith("<") and find_mjcf(task).parent == gymnasium_models():
-        return lines  # whose poses and bounds are known
-
-    bounds = {"healthy_z": task.healthy_z, "max_pitch": task.max_pitch, "max_state": task.max_state}
-    set_bounds = [f"{name} {bound}" for name, bound in bounds.items() if np.isfinite(bound).any()]
-    ends = ", ".join([f"max_speed {task.max_speed:g} (m/s, rad/s)", *set_bounds])
-    lines.append(
-        f"{model.nu} actuators; an episode ends after {task.time_limit} steps, or by {ends}"
-    )
-
-    data = mujoco.MjData(model)
-    reset_data(task, model, data)
-    mujoco.mj_forward(model, data)
-    for joint in np.flatnonzero(model.jnt_limited):
-        low, high = model.jnt_range[joint]
-        value = data.qpos[model.jnt_qposadr[joint]]
-        is_ball = model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_BALL
-        if not is_ball and not low - 1e-6 <= value <= high + 1e-6:
-            name = called(model, "joint", joint)
-            lines.append(f"{name} starts at {value:.3g}, outside of its range {low:.3g} {high:.3g}")
-    if data.ncon and data.contact.dist.min() < -5e-3:  # m
-        deepest = data.contact[int(data.contact.dist.argmin())]
-        names = [called(model, "geom", geom) for geom in deepest.geom]
-        lines.append(f"{names[1]} starts {-deepest.dist:.2g} m deep in {names[0]}")
-
-    x, senses = task.sense(partial(getattr, data), np)
-    start = Snapshot(qpos=data.qpos, qvel=data.qvel, x=x, senses=senses)
-    if not np.all(task.is_healthy(start, np)):
-        lines.append("the robot starts outside of the task's bounds: each episode ends at once")
-    return lines
 
 
 class Env:
@@ -914,13 +754,10 @@ class Env:
 
         if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:  # which MJX lacks
             model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
-        # How MJX stores matrices, not what it computes; onekernel wants them dense.
-        model.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
         device = jax.local_devices()[0]
         with or_fail(f"{self.name}: MJX cannot take its model"):
             self.model = mjx.put_model(model, device, impl="jax")
             template = mjx.make_data(self.model, device)
-        self.check_sensors(model, template)
         self.template = template.replace(
             mocap_pos=jnp.asarray(start.mocap_pos),
             mocap_quat=jnp.asarray(start.mocap_quat),
@@ -929,31 +766,11 @@ class Env:
         start = jax.eval_shape(kernel(self.reset), jax.random.key(0))
         self.observation_size = start.obs.size
 
-    def check_sensors(self, model: mujoco.MjModel, template: mjx.Data) -> None:
-        """Refuse to observe sensors that MJX leaves at 0: of forces, without any constraint."""
-        of_forces = np.flatnonzero(model.sensor_needstage == mujoco.mjtStage.mjSTAGE_ACC)
-        if "sensordata" in self.task.fields and len(of_forces) and not template._impl.efc_J.size:
-            name = called(model, "sensor", of_forces[0])
-            advice = "limit a joint, or let something collide"
-            require(False, f"{self.name}: {name} is 0 in MJX without constraints; {advice}")
-
     @property
     def gymnasium_id(self) -> str | None:
-        """Gymnasium's name of this very task; None of another robot or observation."""
-        gymnasium = importlib.import_module("gymnasium")
-        if self.name + "-v5" not in gymnasium.registry or self.task.mjcf.lstrip().startswith("<"):
-            return None
-        theirs = gymnasium.make(self.name + "-v5").unwrapped
-        theirs.reset(seed=0)
-        ours = CMujocoEnv(self)
-        if Path(theirs.fullpath) != find_mjcf(self.task):
-            return None
-        ours.data.qpos = theirs.data.qpos
-        ours.data.qvel = theirs.data.qvel
-        mujoco.mj_forward(ours.model, ours.data)
-        alike = np.array_equal(np.shape(ours.observe()), theirs.observation_space.shape)
-        alike = alike and np.allclose(ours.observe(), theirs._get_obs(), atol=1e-6)
-        return self.name + "-v5" if alike else None
+        """Gymnasium's name of this very task; None if the robot or the observation is another."""
+        name = self.name + "-v5"
+        return name if is_gymnasiums(self, name) else None
 
     def measure(self, data: Physics, full: mjx.Data) -> Snapshot:
         """What the task's formulas need; full: the data that were computed last."""
@@ -1807,6 +1624,24 @@ class CMujocoEnv:
         return obs, sum(terms.values()), not healthy, truncated, {}
 
 
+def is_gymnasiums(env: Env, name: str) -> bool:
+    """Whether Gymnasium's environment of a name has the same model and shows the same."""
+    gymnasium = importlib.import_module("gymnasium")
+    if name not in gymnasium.registry or env.task.mjcf.lstrip().startswith("<"):
+        return False
+    theirs = gymnasium.make(name).unwrapped
+    if find_mjcf(env.task) != Path(theirs.fullpath):
+        return False
+    theirs.reset(seed=0)
+    ours = CMujocoEnv(env)
+    ours.data.qpos = theirs.data.qpos
+    ours.data.qvel = theirs.data.qvel
+    mujoco.mj_forward(ours.model, ours.data)
+    obs = ours.observe()
+    expected = theirs._get_obs()
+    return obs.shape == expected.shape and np.allclose(obs, expected, atol=1e-6)
+
+
 # shared: evaluation
 @partial(jax.jit, static_argnames="env")
 def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
@@ -2362,6 +2197,189 @@ def check_args(args: Args) -> None:
 
     wandb = not args.track or importlib.util.find_spec("wandb")
     require(wandb, "--track: wandb is missing; pip install wandb")
+
+
+def called(model: mujoco.MjModel, kind: str, number: int) -> str:
+    """What messages call an element of a model: its name; without one, number and place.
+
+    kind: actuator, equality, geom, joint or sensor.
+    """
+    name = getattr(model, kind)(number).name
+    if name:
+        return f"{kind} {name}"
+    place = ""
+    if kind == "geom":
+        place = f" (of body {model.body(model.geom_bodyid[number]).name})"
+    if kind == "actuator" and model.actuator_trntype[number] == mujoco.mjtTrn.mjTRN_JOINT:
+        place = f" (of joint {model.joint(model.actuator_trnid[number, 0]).name})"
+    return f"{kind} {number}{place}"
+
+
+def foreign_kinds(model: mujoco.MjModel) -> list[str]:
+    """What of a model MJX does not have, or would leave out unsaid."""
+    kinds = [
+        ("actuator", "dyntype", model.actuator_dyntype, mujoco.mjtDyn, mjx.DynType),
+        ("actuator", "gaintype", model.actuator_gaintype, mujoco.mjtGain, mjx.GainType),
+        ("actuator", "biastype", model.actuator_biastype, mujoco.mjtBias, mjx.BiasType),
+        ("actuator", "transmission", model.actuator_trntype, mujoco.mjtTrn, mjx.TrnType),
+        ("equality", "type", model.eq_type, mujoco.mjtEq, mjx.EqType),
+        ("sensor", "type", model.sensor_type, mujoco.mjtSensor, mjx.SensorType),
+    ]
+    faults = []
+    for kind, what, values, names, known in kinds:
+        has = ", ".join(member.name.lower() for member in known)
+        for number, value in enumerate(values):
+            if value not in set(known):
+                theirs = names(value).name.split("_", 1)[1].lower()
+                element = called(model, kind, number)
+                faults.append(f"{element}: MJX lacks the {what} {theirs}; it has {has}")
+
+    for kind, histories in ("actuator", model.actuator_history), ("sensor", model.sensor_history):
+        for number in np.flatnonzero(histories[:, 0]):
+            faults.append(f"{called(model, kind, number)}: MJX lacks delays; leave it out")
+    option = model.opt
+    in_fluid = option.density > 0 or option.viscosity > 0 or option.wind.any()
+    for number in np.flatnonzero(model.geom_fluid[:, 0] > 0) if in_fluid else ():
+        faults.append(f"{called(model, 'geom', number)}: MJX lacks fluidshape ellipsoid; use none")
+    if model.nplugin or model.nflex:
+        faults.append("plugins, flex: MJX lacks them; leave them out")
+
+    integrator = mujoco.mjtIntegrator(model.opt.integrator).name.removeprefix("mjINT_")
+    if integrator not in ("EULER", "RK4", "IMPLICITFAST"):
+        faults.append(f"option integrator {integrator}: MJX has Euler, RK4 and implicitfast")
+    elif integrator == "IMPLICITFAST" and in_fluid:
+        faults.append("option integrator implicitfast: MJX lacks it in a fluid; use Euler or RK4")
+    return faults
+
+
+def foreign_contacts(model: mujoco.MjModel) -> list[str]:
+    """The pairs of geoms that can collide, but not in MJX."""
+    convex = {mujoco.mjtGeom.mjGEOM_MESH, mujoco.mjtGeom.mjGEOM_HFIELD}
+    elliptic = model.opt.cone == mujoco.mjtCone.mjCONE_ELLIPTIC
+    faults = []
+    for first, second, pair in collision_driver.geom_pairs(model):
+        types = [mujoco.mjtGeom(model.geom_type[geom]) for geom in (first, second)]
+        kinds = [kind.name.removeprefix("mjGEOM_").lower() for kind in types]
+        margin = model.geom_margin[[first, second]].sum() if pair < 0 else model.pair_margin[pair]
+        condim = max(model.geom_condim[[first, second]]) if pair < 0 else model.pair_dim[pair]
+
+        names = [called(model, "geom", geom) for geom in (first, second)]
+        both = f"{names[0]} ({kinds[0]}) and {names[1]} ({kinds[1]})"
+        if not collision_driver.has_collision_fn(*types):
+            advice = "collide as capsules or meshes, or keep them apart by contype and conaffinity"
+            faults.append(f"{both}: MJX lacks this collision; {advice}")
+        elif margin and convex.intersection(types):
+            faults.append(f"{both}: MJX lacks margin for meshes and height fields; leave it out")
+        elif elliptic and condim == 1:
+            faults.append(f"{both}: MJX lacks condim 1 with elliptic cones; use condim 3")
+    return faults
+
+
+def can_move(task: Task, model: mujoco.MjModel) -> bool:
+    """Whether random controls of 20 physics steps move the robot elsewhere than action 0 does."""
+    random = np.random.default_rng(0).uniform(-1, 1, model.nu)
+    ends = []
+    for action in np.zeros(model.nu), random:
+        data = mujoco.MjData(model)
+        reset_data(task, model, data)
+        mujoco.mj_forward(model, data)
+        scale, bias = control_range(task, model, data)
+        data.ctrl = bias + scale * action
+        mujoco.mj_step(model, data, nstep=20)
+        ends.append(np.concatenate([data.qpos, data.qvel]))
+    return not np.array_equal(*ends)
+
+
+def has_constraints(model: mujoco.MjModel) -> bool:
+    """Whether MJX has any to solve: contacts, limits, equalities or dry friction."""
+    return mjx.make_data(model, impl="jax")._impl.efc_J.size > 0
+
+
+def misfits(task: Task, model: mujoco.MjModel) -> list[str]:
+    """What a task's row asks of a model that it does not have."""
+    faults = []
+    if task.first_observed >= model.nq:
+        faults.append(f"first_observed {task.first_observed}: it has {model.nq} coordinates")
+
+    data = mujoco.MjData(model)
+    known = {field.name for field in (*mjx.Data.fields(), *mjx.DataJAX.fields())}
+    unknown = {field for field in task.fields if field not in known or not hasattr(data, field)}
+    faults += [f"position, sensed: MuJoCo's data have no field {field}" for field in unknown]
+
+    source, *index = task.position
+    shape = np.shape(getattr(data, source, ()))
+    inside = [-n <= i < n for i, n in zip(index, shape, strict=False)]
+    if source not in unknown and (len(index) != len(shape) or not all(inside)):
+        faults.append(f"position {task.position}: {source} has the shape {shape}")
+
+    of_forces = np.flatnonzero(model.sensor_needstage == mujoco.mjtStage.mjSTAGE_ACC)
+    if "sensordata" in task.fields and len(of_forces) and not has_constraints(model):
+        name = called(model, "sensor", of_forces[0])
+        faults.append(f"{name}: 0 in MJX as long as no joint is limited and nothing can collide")
+    return faults
+
+
+def check_model(task: Task, model: mujoco.MjModel) -> list[str]:
+    """Why a model cannot be trained, by the names of its parts, and what to write instead.
+
+    A line for each fault; none if all is well.
+    """
+    faults = foreign_kinds(model) + foreign_contacts(model) + misfits(task, model)
+    lowest, highest = model.actuator_ctrlrange.T
+    if task.servo_offset is None:
+        advice = 'write ctrlrange="-1 1", or for a position servo inheritrange="1"'
+        for number in np.flatnonzero(~(lowest < highest) | ~np.isfinite(highest - lowest)):
+            name = called(model, "actuator", number)
+            faults.append(f"{name} has no ctrlrange for actions to be mapped to; {advice}")
+
+    if model.nu == 0:
+        faults.append("it has no actuators, so that no action could move it")
+    elif not faults and not can_move(task, model):
+        faults.append("no action moves it; look at the actuators' gear, gain and forcerange")
+    return faults
+
+
+def remarks(task: Task, model: mujoco.MjModel) -> list[str]:
+    """What is told about a model before its training starts: what may surprise, a line for each."""
+    lines = []
+    if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:
+        lines.append("the model's solver, PGS, is not in MJX; Newton's takes its place there")
+    if model.opt.noslip_iterations:
+        lines.append("the model's noslip_iterations are not in MJX; only C MuJoCo has them")
+    if not task.mjcf.lstrip().startswith("<") and find_mjcf(task).parent == gymnasium_models():
+        return lines  # whose poses and bounds are known
+
+    bounds = {"healthy_z": task.healthy_z, "max_pitch": task.max_pitch, "max_state": task.max_state}
+    set_bounds = [f"{name} {bound}" for name, bound in bounds.items() if np.isfinite(bound).any()]
+    ends = ", ".join([f"max_speed {task.max_speed:g} (m/s, rad/s)", *set_bounds])
+    keyframe = find_keyframe(task, model)
+    pose = f"keyframe {model.key(keyframe).name or keyframe}" if keyframe >= 0 else "its own pose"
+    lines.append(f"starts from {pose}; an episode ends after {task.time_limit} steps, or by {ends}")
+
+    data = mujoco.MjData(model)
+    reset_data(task, model, data)
+    mujoco.mj_forward(model, data)
+    outside = []
+    for joint in np.flatnonzero(model.jnt_limited):
+        low, high = model.jnt_range[joint]
+        value = data.qpos[model.jnt_qposadr[joint]]
+        is_ball = model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_BALL
+        if not is_ball and not low - 1e-6 <= value <= high + 1e-6:
+            name = called(model, "joint", joint)
+            outside.append(f"{name} starts at {value:.3g}, outside of {low:.3g} to {high:.3g}")
+    if outside:
+        more = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
+        lines.append(outside[0] + more)
+    if data.ncon and data.contact.dist.min() < -5e-3:  # m
+        deepest = data.contact[int(data.contact.dist.argmin())]
+        names = [called(model, "geom", geom) for geom in deepest.geom]
+        lines.append(f"{names[1]} starts {-deepest.dist:.2g} m deep in {names[0]}")
+
+    x, senses = task.sense(partial(getattr, data), np)
+    start = Snapshot(qpos=data.qpos, qvel=data.qvel, x=x, senses=senses)
+    if not np.all(task.is_healthy(start, np)):
+        lines.append("the robot starts outside of the task's bounds: each episode ends at once")
+    return lines
 
 
 # ---- 14. Main ------------------------------------------------------------------------------------

@@ -197,10 +197,12 @@ def test_start_out_of_range_or_under_the_floor_is_told():
         return " | ".join(ppo_mjx.remarks(task, ppo_mjx.load_model(task)))
 
     assert "joint" not in told()
-    assert "joint fl_knee starts at 0, outside of its range -2.4 -0.6" in told(keyframe=None)
+    knees = "joint fl_knee starts at 0, outside of -2.4 to -0.6 (and 3 more)"
+    assert knees in told(keyframe=None)
     assert "m deep in geom floor" in told(keyframe=None)
     assert "each episode ends at once" in told(healthy_z=(0.5, 1.0), first_observed=2)
     assert "each episode" not in told(healthy_z=(0.2, 1.0), first_observed=2)
+    assert "from keyframe home" in told() and "from its own pose" in told(keyframe=None)
     assert "max_speed 200" in told() and "healthy_z (0.2, 1.0)" in told(healthy_z=(0.2, 1.0))
 
 
