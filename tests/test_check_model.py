@@ -124,6 +124,12 @@ LOOKS = {
         PUSHED.replace('name="hinge"', 'name="hinge" damping="1 2"'),
         "joint hinge: MJX ignores polynomial",
     ),
+    "forces": (
+        "",
+        ARM.format('<site name="tip"/>').replace("<geom", '<geom contype="0" conaffinity="0"')
+        + MOTOR.format("", '<sensor><force name="feel" site="tip"/></sensor>'),
+        "sensor feel: MJX ignores sensors of forces",
+    ),
     "deep": ("", PUSHED.replace('pos="0 0 1"', 'pos="0 0 .02"'), "0.080 m, under geom floor"),
     "range": ("", PUSHED.replace('"hinge" axis', '"hinge" range="30 60" axis'), "joint hinge (0,"),
     "falls": (

@@ -203,6 +203,10 @@ def check_ignored(report: Report, model: mujoco.MjModel) -> None:
         ("geom", model.geom_adhesion.reshape(model.ngeom, -1).any(axis=1), "adhesion", "a weld"),
         ("geom", model.geom_surfacevel.any(axis=1), "a surface's velocity", "a body that moves"),
     ]
+    without_rows = constraint.make_efc_type(model).size == 0
+    of_forces = model.sensor_needstage == mujoco.mjtStage.mjSTAGE_ACC
+    what = "sensors of forces where there is no constraint at all"
+    ignored.append(("sensor", of_forces & without_rows, what, "limit a joint, or let it collide"))
     for kind, where, what, instead in ignored:
         if where.any():
             names = list_names(model, kind, np.flatnonzero(where))
@@ -439,13 +443,13 @@ def broken(data: mujoco.MjData) -> str:
 
 def check_start(report: Report, model: mujoco.MjModel, task: ppo.Task) -> None:
     report.title("Start of an episode")
-    keyframes = [model.key(number).name or "without a name" for number in range(model.nkey)]
-    if not keyframes:
+    chosen = ppo.find_keyframe(task, model)
+    if chosen < 0:
         report.say("there is no keyframe: it starts as the file draws it")
     else:
-        chosen = task.keyframe if task.keyframe in keyframes else keyframes[0]
+        keyframes = [model.key(number).name or "without a name" for number in range(model.nkey)]
         others = f", of {len(keyframes)}: {shorten(keyframes)}" if len(keyframes) > 1 else ""
-        report.say(f"keyframe {chosen}{others}")
+        report.say(f"keyframe {keyframes[chosen]}{others}")
     start = start_of(model, task)
     check_pose(report, model, start)
     check_motion(report, model, start)
