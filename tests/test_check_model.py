@@ -128,7 +128,7 @@ LOOKS = {
         "",
         ARM.format('<site name="tip"/>').replace("<geom", '<geom contype="0" conaffinity="0"')
         + MOTOR.format("", '<sensor><force name="feel" site="tip"/></sensor>'),
-        "sensor feel: MJX ignores sensors of forces",
+        "sensor feel: 0 in MJX",
     ),
     "deep": ("", PUSHED.replace('pos="0 0 1"', 'pos="0 0 .02"'), "0.080 m, under geom floor"),
     "range": ("", PUSHED.replace('"hinge" axis', '"hinge" range="30 60" axis'), "joint hinge (0,"),

@@ -203,10 +203,6 @@ def check_ignored(report: Report, model: mujoco.MjModel) -> None:
         ("geom", model.geom_adhesion.reshape(model.ngeom, -1).any(axis=1), "adhesion", "a weld"),
         ("geom", model.geom_surfacevel.any(axis=1), "a surface's velocity", "a body that moves"),
     ]
-    without_rows = constraint.make_efc_type(model).size == 0
-    of_forces = model.sensor_needstage == mujoco.mjtStage.mjSTAGE_ACC
-    what = "sensors of forces where there is no constraint at all"
-    ignored.append(("sensor", of_forces & without_rows, what, "limit a joint, or let it collide"))
     for kind, where, what, instead in ignored:
         if where.any():
             names = list_names(model, kind, np.flatnonzero(where))
@@ -308,6 +304,12 @@ def check_constraints(report: Report, model: mujoco.MjModel) -> None:
             " only those geoms collide that have to (contype, conaffinity), as spheres and capsules"
         )
     check_meshes(report, model, pairs)
+    of_forces = np.flatnonzero(model.sensor_needstage == mujoco.mjtStage.mjSTAGE_ACC)
+    if total == 0 and of_forces.size:
+        report.look(
+            f"{list_names(model, 'sensor', of_forces)}: 0 in MJX, which without constraints"
+            " computes no sensors of forces; instead: limit a joint, or let something collide"
+        )
 
 
 def check_meshes(report: Report, model: mujoco.MjModel, pairs: list[Pair]) -> None:
