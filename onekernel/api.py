@@ -459,17 +459,19 @@ def result_types(*avals, kernel: Kernel, mapped, batched):
     lead = ()
     if batched:
         lead = next((aval.shape[0],) for aval, own in zip(avals, mapped, strict=True) if own)
-    varying = frozenset().union(*(getattr(aval, "vma", ()) for aval in avals))
-    results = []
-    for shape, dtype in zip(kernel.out_shapes, kernel.out_dtypes, strict=True):
-        shape = (*lead, *shape)
-        extra = {}
-        if varying:  # under shard_map: a result differs between devices if any operand does
-            mesh = next(aval.sharding.mesh for aval in avals if aval.vma)
-            extra["vma"] = varying
-            extra["sharding"] = NamedSharding(mesh, PartitionSpec(*(None for _ in shape)))
-        results.append(jax.core.ShapedArray(shape, np.dtype(dtype), **extra))
-    return results
+    shapes = zip(kernel.out_shapes, kernel.out_dtypes, strict=True)
+    return [result_type((*lead, *shape), dtype, avals) for shape, dtype in shapes]
+
+
+def result_type(shape: tuple[int, ...], dtype: str, operands) -> jax.core.ShapedArray:
+    """Of an array that is computed from operands of these types."""
+    varying = frozenset().union(*(getattr(aval, "vma", ()) for aval in operands))
+    extra = {}
+    if varying:  # under shard_map: a result differs between devices if any operand does
+        mesh = next(aval.sharding.mesh for aval in operands if aval.vma)
+        extra["vma"] = varying
+        extra["sharding"] = NamedSharding(mesh, PartitionSpec(*(None for _ in shape)))
+    return jax.core.ShapedArray(shape, np.dtype(dtype), **extra)
 
 
 onekernel_p.def_abstract_eval(result_types)
