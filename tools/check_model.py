@@ -593,14 +593,18 @@ def measure(arm: str, path: str, states: dict[str, np.ndarray], pipe) -> None:
     """In a process of its own: compile a physics step, run it from the states, and time it.
 
     arm: onekernel or XLA. Sends a dictionary: seconds of compiling, physics steps per second, the
-    results [S, ...], and why onekernel left it to XLA.
+    results [S, ...], and why onekernel left it to XLA; or in words, why there is nothing.
     """
     if hasattr(os, "setsid"):
         os.setsid()  # so that all that it starts can be ended with it
     ppo.split_cpu(ppo.Args())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = run_arm(arm, Path(path), states)
+        try:
+            result = run_arm(arm, Path(path), states)
+        except Exception as error:  # of MJX or a compiler: one line, not a traceback
+            pipe.send(f"it failed: {type(error).__name__}: {error}")
+            return
     fallbacks = [warning for warning in caught if warning.category.__name__ == "Fallback"]
     result["fallback"] = [str(warning.message) for warning in fallbacks]
     pipe.send(result)
@@ -678,7 +682,7 @@ def measure_apart(arm: str, path: Path, states: dict, limit: float) -> dict | st
             return f"not compiled after {limit:g} s (--limit gives it more)"
         return receiver.recv()
     except EOFError:
-        return "it failed, see above"
+        return "it failed: its process has died (of too little memory?)"
     finally:
         if process.is_alive() and hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
