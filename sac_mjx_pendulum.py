@@ -43,13 +43,16 @@ marked "shared" are copies of its own.
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,15 +78,19 @@ from flax import struct
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.record_writer import RecordWriter
-from tensorboard.util.tensor_util import make_tensor_proto
-from tqdm import tqdm
 
 with contextlib.redirect_stdout(io.StringIO()):  # it announces that the optional Warp is missing
     from mujoco import mjx
+
+try:  # what only the log of training needs
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.text.summary_v2 import text_pb
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from tensorboard.util.tensor_util import make_tensor_proto
+    from tqdm import tqdm
+except ImportError:
+    RecordWriter = None
 
 try:
     import onekernel.mjx
@@ -105,6 +112,7 @@ MaybeCount = Annotated[int | None, Range(1, 1e9)]
 CountOrZero = Annotated[int, Range(0, 1e9)]
 NonNegative = Annotated[float, Range(0, 1e9)]
 Fraction = Annotated[float, Range(0, 1)]
+Cadence = Annotated[float, Range(1e-9, 1e9)]
 MaybePositive = Annotated[float | None, Range(0.05, 1e4)]  # in SI units; None: the task's own
 
 
@@ -123,12 +131,14 @@ class Args:
     """folder for the run folders"""
     track: bool = False
     """log to Weights & Biases as well; WANDB_PROJECT names the project"""
-    checkpoint_every: Count = 50
-    """iterations between checkpoints, which hold the buffer too; the last three are kept"""
+    checkpoint_every: Cadence = 0.4
+    """share of the training between checkpoints, with the buffer, or iterations from 1 on"""
     compile_cache: bool = True
     """keep compiled programs in the user's cache folder, for a quicker start next time"""
     resume: str | None = None
-    """run folder to continue, with the settings that it was started with"""
+    """run folder to continue, with its own settings; it may become longer, by --total-timesteps"""
+    init_from: str | None = None
+    """run folder whose policy and statistics a new run begins with, instead of random weights"""
     evaluate: str | None = None
     """run folder whose policy to evaluate; nothing is trained"""
     coordinator_address: str | None = None
@@ -155,8 +165,8 @@ class Args:
     """Nm"""
     max_speed: MaybePositive = None
     """rad/s"""
-    eval_every: CountOrZero = 10
-    """iterations between evaluations in MJX; 0 for none"""
+    eval_every: NonNegative = 0.4
+    """share of the training between evaluations in MJX, or iterations from 1 on; 0 for none"""
     eval_episodes: Annotated[int, Range(1, 1e4)] = 100
     """episodes of each evaluation"""
 
@@ -205,6 +215,10 @@ class Args:
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.steps_per_iteration
+
+    def cadence(self, every: float) -> int:
+        """Iterations between two events: `every` from 1 on; below, that share of the training."""
+        return max(1, round(every if every >= 1 else every * self.num_iterations))
 
     @property
     def random_steps(self) -> int:
@@ -259,11 +273,15 @@ TASKS = {
 }
 
 
+def task_flags(source) -> dict[str, float | None]:
+    """The numbers of a task that are flags, by name. source: a `Task`, or `Args`."""
+    names = ("gravity", "length", "mass", "dt", "max_torque", "max_speed")
+    return {name: getattr(source, name) for name in names}
+
+
 def make_task(args: Args) -> Task:
     """The task, with the numbers that the flags change."""
-    numbers = ("gravity", "length", "mass", "dt", "max_torque", "max_speed")
-    flags = {name: getattr(args, name) for name in numbers}
-    changes = {name: value for name, value in flags.items() if value is not None}
+    changes = {name: value for name, value in task_flags(args).items() if value is not None}
     return dataclasses.replace(TASKS[args.env_id], **changes)
 
 
@@ -621,6 +639,9 @@ class TrainState:
     worlds: Worlds
     buffer: Transition  # [C, N, ...], in the device's memory or, as NumPy arrays, in the host's
 
+
+# What --init-from takes from another run's learner.
+INHERITED = ("actor", "critics", "targets", "log_alpha")
 
 STATE_SPEC = TrainState(learner=P(), worlds=P("devices"), buffer=P(None, "devices"))
 
@@ -1219,22 +1240,31 @@ def evaluate_on_host(
     return returns
 
 
+def evaluation_seed(args: Args) -> int:
+    """The seed of the first evaluation episode; the others follow it.
+
+    No run is trained with one of them, as --seed ends below.
+    """
+    return 1_000_000_001 + args.seed
+
+
 def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
     """Evaluate in each simulator at hand.
 
     Prints mean, std, min and max of the returns, and returns them by simulator.
     """
     episodes = args.eval_episodes
-    keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(episodes))
+    seed = evaluation_seed(args)
+    keys = jax.vmap(jax.random.key)(seed + jnp.arange(episodes))
     returns = {}
     # From the same initial states as C MuJoCo.
     returns["MJX"] = np.asarray(evaluate_mjx(env, policy, keys))
-    returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, episodes, args.seed)
+    returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, episodes, seed)
     if importlib.util.find_spec("gymnasium"):
         gymnasium = importlib.import_module("gymnasium")
         if env.gymnasium_id in gymnasium.registry:
             theirs = gymnasium.make(env.gymnasium_id)
-            returns["Gymnasium"] = evaluate_on_host(theirs, policy, episodes, args.seed)
+            returns["Gymnasium"] = evaluate_on_host(theirs, policy, episodes, seed)
 
     print(f"return of {episodes:3} episodes     mean      std      min      max")
     table = {}
@@ -1253,6 +1283,23 @@ def say(text: str) -> None:
     """Print a line with the seconds since the start; of several processes only the first does."""
     if jax.process_index() == 0:
         print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
+
+
+def check_log(args: Args) -> None:
+    """Refuse to train without the packages that write the log."""
+    require(RecordWriter, "tensorboard or tqdm is missing; pip install tensorboard tqdm")
+    wandb = not args.track or importlib.util.find_spec("wandb")
+    require(wandb, "--track: wandb is missing; pip install wandb")
+
+
+def start_tracking(run_dir: Path, settings: dict) -> None:
+    """Log to Weights & Biases as well, under the name of the run's folder."""
+    importlib.import_module("wandb").init(
+        id=run_dir.name,
+        name=run_dir.name,
+        config=settings,
+        resume="allow",
+    )
 
 
 class Log:
@@ -1457,30 +1504,70 @@ def save(args: Args, run_dir: Path, state: TrainState, policy: dict) -> None:
             old.unlink()
 
 
-def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
-    """The newest whole checkpoint, in the place of `state`.
+def newest_checkpoint(run_dir: Path, flag: str) -> tuple[Path, dict, dict] | None:
+    """The newest checkpoint that is whole: its file, its arrays, its settings.
 
-    `state` itself, if the run was stopped before its first checkpoint.
+    None, if the run was stopped before its first checkpoint. flag: the one that asks for it.
     """
     for file in checkpoints(run_dir):
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 saved = dict(arrays)  # which reads all, and compares the checksums
-            theirs = json.loads(str(saved["args"]))
+            return file, saved, dict(json.loads(str(saved["args"])))
         except Exception as error:  # there is no end to what may be wrong with a file
             problem = f"{type(error).__name__}: {error!s:.80}"
-            say(f"--resume: {file} is broken ({problem}); trying the one before")
-            continue
+            say(f"{flag}: {file} is broken ({problem}); trying the one before")
+    require(not checkpoints(run_dir), f"{flag}: {run_dir} holds no whole checkpoint")
 
-        ours = json.loads(json.dumps(dataclasses.asdict(args)))  # with lists for tuples, as theirs
-        names = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
-        message = f"--resume: {file} differs from run.json in {', '.join(names):.200}"
-        require(not names, message)
-        with or_fail(f"--resume: {file} was written by other code"):
-            return from_arrays(saved, state)
 
-    require(not checkpoints(run_dir), f"--resume: {run_dir} holds no whole checkpoint")
-    return state
+def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
+    """The newest whole checkpoint, in the place of `state`.
+
+    `state` itself, if the run was stopped before its first checkpoint.
+    """
+    newest = newest_checkpoint(run_dir, "--resume")
+    if newest is None:
+        return state
+    file, saved, theirs = newest
+    ours = json.loads(json.dumps(dataclasses.asdict(args)))  # with lists for tuples, as theirs
+    names = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+    refused = [name for name in names if name not in RESUME_FLAGS]
+    require(not refused, f"--resume: {file} differs from run.json in {', '.join(refused):.200}")
+    with or_fail(f"--resume: {file} was written by other code"):
+        if "total_timesteps" in names:
+            change = f"from {theirs['total_timesteps']} to {args.total_timesteps} steps"
+            say(f"made longer, {change}: schedules go on as in a run of the new length")
+        return from_arrays(saved, state)
+
+
+def inherit(run_dir: Path, learner: Learner) -> Learner:
+    """The learner with INHERITED from another run's newest checkpoint (--init-from)."""
+    with or_fail(f"--init-from {str(run_dir)!r:.200}"):
+        newest = newest_checkpoint(run_dir, "--init-from")
+    require(newest, f"--init-from {run_dir}: no checkpoint there, so no policy")
+    file, saved, _ = newest
+    fields = tuple(f".learner.{name}" for name in INHERITED)
+    theirs = {
+        name.removeprefix(".learner"): saved[name] for name in saved if name.startswith(fields)
+    }
+    ours = to_arrays(learner)
+    with or_fail(f"--init-from {file}: does not fit; another task, script or --hidden-sizes?"):
+        missing = {name for name in ours if f".learner{name}".startswith(fields)} ^ theirs.keys()
+        if missing:
+            raise ValueError(f"{min(missing)} is in one of the two only")
+        learner = from_arrays(ours | theirs, learner)
+    say(f"weights and statistics are those of {file}")
+    return learner
+
+
+def first_state(args: Args, run_dir: Path, resuming: bool, state: TrainState) -> TrainState:
+    """Where training begins: the newest checkpoint, another run's policy, or `state` itself.
+
+    A run that was stopped before its first checkpoint begins once more as it began.
+    """
+    if args.init_from and not (resuming and checkpoints(run_dir)):
+        state = state.replace(learner=inherit(Path(args.init_from), state.learner))
+    return restore(args, run_dir, state) if resuming else state
 
 
 def write_run(run_dir: Path, content: dict) -> None:
@@ -1547,6 +1634,11 @@ def parse_args(argv: list[str], default: Args = Args()) -> Args:
         raise
 
 
+def without_help(argv: list[str]) -> list[str]:
+    """The command line without the flag at which `parse_args` would print the help and end."""
+    return [flag for flag in argv if flag not in ("-h", "--help")]
+
+
 # Flags of one call, which run.json does not keep.
 CALL_FLAGS = (
     "resume",
@@ -1562,6 +1654,25 @@ CALL_FLAGS = (
 def call_flags(args) -> dict:
     """The flags of one call by their names; of the class `Args`, their defaults."""
     return {name: getattr(args, name) for name in CALL_FLAGS}
+
+
+# Settings that a run may change when it is resumed.
+RESUME_FLAGS = ("total_timesteps", "track", "capture_video")
+
+
+def resumed_args(args: Args, argv: list[str]) -> Args:
+    """The settings of the run to resume, with what the command line may change of them."""
+    saved = dataclasses.replace(read_run(Path(args.resume)), **call_flags(args))
+    wanted = parse_args(argv, saved)
+    kept = {name: getattr(saved, name) for name in RESUME_FLAGS if hasattr(saved, name)}
+    advice = "leave the other flags out, or start a new run, with --init-from"
+    unchanged = dataclasses.replace(wanted, **kept) == saved
+    require(unchanged, f"--resume: the run keeps its own settings; {advice}")
+
+    total = saved.total_timesteps
+    message = f"--total-timesteps {wanted.total_timesteps}: less than the {total} of this run"
+    require(wanted.total_timesteps >= total, f"--resume: {message}; it can only become longer")
+    return wanted
 
 
 def start_jax(args: Args) -> None:
@@ -1590,9 +1701,53 @@ def start_jax(args: Args) -> None:
         join_processes(args)
 
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
+
+def read_limits(*files: str) -> list[list[str]]:
+    """What these files say in each of Linux's control groups that hold this process.
+
+    A container's limits stand there; of version 2 in one tree, of version 1 in several.
+    """
+    limits = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root = CONTROL_GROUPS / controllers.split(",")[0]
+            own = root / path.lstrip("/")  # missing in a container, which sees its own as the root
+            for folder in [own, *own.parents]:
+                if folder.is_relative_to(root) and all((folder / name).exists() for name in files):
+                    limits.append(" ".join((folder / name).read_text() for name in files).split())
+    return limits
+
+
+def count_cores() -> int:
+    """Cores that this process may use, by its affinity and by a container's quota."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    quotas = read_limits("cpu.max") + read_limits("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    for quota, period in quotas:
+        if quota.isdigit():  # not "max" or -1
+            cores = min(cores, int(quota) // int(period))
+    return max(cores, 1)
+
+
+def host_memory() -> float:
+    """Bytes that this process may use, by the machine and a container; infinite if none tells."""
+    room = math.inf
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows does not tell
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for (limit,) in read_limits("memory.max") + read_limits("memory.limit_in_bytes"):
+        if limit.isdigit():
+            room = min(room, int(limit))
+    return room
+
+
 def split_cpu(args: Args) -> None:
     """Make a CPU as many devices as it has cores; as one, it would leave most of them idle."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = count_cores()
+    os.environ.setdefault("NPROC", str(cores))  # of XLA's threads, which knows no quota
     each = (args.num_devices or cores) // (args.num_processes or 1)
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
         # At most 64: of 256 worlds each would get fewer than four.
@@ -1664,7 +1819,7 @@ def check_memory(mesh: Mesh | None, size: int, flag: str = "--num-envs") -> None
     if stats:
         room = stats["bytes_limit"] * mesh.size
     else:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        room = host_memory()
     message = f"{flag}: this takes {size} bytes of the {room} that there are; try less"
     require(size < 0.95 * room, message)  # the rest is for code and the libraries' own memory
 
@@ -1692,9 +1847,6 @@ def check_args(args: Args) -> None:
     require(args.num_iterations, message)
     message = f"--buffer-size {args.buffer_size}: less than one step of {args.num_envs} worlds"
     require(args.buffer_rows, message)
-
-    wandb = not args.track or importlib.util.find_spec("wandb")
-    require(wandb, "--track: wandb is missing; pip install wandb")
 
 
 # ---- 14. Main ------------------------------------------------------------------------------------
@@ -1745,7 +1897,7 @@ def build(args: Args, env: Env, mesh: Mesh) -> Programs:
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     iterate, programs = compile_iteration(args, env, mesh, state)
     policy = export_policy(env, state.learner)
-    eval_keys = jax.vmap(jax.random.key)(args.seed + jnp.arange(args.eval_episodes))
+    eval_keys = jax.vmap(jax.random.key)(evaluation_seed(args) + jnp.arange(args.eval_episodes))
     evaluate = evaluate_mjx.lower(env, policy, eval_keys).compile()
 
     memories = [program.memory_analysis() for program in programs]  # of one device
@@ -1769,7 +1921,46 @@ def build(args: Args, env: Env, mesh: Mesh) -> Programs:
 
 
 # shared: run_facts
-def describe_run(args: Args, mesh: Mesh) -> dict:
+def make_run_dir(wanted: Path) -> Path:
+    """Create the folder of a new run, with a copy of this script in it.
+
+    Where another run of the same second has that folder, it is NAME_2, NAME_3, ...
+    """
+    folder = wanted
+    for number in itertools.count(2):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            break
+        folder = wanted.with_name(f"{wanted.name}_{number}")
+    shutil.copy(__file__, folder)
+    return folder
+
+
+def model_digest(model: mujoco.MjModel) -> str:
+    """A digest of a model's numbers and of its options; where its files lie does not matter."""
+    digest = hashlib.sha256()
+    for part in (model, model.opt):
+        for name in dir(part):
+            value = getattr(part, name)
+            is_number = isinstance(value, int | float | np.ndarray)
+            if is_number and not name.startswith(("_", "path")):
+                digest.update(name.encode() + np.asarray(value).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tell_changes(run_dir: Path, model: mujoco.MjModel) -> None:
+    """Say in a line each if the code or the model is not the one that the run has had."""
+    script = Path(__file__)
+    for copy in run_dir.glob("*.py"):
+        if copy.read_bytes() != script.read_bytes():
+            command = shlex.join(["diff", str(copy), str(script)])
+            say(f"the code has changed since the run began, perhaps its rewards: {command}")
+    then = json.loads((run_dir / "run.json").read_text()).get("model")
+    if then and then != model_digest(model):
+        say("the model has changed since the run was trained: its files, or MuJoCo's version")
+
+
+def describe_run(args: Args, mesh: Mesh, model: mujoco.MjModel) -> dict:
     """What run.json says of how to repeat the run."""
     git = ["git", "rev-parse", "HEAD"]
     commit = ""
@@ -1781,6 +1972,7 @@ def describe_run(args: Args, mesh: Mesh) -> dict:
         "script": Path(__file__).name,
         "args": dataclasses.asdict(args),
         "commit": commit,
+        "model": model_digest(model),
         "devices": [device.device_kind for device in mesh.devices],
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
@@ -1799,6 +1991,8 @@ def train_loop(
     state = programs.state
     iteration = int(state.learner.iteration)
     saved = iteration
+    checkpoint_every = args.cadence(args.checkpoint_every)
+    eval_every = args.cadence(args.eval_every)
     pending = None  # an iteration and its metrics, read one iteration late: no device waits
     while iteration < args.num_iterations and not stop_wanted(stops, iteration):
         state, metrics = programs.iterate(state)
@@ -1807,11 +2001,11 @@ def train_loop(
             log.write(*pending)
         pending = (iteration, metrics)
 
-        if args.eval_every and iteration % args.eval_every == 0:
+        if args.eval_every and iteration % eval_every == 0:
             returns = programs.evaluate(export_policy(programs.env, state.learner))
             step = iteration * args.steps_per_iteration
             log.scalars(step, {"eval/episodic_return": returns.mean()})
-        if iteration % args.checkpoint_every == 0:
+        if iteration % checkpoint_every == 0:
             log.write(*pending)  # so that the curves reach as far as the checkpoint
             pending = None
             save(args, run_dir, state, export_policy(programs.env, state.learner))
@@ -1830,6 +2024,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
 
     Returns the run's folder and its policy.
     """
+    check_log(args)
     stops = listen()
     resuming = run_dir is not None
     mesh = make_mesh(args.num_devices, args.num_envs, args.batch_size)
@@ -1839,22 +2034,19 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     run_dir = open_run_dir(args, run_dir)
 
     programs = build(args, env, mesh)
+    model = load_model(env.task)
     if resuming:
-        programs.state = restore(args, run_dir, programs.state)
+        tell_changes(run_dir, model)
+    programs.state = first_state(args, run_dir, resuming, programs.state)
     first = int(programs.state.learner.iteration)
 
-    run = programs.facts | describe_run(args, mesh)
-    if jax.process_index() == 0:
+    run = programs.facts | describe_run(args, mesh, model)
+    if not resuming and jax.process_index() == 0:
         with or_fail(f"--runs-dir, --exp-name: {run_dir}"):
-            run_dir.mkdir(exist_ok=resuming)
+            run_dir = make_run_dir(run_dir)
     write_run(run_dir, run)
     if args.track and jax.process_index() == 0:
-        importlib.import_module("wandb").init(
-            id=run_dir.name,
-            name=run_dir.name,
-            config=run["args"],
-            resume="allow",
-        )
+        start_tracking(run_dir, run["args"])
 
     steps = args.steps_per_iteration
     unused = args.total_timesteps % steps
@@ -1891,6 +2083,7 @@ def evaluate_run(args: Args, run_dir: Path) -> None:
     with or_fail(f"--evaluate {run_dir}: no policy"):
         with np.load(run_dir / "policy.npz", allow_pickle=False) as file:
             policy = dict(file)
+    tell_changes(run_dir, load_model(env.task))
     judge(args, env, policy)
 
 
@@ -1922,14 +2115,12 @@ def smoke(args: Args) -> None:
 
 def main(argv: list[str]) -> None:
     """Do what the command line asks for."""
-    args = parse_args(argv)
-    check_args(args)
+    # Parsed twice: the task decides what the other flags default to, and what --help shows of them.
+    task = TASKS[parse_args(without_help(argv)).env_id]
+    args = parse_args(argv, Args(**task_flags(task)))
     if args.resume:
-        saved = dataclasses.replace(read_run(Path(args.resume)), **call_flags(args))
-        unchanged = parse_args(argv, saved) == saved
-        advice = "leave the other flags out, or start a new run"
-        require(unchanged, f"--resume: the run keeps its own settings; {advice}")
-        args = saved
+        args = resumed_args(args, argv)
+    check_args(args)
     start_jax(args)
 
     if args.smoke:

@@ -2,6 +2,7 @@
 
     python benchmarks/time_to_walk.py --seeds 1
     python benchmarks/time_to_walk.py --ablations --seeds 1 2 --total-timesteps 4000000 --name g1_ablations
+        --flags="--imitation-until 0.15 --standing-after 1"
 
 Each training is one process that starts with an empty compile cache (--compile-cache: with the user's). Its policies
 are copied while it trains and put to the script's test when it has ended. first_update_s are the seconds until the

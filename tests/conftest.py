@@ -6,16 +6,27 @@ import signal
 from functools import partial
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # another choice in the environment goes first
+# What compiles in less than a second is kept in the cache as well.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
+from quick import ENVIRONMENT
 
 import ppo_mjx
 
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 2)
 jax.devices()  # start the backend, so that no test changes the number of devices
+# Tracing makes millions of objects that live on, and the collector would go through all of them
+# again and again. What the imports made is not looked at any more.
+gc.set_threshold(200_000, 20, 50)
+gc.collect()
+gc.freeze()
 
 def pytest_configure(config):
     """What goes by XLA unasked is slow, and no test of the kernel."""

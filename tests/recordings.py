@@ -51,10 +51,16 @@ def record(task_id: str) -> Recording:
     return Recording(*(np.array(x).reshape(WORLDS, STEPS, *np.shape(x[0])) for x in zip(*rows, strict=True)))
 
 @functools.cache
+def make_env(task_id: str) -> ppo_mjx.Env:
+    """One for all tests of a task, so that each of its kernels is traced and compiled once."""
+    return ppo_mjx.Env(ppo_mjx.Args(env_id=task_id))
+
+@functools.cache
 def compiled_step(task_id: str, x64: bool):
     """The environment, and one compiled step of WORLDS worlds from (qpos, qvel, warmstart, x, action). In float64 it
     goes by XLA."""
-    jax.clear_caches()  # JAX 0.9 mixes up its traces of float64 constants between the precisions
+    if x64:
+        jax.clear_caches()  # JAX 0.9 mixes up its traces of float64 constants between the precisions
     def step(qpos, qvel, warmstart, x, action):
         reset = jax.vmap(ppo_mjx.kernel(env.reset))(jax.random.split(jax.random.key(0), WORLDS))
         data = reset.data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=warmstart)
@@ -66,10 +72,11 @@ def compiled_step(task_id: str, x64: bool):
     with jax.enable_x64(x64), warnings.catch_warnings():
         if x64:
             warnings.simplefilter("ignore", onekernel.Fallback)
-        env = ppo_mjx.Env(ppo_mjx.Args(env_id=task_id))
+        env = ppo_mjx.Env(ppo_mjx.Args(env_id=task_id)) if x64 else make_env(task_id)
         sizes = (env.model.nq,), (env.model.nv,), (env.model.nv,), (), (env.model.nu,)
         compiled = jax.jit(step).lower(*(jnp.zeros((WORLDS, *size), float) for size in sizes)).compile()
-    jax.clear_caches()
+    if x64:
+        jax.clear_caches()
     return env, call
 
 MOMENT = np.arange(WORLDS), np.random.default_rng(1).integers(0, STEPS, WORLDS)  # a random one of each episode

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import pytest
-from recordings import MOMENT, STEPS, TASK_IDS, WORLDS, compiled_step, one_step, record
+from quick import quick_kernels
+from recordings import MOMENT, STEPS, TASK_IDS, WORLDS, compiled_step, make_env, one_step, record
 
 import ppo_mjx
 
@@ -17,6 +18,12 @@ LOOKS = ("light_", "mat_", "tex_", "cam_", "names", "name_", "vis", "stat", "geo
          "numeric_", "nnumeric", "key_", "nkey")  # how a model looks or is stored, not how it moves
 FALLING = ["Hopper", "Walker2d", "Ant", "Humanoid", "InvertedPendulum", "InvertedDoublePendulum"]  # all others go on
 TOUCHING = ["HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup"]
+
+@pytest.fixture(autouse=True)
+def quick_kernels_of_humanoids(request, monkeypatch):
+    """LLVM takes longest for theirs. All others are compiled as users have them, the large one of Ant too."""
+    if "Humanoid" in request.node.name:
+        quick_kernels(monkeypatch)
 
 def test_there_are_all_of_gymnasiums_tasks():
     theirs = {name.removesuffix("-v5") for name, spec in gymnasium.registry.items()
@@ -42,7 +49,7 @@ def test_model_equals_gymnasium(task_id):
 def resets(task_id: str):
     """4000 first states [4000, nq + nv], ours and Gymnasium's."""
     count = 4000
-    env = ppo_mjx.Env(ppo_mjx.Args(env_id=task_id))
+    env = make_env(task_id)
     original = gymnasium.make(task_id + "-v5").unwrapped
     data = jax.device_get(jax.jit(jax.vmap(ppo_mjx.kernel(env.reset)))(jax.random.split(jax.random.key(0), count)).data)
     rows = []
@@ -105,15 +112,8 @@ def test_recorded_steps_have_contacts_and_terminations():
         ends = seen.terminated.any(axis=1).sum()
         assert ends >= WORLDS // 2 if task_id in FALLING else ends == 0
 
-@pytest.fixture
-def quick_to_compile():
-    """XLA takes a minute to optimise a step that runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
 @pytest.mark.parametrize("task_id", ["HalfCheetah"])
-def test_step_equals_gymnasium_in_float64(quick_to_compile, task_id):
+def test_step_equals_gymnasium_in_float64(task_id):
     """In double precision one step is Gymnasium's to the sixth digit: observation, reward and termination."""
     seen, state = record(task_id), one_step(task_id, x64=True)
     assert state.obs.dtype == np.float64
@@ -165,7 +165,7 @@ def test_terminates_on_gymnasiums_step(task_id):
 @pytest.mark.parametrize("task_id", TASK_IDS)
 def test_c_mujoco_env_equals_gymnasium(task_id):
     """Each of 100 random steps of CMujocoEnv is Gymnasium's from the same state."""
-    ours = ppo_mjx.CMujocoEnv(ppo_mjx.Env(ppo_mjx.Args(env_id=task_id)))
+    ours = ppo_mjx.CMujocoEnv(make_env(task_id))
     theirs = gymnasium.make(task_id + "-v5").unwrapped
     ours.reset(seed=0)
     theirs.reset(seed=0)
@@ -184,7 +184,7 @@ def test_c_mujoco_env_equals_gymnasium(task_id):
 @pytest.mark.parametrize("task_id", TASK_IDS)
 def test_reset_observation_equals_gymnasium(task_id):
     """What an episode begins with, MJX's and C MuJoCo's: inertias and velocities of bodies too, no forces yet."""
-    ours = ppo_mjx.Env(ppo_mjx.Args(env_id=task_id))
+    ours = make_env(task_id)
     theirs = gymnasium.make(task_id + "-v5").unwrapped
     original = ppo_mjx.CMujocoEnv(ours)
     for seed in range(3):
@@ -198,7 +198,7 @@ def test_reset_observation_equals_gymnasium(task_id):
 
 def test_c_mujoco_env_truncates_and_repeats():
     """CMujocoEnv cuts an episode at the time limit only, and one seed starts one episode."""
-    env = ppo_mjx.CMujocoEnv(ppo_mjx.Env(ppo_mjx.Args(env_id="HalfCheetah")))
+    env = ppo_mjx.CMujocoEnv(make_env("HalfCheetah"))
     np.testing.assert_array_equal(env.reset(seed=3)[0], env.reset(seed=3)[0])
     assert not np.array_equal(env.reset(seed=3)[0], env.reset(seed=4)[0])
     assert [env.step(np.zeros(6))[3] for _ in range(1000)] == 999 * [False] + [True]
@@ -234,5 +234,5 @@ def test_broken_world_ends_its_episode():
     assert (state.done[:3] == 1).all() and (state.reward[:3] == 0).all()
     assert not state.done[3:].any() and (state.reward[3:] != 0).all()
     keys = jax.random.split(jax.random.key(0), WORLDS)  # as in compiled_step
-    reset = jax.vmap(ppo_mjx.kernel(ppo_mjx.Env(ppo_mjx.Args(env_id="Hopper")).reset))(keys)
+    reset = jax.vmap(ppo_mjx.kernel(make_env("Hopper").reset))(keys)
     np.testing.assert_allclose(state.obs[:3], reset.obs[:3], rtol=1e-6)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quick import optimised
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_mjx
@@ -40,7 +41,8 @@ def measure(run_dir: Path) -> dict[str, float]:
 def test_run_is_in_the_band(tmp_path, env_id):
     """Seed 1 learns as the five seeds did: not worse, and not better either."""
     _, _, *flags = shlex.split(BANDS[env_id]["command"].replace("SEED", "1"))
-    ppo_mjx.main([*flags, "--runs-dir", str(tmp_path)])
+    with optimised():
+        ppo_mjx.main([*flags, "--runs-dir", str(tmp_path)])
     (run_dir,) = tmp_path.iterdir()
 
     outside = {}

@@ -613,11 +613,14 @@ def test_on_a_gpu(name):
 # ---- PTX -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("generation", [70, 80, 90, 120])
+GENERATIONS = [(name, generation) for name in NAMES[:2] for generation in (70, 80, 90, 120)]
+
+
+@pytest.mark.parametrize(("name", "generation"), [*GENERATIONS, (NAMES[2], 90)])
 def test_ptx(name, generation):
+    """The robot's kernel takes LLVM seconds, and has no operation that the others have not."""
     made = program(name)
-    ptx = cuda.compile_ir(made.text, generation).decode()
+    ptx = (made.ptx if generation == 90 else cuda.compile_ir(made.text, generation)).decode()
     assert re.search(r"\.target (\w+)", ptx)[1] == f"sm_{generation}"
     assert float(re.search(r"\.version ([\d.]+)", ptx)[1]) >= 8.1
     entry = re.search(r"\.visible \.entry kernel\((.*?)\)\n(.*?)\{", ptx, re.S)

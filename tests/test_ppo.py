@@ -12,14 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 import ppo_mjx
 
-
-@pytest.fixture(autouse=True)
-def quick_to_compile(request):
-    """Small programs that run for moments: XLA's optimisations cost more than they give, but for learning."""
-    jax.config.update("jax_disable_most_optimizations", "learns" not in request.node.name)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
 # ---- Advantages
 
 def test_gae_by_hand():

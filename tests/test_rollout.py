@@ -12,13 +12,6 @@ import ppo_mjx
 
 ARGS = ppo_mjx.Args(num_envs=8, num_steps=8, num_minibatches=4, update_epochs=2, total_timesteps=4 * 64)
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Small programs that run for moments: XLA's optimisations cost more than they give."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
 @pytest.fixture(scope="module")
 def env():
     return ppo_mjx.Env(ppo_mjx.Args(env_id="HalfCheetah"))

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import sac_band
 from jax.sharding import PartitionSpec as P
+from quick import optimised
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sac_mjx_pendulum as sac
@@ -49,17 +50,6 @@ TASKS = {
     "another Pendulum-v1": sac.Args(**OTHER),
     "another PointMass": sac.Args(env_id="PointMass", **OTHER),
 }
-
-
-@pytest.fixture(autouse=True)
-def quick_to_compile(request):
-    """Small programs that run for moments: XLA's optimisations cost more than they give.
-
-    They pay in the one whole run.
-    """
-    jax.config.update("jax_disable_most_optimizations", "run_dir" not in request.fixturenames)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def as_numpy(leaf) -> np.ndarray:
@@ -879,7 +869,8 @@ def test_nothing_is_earned_after_an_episode(monkeypatch):
 def run_dir(tmp_path_factory) -> Path:
     """A finished run of the command line, by the script's defaults."""
     runs = tmp_path_factory.mktemp("runs")
-    sac.main(["--runs-dir", str(runs)])
+    with optimised():
+        sac.main(["--runs-dir", str(runs)])
     (folder,) = runs.iterdir()
     return folder
 
@@ -1068,7 +1059,7 @@ def test_dependencies_are_pinned_alike():
 
 
 def test_every_setting_is_used():
-    """No flag is without effect: each field of Args is read, by its name or in `make_task`."""
+    """No flag is without effect: each field of Args is read, by its name or in `task_flags`."""
     fields = {field.name for field in dataclasses.fields(sac.Args)}
     tree = ast.parse(SCRIPT.read_text())
     read = set()
@@ -1076,6 +1067,6 @@ def test_every_setting_is_used():
         if isinstance(node, ast.Attribute):
             owner = getattr(node.value, "id", None) or getattr(node.value, "attr", None)
             read |= {node.attr} if owner in ("args", "self") else set()
-    (make_task,) = (node for node in tree.body if getattr(node, "name", None) == "make_task")
-    read |= {node.value for node in ast.walk(make_task) if isinstance(node, ast.Constant)}
+    (task_flags,) = (node for node in tree.body if getattr(node, "name", None) == "task_flags")
+    read |= {node.value for node in ast.walk(task_flags) if isinstance(node, ast.Constant)}
     assert fields - read == set()

@@ -23,7 +23,7 @@ import mujoco
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
-from quick import QUICK
+from quick import QUICK, optimised
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_mjx_unitree as unitree
@@ -975,7 +975,7 @@ def test_loss_by_hand(mirror_coef, imitation_coef, iteration):
     old_mean[:, 0] += old_std[0] * np.sqrt(-2 * np.log(density / ratio * np.prod(old_std) * 2 * math.pi))
     advantage, target = np.array([2.0, -1.0, 0.5]), np.array([1.5, -0.5, 3.0])
     args = unitree.Args(hidden_sizes=(3,), clip_coef=0.2, vf_coef=0.5, mirror_coef=mirror_coef, num_envs=5, num_steps=2,
-                        imitation_coef=imitation_coef, imitation_steps=40, standing_after=70)
+                        total_timesteps=100, imitation_coef=imitation_coef, imitation_until=0.4, standing_after=0.7)
     batch = unitree.Batch(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (
         {"actor": actor_obs, "critic": critic_obs}, action, old_mean, advantage, target)), jnp.full(3, True))
     wrong = jax.tree.map(lambda x: 1e3 + 0 * x[:1], batch).replace(valid=jnp.array([False]))  # a broken world's step
@@ -1085,13 +1085,14 @@ LEARN = dataclasses.replace(  # to stand, on a robot that is always the same
 
 @contextlib.contextmanager
 def watched(judge: bool):
-    """Keeps all states that `train` saves, in a list. judge: with the test in C MuJoCo at the end."""
+    """Keeps all states that `train` saves, in a list. judge: with the test in C MuJoCo at the end. Training is quicker
+    with XLA's optimisations."""
     states, real_save = [], unitree.save
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     def save(args, run_dir, state, policy):
         states.append(jax.tree.map(as_numpy, state))
         real_save(args, run_dir, state, policy)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, optimised():
         patch.setattr(unitree, "save", save)
         if judge:  # one short start for each command
             patch.setattr(unitree, "TEST_STARTS", 1)

@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run_dir", type=Path, nargs="?", help="by default the next one to begin")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where that will be")
     flags = parser.parse_args(argv)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # which Windows has not
         os.nice(19)  # training goes first
 
     figure = pyplot.figure("SAC on MJX", figsize=(10, 5), layout="tight")
