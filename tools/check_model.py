@@ -693,9 +693,8 @@ def measure_apart(arm: str, path: Path, states: dict, limit: float) -> dict | st
 
 def time_c(model: mujoco.MjModel, states: dict[str, np.ndarray]) -> float:
     """Physics steps per second of C MuJoCo on all cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     chosen = np.arange(256) % RANDOM_STEPS
-    batch = mujoco.batch.Batch(model, nsim=256, nthread=cores)
+    batch = mujoco.batch.Batch(model, nsim=256, nthread=ppo.count_cores())
     calls = 0
     start = time.perf_counter()
     while time.perf_counter() - start < 1.0:
