@@ -19,12 +19,15 @@ ROOT = Path(ppo_mjx.__file__).parent
 @pytest.mark.parametrize(("name", "threshold"), [
     ("cartpole", 100),  # a random policy drops the pole within 40 steps
     ("arm", -45),  # a random policy gets about -101, and one that holds still -99
+    ("quadruped", 50),  # a random policy falls within 200 steps, and gets about -40
 ])
 def test_add_your_robot(tmp_path, name, threshold):
     """The page's diffs apply to the script as it is, and the result trains and is judged."""
     diff, file = (ROOT / "docs" / f"{name}.diff").read_text(), f"{name}.py"
     assert diff in (ROOT / "docs" / "add_your_robot.md").read_text()
     (tmp_path / file).write_text((ROOT / "ppo_mjx.py").read_text())
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "quadruped.xml").write_text((ROOT / "docs" / "quadruped.xml").read_text())
     subprocess.run(["patch", "-s", file], input=diff, text=True, cwd=tmp_path, check=True)
     command = [sys.executable, file, "--total-timesteps", "80000", "--eval-every", "0"]
     # The path is for onekernel, which a copy in its folder would find.
