@@ -1,4 +1,4 @@
-"""The files in robots/ against numbers from their sources: typed here a second time, or in tests/robots/*.json."""
+"""The files in robots/ against numbers from their sources, typed here again or in tests/robots."""
 
 import json
 from pathlib import Path
@@ -149,8 +149,8 @@ def test_g1_stands_in_its_keyframe(g1):
     assert data.ncon == 8
 
 
-# All robots against tests/robots/*.json. Poses of which each mass matrix is compared: the default one
-# and random ones.
+# All robots against tests/robots/*.json. Each mass matrix is compared at the default pose and at
+# random ones, POSES in all.
 NAMES = ("g1_29dof", "h1", "h1_2", "go2")
 SOURCES = {
     name: json.loads(Path(__file__).with_name("robots").joinpath(f"{name}.json").read_text())
