@@ -972,8 +972,9 @@ class State:
     metrics: dict[str, jax.Array]  # the reward's terms, and the errors of tracking
     info: dict[str, Any]
     # key: of the commands, pushes and noise; command: [3]; action: [A], the last one;
-    # elapsed: steps since the reset; airborne: [F] steps since each foot was on the floor;
-    # truncated: the time limit is reached; broken: see Env; domain: see Env.draw_domain
+    # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
+    # domain: see Env.draw_domain; airborne: [F] steps since each foot was on the floor, only where
+    # the robot's reward asks for it
 
 
 # shared: physics
@@ -1022,6 +1023,7 @@ class Env:
         self.args = args
         self.robot = ROBOTS[args.robot]
         self.action_size = len(self.robot.acted)
+        self.timed = "air_time" in self.robot.weights  # whether steps in the air are counted
         self.seen = {who: seen_parts(self.robot, who) for who in SEEN}
         self.noise = args.obs_noise * noise_widths(self.robot, self.seen["actor"])  # [O]
         self.controller = make_controller(self.robot)
@@ -1107,6 +1109,7 @@ class Env:
         elapsed = jnp.zeros((), jnp.int32)
         command = self.draw_command(command_key)
         names = [f"reward_{name}" for name in self.robot.weights]
+        timed = {"airborne": jnp.zeros(len(self.feet), jnp.int32)} if self.timed else {}
         return State(
             data=data,
             obs=self.observations(noise_key, data, command, action, elapsed),
@@ -1118,10 +1121,10 @@ class Env:
                 "command": command,
                 "action": action,
                 "elapsed": elapsed,
-                "airborne": jnp.zeros(len(self.feet), jnp.int32),
                 "truncated": no,
                 "broken": no,
                 "domain": self.draw_domain(domain_key),
+                **timed,
             },
         )
 
@@ -1188,7 +1191,7 @@ class Env:
         quat = data.qpos[3:7]
         # Then the rewards want both feet on the floor, though the observed clock runs on.
         standing = (info["command"] == 0).all()
-        before_landing = info["airborne"] * readings["contact"]
+        before_landing = info.get("airborne", 0) * readings["contact"]
         return Motion(
             command=info["command"],
             height=data.qpos[2],
@@ -1228,6 +1231,10 @@ class Env:
         }
         reward = jnp.maximum(sum(terms.values()), 0.0)
 
+        timed = {}
+        if self.timed:
+            timed["airborne"] = jnp.where(readings["contact"], 0, info["airborne"] + 1)
+
         # The step is rewarded for the old command; the next one is observed already.
         command = self.next_command(command_key, info["command"])
         elapsed = info["elapsed"] + 1
@@ -1243,10 +1250,10 @@ class Env:
                 "command": command,
                 "action": action,
                 "elapsed": elapsed,
-                "airborne": jnp.where(readings["contact"], 0, info["airborne"] + 1),
                 "truncated": elapsed >= self.time_limit,
                 "broken": ~sane,
                 "domain": info["domain"],
+                **timed,
             },
         )
 
