@@ -269,7 +269,7 @@ class Joint:
     sweep: tuple[float, float, float] = (0.0, 0.0, 0.0)  # rad s/m, rad s/m, s
 
 
-# A joint's name begins with its side, unless it is in the middle. So do the names of feet.
+# Names of joints, and of feet, begin with their side, unless they are in the middle.
 OTHER_SIDE = {"left": "right", "right": "left", "FL": "FR", "FR": "FL", "RL": "RR", "RR": "RL"}
 
 
@@ -302,9 +302,10 @@ class Robot:
     """What MJCF does not say of a robot, and the robot's task.
 
     The MJCF file describes a free base and what hangs on it by joints about one axis each: legs,
-    perhaps a waist and arms. What is on one side has its image on the other (`OTHER_SIDE`). Each
-    joint has a motor, whose ctrl is the torque, or a servo, of which only the largest torque counts
-    here. The spheres under the feet are all that can touch the floor.
+    perhaps a waist and arms. Limbs come in pairs, the left one of each pair first, with the same
+    joints in the same order. Each joint has a motor, whose ctrl is the torque, or a servo, of which
+    only the largest torque counts here. The spheres under the feet are all that can touch the
+    floor.
     """
 
     mjcf: str  # file in robots/, or an absolute path
@@ -829,15 +830,22 @@ def mirror_joints(robot: Robot, joints, xp=jnp, chosen=None):
     chosen: numbers of the joints that there are values of; by default all of them.
     """
     chosen = np.arange(len(robot.joints)) if chosen is None else chosen
-    names = [list(robot.joints)[number] for number in chosen]
-    twins = []
-    for name in names:
-        side = side_of(name)
-        twins.append(names.index(OTHER_SIDE.get(side, side) + name.removeprefix(side)))
-    # In slices, for a gather is slow where the loss goes through it backwards.
-    runs = np.split(twins, np.flatnonzero(np.diff(twins) != 1) + 1)
-    swapped = xp.concatenate([joints[..., run[0] : run[-1] + 1] for run in runs], axis=-1)
-    return swapped * robot.mirror_sign[chosen]
+    sides = [side_of(list(robot.joints)[number]) for number in chosen]
+    limbs = [(side, len(list(run))) for side, run in itertools.groupby(sides)]
+    swapped = []
+    start = 0
+    while limbs:
+        side, size = limbs.pop(0)
+        count = 1
+        if side in OTHER_SIDE:  # the next one is its image
+            limbs.pop(0)
+            count = 2
+        end = start + count * size
+        limb = joints[..., start:end]
+        by_side = limb.reshape(*limb.shape[:-1], count, size)
+        swapped.append(xp.flip(by_side, axis=-2).reshape(limb.shape))
+        start = end
+    return xp.concatenate(swapped, axis=-1) * robot.mirror_sign[chosen]
 
 
 def mirror_actions(robot: Robot, actions, xp=jnp):
