@@ -32,9 +32,9 @@ and is all that learning to walk needs:
 After it come 13 evaluation, 14 log and files, 15 command line, 16 main.
 
 Shapes: T = num_steps, N = worlds on this device, B = T * N, M = num_minibatches, O = observation
-size, A = action size = number of joints, F = number of feet, S = spheres under a foot. A record
-describes one world; its fields are [T, N, ...] in a rollout, [B, ...] in a batch and [B / M, ...]
-in a minibatch.
+size, J = number of joints, A = action size = number of joints that are not held, F = number of
+feet, S = spheres under a foot. A record describes one world; its fields are [T, N, ...] in a
+rollout, [B, ...] in a batch and [B / M, ...] in a minibatch.
 
 Robots, observation, gains and rewards follow unitreerobotics/unitree_rl_gym (276801e); names follow
 CleanRL. All metrics and flags are explained in docs/ppo_mjx_unitree.md.
@@ -157,7 +157,7 @@ class Args:
     """check this installation: a short run, which is resumed and must end the same"""
 
     # The environment
-    robot: Literal["g1"] = "g1"
+    robot: Literal["g1", "g1_29dof", "h1", "h1_2", "go2"] = "g1"
     """a row of ROBOTS"""
     decimation: Annotated[int, Range(1, 100)] = 4
     """physics steps in one control step of 0.02 s"""
@@ -258,6 +258,9 @@ class Joint:
     damping: float  # kd, Nm s/rad
     default: float = 0.0  # its angle in the default pose, rad
     upright: bool = False  # the reward's term upright_joints keeps it near 0
+    posture: float = 0.0  # its share of the reward's term posture, which keeps it near `default`
+    reach: float = 1.0  # factor of the robot's action_scale
+    held: bool = False  # no action moves it: its controller holds it at `default`
 
     # The stepping motion that the actor imitates at first (`stepping_action`), as offsets from
     # `default`.
@@ -266,23 +269,48 @@ class Joint:
     sweep: tuple[float, float, float] = (0.0, 0.0, 0.0)  # rad s/m, rad s/m, s
 
 
-def both_legs(leg: dict[str, Joint]) -> dict[str, Joint]:
-    """The joints of a left leg and of a right one, which have the same numbers."""
-    return {f"{side}_{name}": joint for side in ("left", "right") for name, joint in leg.items()}
+# Names of joints, and of feet, begin with their side, unless they are in the middle.
+OTHER_SIDE = {"left": "right", "right": "left", "FL": "FR", "FR": "FL", "RL": "RR", "RR": "RL"}
+
+
+def side_of(name: str) -> str:
+    return name.split("_")[0]
+
+
+def both_legs(
+    leg: dict[str, Joint], sides: tuple[str, str] = ("left", "right")
+) -> dict[str, Joint]:
+    """The joints of a left leg or arm and of a right one, which have the same numbers."""
+    return {f"{side}_{name}": joint for side in sides for name, joint in leg.items()}
+
+
+def slow_servo(armature: float, torque: float, **fields) -> Joint:
+    """A joint with mjlab's gains: 10 Hz and a damping ratio of 2, by its motor's armature alone.
+
+    armature: kg m^2; torque: the motor's largest, Nm. An action is a share of the angle that takes
+    all of it.
+    Source: mujocolab/mjlab, commit 0eda4e7.
+    """
+    rate = 2 * math.pi * 10  # rad/s
+    stiffness = armature * rate**2
+    damping = 2 * 2 * armature * rate
+    return Joint(stiffness=stiffness, damping=damping, reach=torque / stiffness, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
 class Robot:
     """What MJCF does not say of a robot, and the robot's task.
 
-    The MJCF file describes a free base and its legs: in pairs, the left one of each pair first, all
-    with the same joints in the same order. Each joint has a motor, whose ctrl is the torque. The
-    spheres under the feet are all that can touch the floor.
+    The MJCF file describes a free base and what hangs on it by joints about one axis each: legs,
+    perhaps a waist and arms. Limbs come in pairs, the left one of each pair first, with the same
+    joints in the same order. Each joint has a motor, whose ctrl is the torque, or a servo, of which
+    only the largest torque counts here. The spheres under the feet are all that can touch the
+    floor.
     """
 
     mjcf: str  # file in robots/, or an absolute path
     joints: dict[str, Joint]  # by their names in the file, in the order of actions
-    feet: tuple[str, ...]  # bodies, in the order of the legs
+    feet: tuple[str, ...]  # bodies
     weights: dict[str, float]  # of the reward's terms, per second: see section 4
     test_commands: dict[str, tuple[float, float, float]]  # by name; see section 13
 
@@ -291,19 +319,22 @@ class Robot:
     min_height: float  # m: below it the robot has fallen
     max_tilt: float  # rad: tilted by more, too
 
-    # The gait. The legs of a pair are half a period apart, so that a mirror shows it as it is half
-    # a period later.
+    # The gait. A leg and its image are half a period apart, so that a mirror shows the gait as it
+    # is half a period later.
     gait_period: float  # s, a multiple of CONTROL_DT
-    gait_offsets: tuple[float, ...]  # phase of each leg, as a share of the period
+    gait_offsets: tuple[float, ...]  # phase of each foot, as a share of the period
     stance_share: float  # of the period, that a foot spends on the floor
     swing_height: float  # m, of the foot's body in the air
+    clock: bool = True  # whether actor and critic see the gait's phase
 
     action_scale: float = 0.25  # rad, from an action to the target of its joint
 
-    # Defaults of the flags of the same name: main puts them in place of those of Args.
+    # Defaults of the flags of the same name: `default_args` puts them in place of those of Args.
     command_x: tuple[float, float] = Args.command_x
     command_y: tuple[float, float] = Args.command_y
     command_yaw: tuple[float, float] = Args.command_yaw
+    added_mass: tuple[float, float] = Args.added_mass
+    imitation_coef: float = Args.imitation_coef
 
     @cached_property
     def model(self) -> mujoco.MjModel:
@@ -311,18 +342,40 @@ class Robot:
         return load_model(self, CONTROL_DT)
 
     def joint_array(self, name: str) -> np.ndarray:
-        """A field of all joints, in the order of actions: [A, ...]."""
+        """A field of all joints: [J, ...]."""
         return np.array([getattr(joint, name) for joint in self.joints.values()], float)
 
     @property
+    def acted(self) -> np.ndarray:
+        """Numbers of the joints that actions move, in the order of actions: [A]."""
+        return np.flatnonzero(self.joint_array("held") == 0)
+
+    def targets(self, action, xp=jnp):
+        """Where actions [..., A] send the joints: [..., J] rad."""
+        offset = self.action_scale * self.joint_array("reach")[self.acted] * action
+        if len(self.acted) < len(self.joints):
+            places = np.full(len(self.joints), len(self.acted))  # of the joints in `padded`
+            places[self.acted] = np.arange(len(self.acted))
+            padded = xp.concatenate([offset, xp.zeros_like(offset[..., :1])], axis=-1)
+            offset = padded[..., places]
+        return self.joint_array("default") + offset
+
+    @property
     def limits(self) -> np.ndarray:
-        """Lowest and highest angle of each joint: [A, 2] rad."""
+        """Lowest and highest angle of each joint: [J, 2] rad."""
         return self.model.jnt_range[1:]  # after the base's
 
     @property
     def mirror_sign(self) -> np.ndarray:
-        """What a mirror at y = 0 does to the angle of each joint [A]: 1 about y, else -1."""
+        """What a mirror at y = 0 does to the angle of each joint [J]: 1 about y, else -1."""
         return np.where(self.model.jnt_axis[1:, 1] != 0, 1.0, -1.0)
+
+    @property
+    def leg_of_joint(self) -> np.ndarray:
+        """Number of the foot on each joint's side: [J]. 0 for the joints in the middle."""
+        sides = [side_of(foot) for foot in self.feet]
+        own = [side_of(name) for name in self.joints]
+        return np.array([sides.index(side) if side in sides else 0 for side in own])
 
     @property
     def gait_ticks(self) -> int:
@@ -332,6 +385,38 @@ class Robot:
         """
         return round(self.gait_period / CONTROL_DT)
 
+
+# What walks on two legs: Unitree's terms; those that make it walk weigh more.
+BIPED_WEIGHTS = {
+    "track_velocity": 2.0,
+    "track_yaw": 1.0,
+    "alive": 0.15,
+    "gait": 1.0,
+    "swing_height": -20.0,
+    "stance_slip": -0.2,
+    "vertical_velocity": -2.0,
+    "roll_pitch_rate": -0.05,
+    "tilt": -1.0,
+    "height": -10.0,
+    "joint_acceleration": -2.5e-7,
+    "joint_velocity": -1e-3,
+    "torque": -1e-5,
+    "action_change": -0.01,
+    "joint_limits": -5.0,
+    "upright_joints": -1.0,
+}
+BIPED_COMMANDS = {
+    "stand": (0.0, 0.0, 0.0),
+    "forward 0.3": (0.3, 0.0, 0.0),
+    "forward 0.6": (0.6, 0.0, 0.0),
+    "forward 1.0": (1.0, 0.0, 0.0),
+    "backward 0.4": (-0.4, 0.0, 0.0),
+    "left 0.3": (0.0, 0.3, 0.0),
+    "right 0.3": (0.0, -0.3, 0.0),
+    "turn left 0.6": (0.0, 0.0, 0.6),
+    "turn right 0.6": (0.0, 0.0, -0.6),
+    "mixed": (0.5, 0.2, 0.5),
+}
 
 ROBOTS = {
     "g1": Robot(
@@ -351,36 +436,8 @@ ROBOTS = {
             }
         ),
         feet=("left_ankle_roll", "right_ankle_roll"),
-        weights={
-            "track_velocity": 2.0,
-            "track_yaw": 1.0,
-            "alive": 0.15,
-            "gait": 1.0,
-            "swing_height": -20.0,
-            "stance_slip": -0.2,
-            "vertical_velocity": -2.0,
-            "roll_pitch_rate": -0.05,
-            "tilt": -1.0,
-            "height": -10.0,
-            "joint_acceleration": -2.5e-7,
-            "joint_velocity": -1e-3,
-            "torque": -1e-5,
-            "action_change": -0.01,
-            "joint_limits": -5.0,
-            "upright_joints": -1.0,
-        },
-        test_commands={
-            "stand": (0.0, 0.0, 0.0),
-            "forward 0.3": (0.3, 0.0, 0.0),
-            "forward 0.6": (0.6, 0.0, 0.0),
-            "forward 1.0": (1.0, 0.0, 0.0),
-            "backward 0.4": (-0.4, 0.0, 0.0),
-            "left 0.3": (0.0, 0.3, 0.0),
-            "right 0.3": (0.0, -0.3, 0.0),
-            "turn left 0.6": (0.0, 0.0, 0.6),
-            "turn right 0.6": (0.0, 0.0, -0.6),
-            "mixed": (0.5, 0.2, 0.5),
-        },
+        weights=BIPED_WEIGHTS,
+        test_commands=BIPED_COMMANDS,
         start_height=0.8,
         target_height=0.78,
         min_height=0.5,
@@ -390,7 +447,188 @@ ROBOTS = {
         stance_share=0.55,
         swing_height=0.08,
     ),
+    # Waist and arms move, too. mjlab's motors and gains; Playground's pose.
+    "g1_29dof": Robot(
+        mjcf="g1_29dof.xml",
+        joints={
+            f"{name}_joint": joint
+            for name, joint in (
+                both_legs(
+                    {
+                        "hip_pitch": slow_servo(
+                            0.0101775, 88, default=-0.312, lift=-0.25, sweep=(-0.32, 0.0, 0.0)
+                        ),
+                        "hip_roll": slow_servo(
+                            0.0251019, 139, upright=True, sweep=(0.0, 0.32, 0.0)
+                        ),
+                        "hip_yaw": slow_servo(0.0101775, 88, upright=True, sweep=(0.0, 0.0, 0.22)),
+                        "knee": slow_servo(0.0251019, 139, default=0.669, lift=0.5),
+                        "ankle_pitch": slow_servo(
+                            0.00721945, 50, default=-0.363, lift=-0.25, sweep=(0.32, 0.0, 0.0)
+                        ),
+                        "ankle_roll": slow_servo(0.00721945, 50, sweep=(0.0, -0.32, 0.0)),
+                    }
+                )
+                | {
+                    "waist_yaw": slow_servo(0.0101775, 88, posture=1.0),
+                    "waist_roll": slow_servo(0.00721945, 50, posture=1.0),
+                    "waist_pitch": slow_servo(0.00721945, 50, default=0.073, posture=1.0),
+                }
+                | both_legs(
+                    {
+                        "shoulder_pitch": slow_servo(0.00360972, 25, default=0.2, posture=1.0),
+                        "shoulder_roll": slow_servo(0.00360972, 25, default=0.2, posture=1.0),
+                        "shoulder_yaw": slow_servo(0.00360972, 25, posture=1.0),
+                        "elbow": slow_servo(0.00360972, 25, default=0.6, posture=1.0),
+                        "wrist_roll": slow_servo(0.00360972, 25, posture=1.0),
+                        "wrist_pitch": slow_servo(0.00425, 5, posture=1.0),
+                        "wrist_yaw": slow_servo(0.00425, 5, posture=1.0),
+                    }
+                )
+                | {"right_shoulder_roll": slow_servo(0.00360972, 25, default=-0.2, posture=1.0)}
+            ).items()
+        },
+        feet=("left_ankle_roll_link", "right_ankle_roll_link"),
+        weights=BIPED_WEIGHTS | {"posture": -0.3},
+        test_commands=BIPED_COMMANDS,
+        start_height=0.79,
+        target_height=0.75,
+        min_height=0.5,
+        max_tilt=0.8,
+        gait_period=0.8,
+        gait_offsets=(0.0, 0.5),
+        stance_share=0.55,
+        swing_height=0.08,
+    ),
+    # Unitree resets it to 1.0 m, below the floor's, and asks for 1.05 m, which is out of reach; its
+    # feet's bodies are 0.07 m above the soles. Here it has the clearance of the G1.
+    "h1": Robot(
+        mjcf="h1.xml",
+        joints=both_legs(
+            {
+                "hip_yaw": Joint(stiffness=150, damping=2, upright=True, sweep=(0.0, 0.0, 0.22)),
+                "hip_roll": Joint(stiffness=150, damping=2, upright=True, sweep=(0.0, 0.26, 0.0)),
+                "hip_pitch": Joint(
+                    stiffness=150, damping=2, default=-0.1, lift=-0.35, sweep=(-0.26, 0.0, 0.0)
+                ),
+                "knee": Joint(stiffness=200, damping=4, default=0.3, lift=0.7),
+                "ankle": Joint(
+                    stiffness=40, damping=2, default=-0.2, lift=-0.35, sweep=(0.26, 0.0, 0.0)
+                ),
+            }
+        ),
+        feet=("left_ankle", "right_ankle"),
+        weights=BIPED_WEIGHTS | {"joint_velocity": 0.0, "torque": 0.0},
+        test_commands=BIPED_COMMANDS,
+        start_height=1.05,
+        target_height=1.03,
+        min_height=0.65,
+        max_tilt=0.8,
+        gait_period=0.8,
+        gait_offsets=(0.0, 0.5),
+        stance_share=0.55,
+        swing_height=0.115,
+    ),
+    "h1_2": Robot(
+        mjcf="h1_2.xml",
+        joints=both_legs(
+            {
+                "hip_yaw": Joint(stiffness=200, damping=2.5, upright=True, sweep=(0.0, 0.0, 0.22)),
+                "hip_pitch": Joint(
+                    stiffness=200, damping=2.5, default=-0.16, lift=-0.3, sweep=(-0.26, 0.0, 0.0)
+                ),
+                "hip_roll": Joint(stiffness=200, damping=2.5, upright=True, sweep=(0.0, 0.26, 0.0)),
+                "knee": Joint(stiffness=300, damping=4, default=0.36, lift=0.6),
+                "ankle_pitch": Joint(
+                    stiffness=40, damping=2, default=-0.2, lift=-0.3, sweep=(0.26, 0.0, 0.0)
+                ),
+                "ankle_roll": Joint(stiffness=40, damping=2, sweep=(0.0, -0.26, 0.0)),
+            }
+        ),
+        feet=("left_ankle_roll", "right_ankle_roll"),
+        weights=BIPED_WEIGHTS,
+        test_commands=BIPED_COMMANDS,
+        start_height=1.05,
+        target_height=1.0,
+        min_height=0.65,
+        max_tilt=0.8,
+        gait_period=0.8,
+        gait_offsets=(0.0, 0.5),
+        stance_share=0.55,
+        swing_height=0.09,
+    ),
+    # As at Unitree's it has no clock and finds its gait by itself; unlike there, the actor does not
+    # see the base's velocity, which a robot cannot measure. With clock=True, weights of "gait" and
+    # "swing_height" make it trot.
+    "go2": Robot(
+        mjcf="go2.xml",
+        joints=both_legs(
+            {
+                "hip": Joint(stiffness=20, damping=0.5, default=0.1),
+                "thigh": Joint(stiffness=20, damping=0.5, default=0.8),
+                "calf": Joint(stiffness=20, damping=0.5, default=-1.5),
+            },
+            sides=("FL", "FR"),
+        )
+        | both_legs(
+            {
+                "hip": Joint(stiffness=20, damping=0.5, default=0.1),
+                "thigh": Joint(stiffness=20, damping=0.5, default=1.0),
+                "calf": Joint(stiffness=20, damping=0.5, default=-1.5),
+            },
+            sides=("RL", "RR"),
+        )
+        | {
+            "FR_hip": Joint(stiffness=20, damping=0.5, default=-0.1),
+            "RR_hip": Joint(stiffness=20, damping=0.5, default=-0.1),
+        },
+        feet=("FL_foot", "FR_foot", "RL_foot", "RR_foot"),
+        weights={
+            "track_velocity": 1.0,
+            "track_yaw": 0.5,
+            "vertical_velocity": -2.0,
+            "roll_pitch_rate": -0.05,
+            "joint_acceleration": -2.5e-7,
+            "torque": -2e-4,
+            "action_change": -0.01,
+            "joint_limits": -10.0,
+            "air_time": 1.0,
+        },
+        test_commands={
+            "stand": (0.0, 0.0, 0.0),
+            "forward 0.5": (0.5, 0.0, 0.0),
+            "forward 1.0": (1.0, 0.0, 0.0),
+            "backward 0.5": (-0.5, 0.0, 0.0),
+            "left 0.5": (0.0, 0.5, 0.0),
+            "right 0.5": (0.0, -0.5, 0.0),
+            "turn left 0.8": (0.0, 0.0, 0.8),
+            "turn right 0.8": (0.0, 0.0, -0.8),
+            "mixed": (0.6, 0.3, 0.5),
+        },
+        start_height=0.42,
+        target_height=0.3,
+        min_height=0.15,
+        max_tilt=0.8,
+        gait_period=0.48,
+        gait_offsets=(0.0, 0.5, 0.5, 0.0),
+        stance_share=0.5,
+        swing_height=0.08,
+        clock=False,
+        command_x=(-1.0, 1.0),
+        command_y=(-1.0, 1.0),
+        command_yaw=(-1.0, 1.0),
+        added_mass=(-1.0, 1.0),
+        imitation_coef=0.0,
+    ),
 }
+
+
+def default_args(robot: str) -> Args:
+    """The settings that hold where the command line says nothing: the robot's own, and Args'."""
+    row = ROBOTS[robot]
+    own = {field.name for field in dataclasses.fields(Args)}
+    own &= {field.name for field in dataclasses.fields(Robot)}
+    return Args(robot=robot, **{name: getattr(row, name) for name in own})
 
 
 def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
@@ -404,6 +642,11 @@ def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
         for geom in spec.geoms:
             if not geom.contype and not geom.conaffinity:
                 spec.delete(geom)
+    for actuator in spec.actuators:
+        if actuator.biastype != mujoco.mjtBias.mjBIAS_NONE:  # a servo
+            actuator.set_to_motor()
+            actuator.inheritrange = 0
+            actuator.ctrlrange = actuator.forcerange
     model = spec.compile()
 
     moved = [model.joint(joint).name for joint in model.actuator_trnid[:, 0]]
@@ -421,7 +664,7 @@ def find_feet(robot: Robot, model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarr
 
 
 class Controller(NamedTuple):
-    """The joints' PD controllers: [A] each."""
+    """The joints' PD controllers: [J] each."""
 
     default: np.ndarray  # rad, the default pose
     stiffness: np.ndarray  # Nm/rad
@@ -429,9 +672,9 @@ class Controller(NamedTuple):
     max_torque: np.ndarray  # Nm
 
     def torque(self, target, qpos, qvel, stiffness=1.0, damping=1.0, strength=1.0, xp=jnp):
-        """Torques [A] in Nm that draw the joints to target angles [A].
+        """Torques [J] in Nm that draw the joints to target angles [J].
 
-        qpos: [7 + A]; qvel: [6 + A]. The last three are factors of domain randomisation.
+        qpos: [7 + J]; qvel: [6 + J]. The last three are factors of domain randomisation.
         """
         torque = stiffness * self.stiffness * (target - qpos[7:])
         torque = torque - damping * self.damping * qvel[6:]
@@ -487,10 +730,11 @@ def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
 class Part:
     """One part of the observation."""
 
-    width: int | None  # how many numbers; None: one for each joint
+    width: int | Literal["joints", "actions"]  # how many numbers
     scale: float | tuple[float, ...]  # from SI units to the networks' input
     noise: float  # half the width of the uniform noise on the scaled numbers
-    mirror: tuple[int, ...] | None  # signs that a mirror at y = 0 gives them; None: as joints
+    # Signs that a mirror at y = 0 gives them; None: it does to them what it does to joints.
+    mirror: tuple[int, ...] | None
     for_actor: bool = True  # whether the actor sees it; the critic sees all, without noise
 
 
@@ -505,11 +749,11 @@ OBSERVATION = {
     # m/s, m/s, rad/s
     "command": Part(width=3, scale=(2.0, 2.0, 0.25), noise=0.0, mirror=(1, -1, -1)),
     # rad, of the joints, less the default pose
-    "angles": Part(width=None, scale=1.0, noise=0.01, mirror=None),
+    "angles": Part(width="joints", scale=1.0, noise=0.01, mirror=None),
     # rad/s, of the joints
-    "speeds": Part(width=None, scale=0.05, noise=0.075, mirror=None),
+    "speeds": Part(width="joints", scale=0.05, noise=0.075, mirror=None),
     # the last one
-    "action": Part(width=None, scale=1.0, noise=0.0, mirror=None),
+    "action": Part(width="actions", scale=1.0, noise=0.0, mirror=None),
     # sine and cosine of the gait's phase; a mirror shifts it by half a period
     "clock": Part(width=2, scale=1.0, noise=0.0, mirror=(-1, -1)),
 }
@@ -517,6 +761,11 @@ SEEN = {
     "actor": {name: part for name, part in OBSERVATION.items() if part.for_actor},
     "critic": OBSERVATION,
 }
+
+
+def seen_parts(robot: Robot, who: str) -> dict[str, Part]:
+    """What the actor or the critic sees of this robot, by the parts' names."""
+    return {name: part for name, part in SEEN[who].items() if robot.clock or name != "clock"}
 
 
 def to_base_frame(quat, vector, xp=jnp):
@@ -530,7 +779,7 @@ def to_base_frame(quat, vector, xp=jnp):
 def sense(robot: Robot, qpos, qvel, command, action, elapsed, xp=jnp) -> dict[str, Any]:
     """All parts of the observation in SI units: name -> [..., width].
 
-    qpos: [..., 7 + A]; qvel: [..., 6 + A]; command: [..., 3]; action: [..., A], the last one;
+    qpos: [..., 7 + J]; qvel: [..., 6 + J]; command: [..., 3]; action: [..., A], the last one;
     elapsed: [...] control steps. xp is jax.numpy or numpy.
     """
     quat = qpos[..., 3:7]
@@ -549,9 +798,13 @@ def sense(robot: Robot, qpos, qvel, command, action, elapsed, xp=jnp) -> dict[st
 
 
 def observe(parts: dict[str, Part], senses: dict[str, Any], xp=jnp):
-    """What the actor or the critic sees, without noise: [..., O]. parts: a row of SEEN."""
+    """What the actor or the critic sees, without noise: [..., O]. parts: by `seen_parts`."""
     scaled = [senses[name] * np.array(part.scale) for name, part in parts.items()]
     return xp.concatenate(scaled, axis=-1)
+
+
+def part_width(robot: Robot, part: Part) -> int:
+    return {"joints": len(robot.joints), "actions": len(robot.acted)}.get(part.width, part.width)
 
 
 def part_slices(robot: Robot, parts: dict[str, Part]) -> dict[str, slice]:
@@ -559,7 +812,7 @@ def part_slices(robot: Robot, parts: dict[str, Part]) -> dict[str, slice]:
     slices = {}
     start = 0
     for name, part in parts.items():
-        end = start + (part.width or len(robot.joints))
+        end = start + part_width(robot, part)
         slices[name] = slice(start, end)
         start = end
     return slices
@@ -567,25 +820,52 @@ def part_slices(robot: Robot, parts: dict[str, Part]) -> dict[str, slice]:
 
 def noise_widths(robot: Robot, parts: dict[str, Part]) -> np.ndarray:
     """Half the width of the noise on each number of the observation: [O]."""
-    widths = [part.width or len(robot.joints) for part in parts.values()]
+    widths = [part_width(robot, part) for part in parts.values()]
     return np.repeat([part.noise for part in parts.values()], widths)
 
 
-def mirror_joints(robot: Robot, joints, xp=jnp):
-    """Angles, speeds or actions of joints [..., A] as a mirror shows them: legs change sides."""
-    in_pairs = joints.reshape(*joints.shape[:-1], -1, 2, len(robot.joints) // len(robot.feet))
-    swapped = xp.flip(in_pairs, axis=-2).reshape(joints.shape)
-    return swapped * robot.mirror_sign
+def mirror_joints(robot: Robot, joints, xp=jnp, chosen=None):
+    """Angles, speeds or torques of joints [..., J] as a mirror shows them: sides are exchanged.
+
+    chosen: numbers of the joints that there are values of; by default all of them.
+    """
+    chosen = np.arange(len(robot.joints)) if chosen is None else chosen
+    sides = [side_of(list(robot.joints)[number]) for number in chosen]
+    limbs = [(side, len(list(run))) for side, run in itertools.groupby(sides)]
+    swapped = []
+    start = 0
+    while limbs:
+        side, size = limbs.pop(0)
+        count = 1
+        if side in OTHER_SIDE:  # the next one is its image
+            limbs.pop(0)
+            count = 2
+        end = start + count * size
+        limb = joints[..., start:end]
+        by_side = limb.reshape(*limb.shape[:-1], count, size)
+        swapped.append(xp.flip(by_side, axis=-2).reshape(limb.shape))
+        start = end
+    return xp.concatenate(swapped, axis=-1) * robot.mirror_sign[chosen]
+
+
+def mirror_actions(robot: Robot, actions, xp=jnp):
+    """Actions [..., A] as a mirror shows them."""
+    return mirror_joints(robot, actions, xp, robot.acted)
 
 
 def mirror_observation(robot: Robot, obs, xp=jnp):
     """The actor's observation [..., O] as a mirror shows it."""
-    parts = SEEN["actor"]
+    parts = seen_parts(robot, "actor")
     mirrored = []
     for name, where in part_slices(robot, parts).items():
-        signs = parts[name].mirror
         part = obs[..., where]
-        mirrored.append(mirror_joints(robot, part, xp) if signs is None else part * np.array(signs))
+        if parts[name].mirror is not None:
+            part = part * np.array(parts[name].mirror)
+        elif parts[name].width == "actions":
+            part = mirror_actions(robot, part, xp)
+        else:
+            part = mirror_joints(robot, part, xp)
+        mirrored.append(part)
     return xp.concatenate(mirrored, axis=-1)
 
 
@@ -606,15 +886,16 @@ class Motion:
     velocity: jax.Array  # [3] m/s, of the base, in its frame
     rates: jax.Array  # [3] rad/s, of the base, in its frame
     gravity: jax.Array  # [3] direction, in the base's frame
-    angles: jax.Array  # [A] rad
-    speeds: jax.Array  # [A] rad/s
-    accelerations: jax.Array  # [A] rad/s^2, mean over the control step
-    torque: jax.Array  # [A] Nm, of the last physics step
+    angles: jax.Array  # [J] rad
+    speeds: jax.Array  # [J] rad/s
+    accelerations: jax.Array  # [J] rad/s^2, mean over the control step
+    torque: jax.Array  # [J] Nm, of the last physics step
     action: jax.Array  # [A]
     action_before: jax.Array  # [A]
     foot_height: jax.Array  # [F] m, of the feet's bodies
     foot_velocity: jax.Array  # [F, 3] m/s
     contact: jax.Array  # [F] bool
+    flight: jax.Array  # [F] s that a foot which lands now has been in the air; 0 for the others
     stance: jax.Array  # [F] bool: should be on the floor, by the clock or as told to stand
 
 
@@ -629,15 +910,17 @@ def is_stance(robot: Robot, elapsed, xp=jnp):
 
 
 def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
-    """The reward's terms before weighting: name -> []."""
+    """The terms of the robot's reward before weighting: name -> []."""
     lowest = robot.limits @ [0.95, 0.05]  # of the central 90% of each joint's range
     highest = robot.limits @ [0.05, 0.95]
     beyond = jnp.maximum(m.angles - highest, 0.0).sum() + jnp.maximum(lowest - m.angles, 0.0).sum()
     in_the_air = ~m.contact
     velocity_error = jnp.square(m.command[:2] - m.velocity[:2]).sum()
     yaw_error = jnp.square(m.command[2] - m.rates[2])
+    walks = jnp.linalg.norm(m.command[:2]) > 0.1  # m/s
+    bent = robot.joint_array("posture") * jnp.square(m.angles - robot.joint_array("default"))
 
-    return {
+    terms = {
         "track_velocity": jnp.exp(-velocity_error / TRACKING_WIDTH),
         "track_yaw": jnp.exp(-yaw_error / TRACKING_WIDTH),
         "alive": jnp.ones(()),
@@ -655,7 +938,11 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
         "action_change": jnp.square(m.action - m.action_before).sum(),
         "joint_limits": beyond,
         "upright_joints": jnp.square(robot.joint_array("upright") * m.angles).sum(),
+        "posture": bent.sum(),
+        # Of each landing, the time in the air beyond half a second.
+        "air_time": walks * jnp.where(m.flight > 0, m.flight - 0.5, 0.0).sum(),
     }
+    return {name: terms[name] for name in robot.weights}
 
 
 def reward_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
@@ -677,9 +964,9 @@ MIN_COMMAND = 0.2  # m/s and rad/s: slower commands become 0
 class Physics:
     """The smallest state that determines the future; a step computes the rest of mjx.Data anew."""
 
-    qpos: jax.Array  # [7 + A] m and quaternion of the base, rad
-    qvel: jax.Array  # [6 + A] m/s (in the world) and rad/s (in its frame) of the base, rad/s
-    qacc_warmstart: jax.Array  # [6 + A] where the constraint solver starts
+    qpos: jax.Array  # [7 + J] m and quaternion of the base, rad
+    qvel: jax.Array  # [6 + J] m/s (in the world) and rad/s (in its frame) of the base, rad/s
+    qacc_warmstart: jax.Array  # [6 + J] where the constraint solver starts
 
 
 @struct.dataclass
@@ -694,7 +981,8 @@ class State:
     info: dict[str, Any]
     # key: of the commands, pushes and noise; command: [3]; action: [A], the last one;
     # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
-    # domain: see Env.draw_domain
+    # domain: see Env.draw_domain; airborne: [F] steps since each foot was on the floor, only where
+    # the robot's reward asks for it
 
 
 # shared: physics
@@ -724,7 +1012,7 @@ def kernel(function):
 
 
 def has_fallen(robot: Robot, qpos, xp=jnp):
-    """Whether robots with coordinates [..., 7 + A] have fallen: bool [...]."""
+    """Whether robots with coordinates [..., 7 + J] have fallen: bool [...]."""
     up = 1 - 2 * (xp.square(qpos[..., 4]) + xp.square(qpos[..., 5]))  # cosine of the tilt
     return (up < math.cos(robot.max_tilt)) | (qpos[..., 2] < robot.min_height)
 
@@ -742,8 +1030,10 @@ class Env:
     def __init__(self, args: Args):
         self.args = args
         self.robot = ROBOTS[args.robot]
-        self.action_size = len(self.robot.joints)
-        self.noise = args.obs_noise * noise_widths(self.robot, SEEN["actor"])  # [O]
+        self.action_size = len(self.robot.acted)
+        self.timed = "air_time" in self.robot.weights  # whether steps in the air are counted
+        self.seen = {who: seen_parts(self.robot, who) for who in SEEN}
+        self.noise = args.obs_noise * noise_widths(self.robot, self.seen["actor"])  # [O]
         self.controller = make_controller(self.robot)
 
         dt = CONTROL_DT / args.decimation
@@ -785,8 +1075,8 @@ class Env:
         low, high = args.friction
         longest = round(args.action_delay * args.decimation)
         return {
-            "stiffness": factor(stiffness_key, args.gain_noise, (self.action_size,)),
-            "damping": factor(damping_key, args.gain_noise, (self.action_size,)),
+            "stiffness": factor(stiffness_key, args.gain_noise, self.controller.stiffness.shape),
+            "damping": factor(damping_key, args.gain_noise, self.controller.damping.shape),
             "strength": factor(strength_key, args.strength_noise, ()),
             "friction": jax.random.uniform(friction_key, (), minval=low, maxval=high),
             "payload": jax.random.randint(payload_key, (), 0, NUM_PAYLOADS),
@@ -798,7 +1088,7 @@ class Env:
     ) -> dict[str, jax.Array]:
         """The actor's [O], with noise, and the critic's [O + 3]."""
         senses = sense(self.robot, data.qpos, data.qvel, command, action, elapsed)
-        obs = {name: observe(parts, senses) for name, parts in SEEN.items()}
+        obs = {who: observe(parts, senses) for who, parts in self.seen.items()}
         noise = jax.random.uniform(key, obs["actor"].shape, minval=-1.0, maxval=1.0)
         return {"actor": obs["actor"] + self.noise * noise, "critic": obs["critic"]}
 
@@ -810,12 +1100,12 @@ class Env:
         keys = jax.random.split(key, 6)
         next_key, angle_key, velocity_key, command_key, domain_key, noise_key = keys
 
-        share = jax.random.uniform(angle_key, (self.action_size,), minval=0.5, maxval=1.5)
-        angles = self.controller.default * share
+        default = self.controller.default
+        angles = default * jax.random.uniform(angle_key, default.shape, minval=0.5, maxval=1.5)
         base = jnp.array([0.0, 0.0, self.robot.start_height, 1.0, 0.0, 0.0, 0.0])
         velocity = jax.random.uniform(velocity_key, (6,), minval=-0.5, maxval=0.5)
         action = jnp.zeros(self.action_size)
-        qvel = jnp.concatenate([velocity, jnp.zeros(self.action_size)])
+        qvel = jnp.concatenate([velocity, jnp.zeros_like(angles)])
         data = Physics(
             qpos=jnp.concatenate([base, angles]),
             qvel=qvel,
@@ -827,6 +1117,7 @@ class Env:
         elapsed = jnp.zeros((), jnp.int32)
         command = self.draw_command(command_key)
         names = [f"reward_{name}" for name in self.robot.weights]
+        timed = {"airborne": jnp.zeros(len(self.feet), jnp.int32)} if self.timed else {}
         return State(
             data=data,
             obs=self.observations(noise_key, data, command, action, elapsed),
@@ -841,6 +1132,7 @@ class Env:
                 "truncated": no,
                 "broken": no,
                 "domain": self.draw_domain(domain_key),
+                **timed,
             },
         )
 
@@ -861,7 +1153,7 @@ class Env:
 
         def substep(data: Physics, i):
             arrived = jnp.where(i < domain["delay"], action_before, action)
-            target = self.controller.default + self.robot.action_scale * arrived
+            target = self.robot.targets(arrived)
             torque = self.controller.torque(target, data.qpos, data.qvel, **gains)
             full = physics_step(model, self.template.replace(**vars(data), ctrl=torque))
 
@@ -907,6 +1199,7 @@ class Env:
         quat = data.qpos[3:7]
         # Then the rewards want both feet on the floor, though the observed clock runs on.
         standing = (info["command"] == 0).all()
+        before_landing = info.get("airborne", 0) * readings["contact"]
         return Motion(
             command=info["command"],
             height=data.qpos[2],
@@ -919,13 +1212,15 @@ class Env:
             action=action,
             action_before=info["action"],
             stance=is_stance(self.robot, info["elapsed"] + 1) | standing,
+            flight=jnp.where(before_landing > 0, (before_landing + 1) * CONTROL_DT, 0.0),
             **readings,
         )
 
     def step(self, state: State, action: jax.Array) -> State:
         """One control step.
 
-        action: [A], the joints' targets, as offsets from the default pose, divided by action_scale.
+        action: [A], the targets of the joints that it moves, as offsets from the default pose,
+            divided by the robot's action_scale and the joints' reach.
         """
         info = state.info
         # The second key is that of `push`.
@@ -943,6 +1238,10 @@ class Env:
             "error_yaw": jnp.abs(motion.command[2] - motion.rates[2]),
         }
         reward = jnp.maximum(sum(terms.values()), 0.0)
+
+        timed = {}
+        if self.timed:
+            timed["airborne"] = jnp.where(readings["contact"], 0, info["airborne"] + 1)
 
         # The step is rewarded for the old command; the next one is observed already.
         command = self.next_command(command_key, info["command"])
@@ -962,6 +1261,7 @@ class Env:
                 "truncated": elapsed >= self.time_limit,
                 "broken": ~sane,
                 "domain": info["domain"],
+                **timed,
             },
         )
 
@@ -1381,7 +1681,7 @@ def stepping_action(robot: Robot, obs: jax.Array) -> jax.Array:
     By clock and command: on the floor a leg sweeps back, in the air it lifts and sweeps ahead.
     Without a command the joints hold the default pose.
     """
-    parts = SEEN["actor"]
+    parts = seen_parts(robot, "actor")
     where = part_slices(robot, parts)
     command = obs[..., where["command"]] / np.array(parts["command"].scale)
     sine, cosine = jnp.unstack(obs[..., where["clock"]], axis=-1)
@@ -1397,11 +1697,11 @@ def stepping_action(robot: Robot, obs: jax.Array) -> jax.Array:
     up = jnp.where(standing, 0.0, jnp.sin(math.pi * swing))
     ahead = jnp.cos(math.pi * (stance - swing))  # 1 at landing, -1 at lift-off
 
-    joints_of_a_leg = len(robot.joints) // len(robot.feet)
-    up = jnp.repeat(up, joints_of_a_leg, axis=-1)  # [..., A]
-    ahead = jnp.repeat(ahead, joints_of_a_leg, axis=-1)
-    sweep = ahead * (command @ robot.joint_array("sweep").T)
-    return (up * robot.joint_array("lift") + sweep) / robot.action_scale
+    legs = robot.leg_of_joint[robot.acted]  # [A]
+    lift = robot.joint_array("lift")[robot.acted]
+    sweep = ahead[..., legs] * (command @ robot.joint_array("sweep")[robot.acted].T)
+    reach = robot.action_scale * robot.joint_array("reach")[robot.acted]
+    return (up[..., legs] * lift + sweep) / reach
 
 
 def imitation_weight(args: Args, robot: Robot, iteration: jax.Array, obs: dict) -> jax.Array:
@@ -1411,8 +1711,9 @@ def imitation_weight(args: Args, robot: Robot, iteration: jax.Array, obs: dict) 
     slower than 0.25 m/s: a faster one was pushed and has to step. obs: of actor and critic,
     [..., O].
     """
-    command = obs["actor"][..., part_slices(robot, SEEN["actor"])["command"]]
-    velocity = obs["critic"][..., part_slices(robot, SEEN["critic"])["velocity"]][..., :2]
+    command = obs["actor"][..., part_slices(robot, seen_parts(robot, "actor"))["command"]]
+    where = part_slices(robot, seen_parts(robot, "critic"))["velocity"]
+    velocity = obs["critic"][..., where][..., :2]
     slow = 0.25 * OBSERVATION["velocity"].scale  # 0.25 m/s
 
     steps = iteration * float(args.steps_per_iteration)  # float: int32 would overflow
@@ -1455,12 +1756,14 @@ def ppo_loss(
     value_loss = 0.5 * mean_valid(jnp.square(value - mb.target))
 
     mirrored_policy = policy_at(mirror_observation(robot, mb.obs["actor"]))
-    error = mirrored_policy.mean - mirror_joints(robot, policy.mean)
+    error = mirrored_policy.mean - mirror_actions(robot, policy.mean)
     mirror_loss = mean_valid(jnp.square(error).mean(axis=-1))
 
-    weight = imitation_weight(args, robot, learner.iteration, mb.obs)
-    error = policy.mean - stepping_action(robot, mb.obs["actor"])
-    imitation_loss = mean_valid(weight * jnp.square(error).mean(axis=-1))
+    imitation_loss = jnp.zeros(())
+    if robot.clock:  # without one, there is no motion to imitate
+        weight = imitation_weight(args, robot, learner.iteration, mb.obs)
+        error = policy.mean - stepping_action(robot, mb.obs["actor"])
+        imitation_loss = mean_valid(weight * jnp.square(error).mean(axis=-1))
 
     entropy = policy.entropy()
     loss = (
@@ -1747,7 +2050,7 @@ class CMujocoEnv:
         mujoco.mj_resetData(self.model, self.data)
         noise = np.random.default_rng(seed).uniform(-0.05, 0.05, self.model.nu)
         self.data.qpos[7:] = self.controller.default + noise
-        self.action = np.zeros(self.model.nu)
+        self.action = np.zeros(len(self.robot.acted))
         self.elapsed = 0
 
     def observe(self, command) -> np.ndarray:
@@ -1755,13 +2058,13 @@ class CMujocoEnv:
         data = self.data
         command = np.array(command)
         senses = sense(self.robot, data.qpos, data.qvel, command, self.action, self.elapsed, np)
-        return observe(SEEN["actor"], senses, np)
+        return observe(seen_parts(self.robot, "actor"), senses, np)
 
     def step(self, action) -> dict[str, Any]:
         """One control step. Returns what the test measures."""
         data = self.data
         feet_before = data.xpos[self.feet].copy()
-        target = self.controller.default + self.robot.action_scale * action
+        target = self.robot.targets(action, np)
         power = 0.0
         for _ in range(self.SUBSTEPS):
             data.ctrl = self.controller.torque(target, data.qpos, data.qvel, xp=np)
@@ -1930,8 +2233,8 @@ def write_video(robot: Robot, policy: dict, file: Path) -> None:
                     continue
                 renderer.update_scene(data, camera="track")
                 wanted = data.xmat[1].reshape(3, 3)[:2, :2] @ command[:2]
-                above = data.qpos[:3] + [0, 0, 0.75]
-                below = data.qpos[:3] + [0, 0, 0.69]
+                above = data.qpos[:3] + [0, 0, 0.96 * robot.target_height]
+                below = data.qpos[:3] + [0, 0, 0.88 * robot.target_height]
                 draw_arrow(renderer.scene, above, wanted, (0.9, 0.2, 0.1, 1))
                 draw_arrow(renderer.scene, below, smooth, (0.1, 0.4, 0.9, 1))
                 video.append_data(renderer.render())
@@ -1968,7 +2271,7 @@ class Twin:
         data.qvel[:2] += env.push(self.info)
         for i in range(env.args.decimation):
             arrived = self.info["action"] if i < domain["delay"] else action
-            target = env.controller.default + env.robot.action_scale * arrived
+            target = env.robot.targets(arrived, np)
             data.ctrl = env.controller.torque(target, data.qpos, data.qvel, **gains, xp=np)
             mujoco.mj_step(self.model, data)
         self.info = self.info | {
@@ -2537,6 +2840,8 @@ def check_args(args: Args) -> None:
     file = MODELS / ROBOTS[args.robot].mjcf
     message = f"--robot {args.robot}: {file} is missing; copy the folder {MODELS.name}, too"
     require(file.exists(), message)
+    message = f"--imitation-coef {args.imitation_coef}: {args.robot} has no clock to step by"
+    require(ROBOTS[args.robot].clock or not args.imitation_coef, message)
 
     steps = args.steps_per_iteration
     message = f"--total-timesteps {args.total_timesteps}: less than a rollout of {steps}"
@@ -2806,13 +3111,7 @@ def smoke(args: Args) -> None:
 def main(argv: list[str]) -> None:
     """Do what the command line asks for."""
     # Parsed twice: the robot decides what the other flags default to, and what --help shows.
-    robot = ROBOTS[parse_args(without_help(argv)).robot]
-    default = Args(
-        command_x=robot.command_x,
-        command_y=robot.command_y,
-        command_yaw=robot.command_yaw,
-    )
-    args = parse_args(argv, default)
+    args = parse_args(argv, default_args(parse_args(without_help(argv)).robot))
     if args.resume:
         args = resumed_args(args, argv)
     check_args(args)

@@ -268,7 +268,7 @@ MOTION = dict(
     angles=[0.1, 0.2, -0.3, 0.4, 0.0, 0.2518, 0, 0, 0, 0.3, 0, 0.5], speeds=[1.0, -2.0] + 10 * [0.0],
     accelerations=[10.0, 0, -20] + 9 * [0.0], torque=[3.0, -4] + 10 * [0.0], action=[1.0] + 11 * [0.0],
     action_before=[0.0, 2] + 10 * [0.0], foot_height=[0.05, 0.02], foot_velocity=[[9.0, 9, 9], [0.1, -0.2, 0.2]],
-    contact=[False, True], stance=[True, True])
+    contact=[False, True], stance=[True, True], flight=[0.0, 0.0])
 EXPECTED = {  # by the words and formulas of Unitree's rewards, with the numbers above
     "track_velocity": math.exp(-(0.3**2 + 0.4**2) / 0.25), "track_yaw": math.exp(-(0.5**2) / 0.25), "alive": 1,
     "gait": 1 - 1,  # the right foot is on the floor when the clock wants it, the left one is not
@@ -474,7 +474,7 @@ def test_worlds_move_alone_as_they_do_together(step, advanced, moments):
         "command": info["command"], "height": qpos[:, 2], "velocity": np.einsum("nij,nj->ni", turn, qvel[:, :3]),
         "rates": qvel[:, 3:6], "gravity": -np.array(turn)[:, :, 2], "angles": qpos[:, 7:], "speeds": qvel[:, 6:],
         "accelerations": (qvel[:, 6:] - np.float64(state.data.qvel[:, 6:])) / 0.02, "action": action,
-        "action_before": info["action"], "stance": (ticks < 22) | stands, **readings}
+        "action_before": info["action"], "stance": (ticks < 22) | stands, "flight": np.zeros((WORLDS, 2)), **readings}
     rows = unitree.Motion(**{name: jnp.asarray(column) for name, column in rows.items()})
     terms = jax.vmap(partial(unitree.reward_terms, ROBOT))(rows)
     for name, term in terms.items():

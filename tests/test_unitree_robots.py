@@ -1,0 +1,326 @@
+"""The rows of ROBOTS: their numbers against the sources', their symmetry, and a short run of each."""
+
+import dataclasses
+import json
+import math
+import types
+from pathlib import Path
+
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import pytest
+
+import ppo_mjx_unitree as unitree
+
+NAMES = tuple(unitree.ROBOTS)
+WITH_CLOCK = tuple(name for name in NAMES if unitree.ROBOTS[name].clock)
+SOURCES = {
+    path.stem: json.loads(path.read_text())
+    for path in Path(__file__).with_name("robots").glob("*.json")
+}
+ACTOR_SIZE = {"g1": 47, "g1_29dof": 98, "h1": 41, "h1_2": 47, "go2": 45}
+
+
+def hold_arms(robot: unitree.Robot) -> unitree.Robot:
+    """The robot whose actions move its legs alone."""
+    joints = {
+        name: dataclasses.replace(joint, held="waist" in name or "shoulder" in name
+                                  or "elbow" in name or "wrist" in name)
+        for name, joint in robot.joints.items()
+    }
+    return dataclasses.replace(robot, joints=joints)
+
+
+ROBOTS = unitree.ROBOTS | {"held": hold_arms(unitree.ROBOTS["g1_29dof"])}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_rows_are_the_sources(name):
+    """Default pose, gains, order of the joints, and a start above the floor."""
+    robot, source = ROBOTS[name], SOURCES[name]
+    words = [row["name"] for row in source["bodies"] if "axis" in row]
+    words = [word.removesuffix("_link").replace("torso", "waist_pitch") for word in words]
+    assert [joint.removesuffix("_joint") for joint in robot.joints] == words
+    np.testing.assert_allclose(robot.joint_array("default"), source["default"])
+    np.testing.assert_allclose(robot.joint_array("stiffness"), source["kp"], rtol=1e-5)
+    np.testing.assert_allclose(robot.joint_array("damping"), source["kd"], rtol=1e-5)
+    torques = [row["torque"] for row in source["bodies"] if "axis" in row]
+    np.testing.assert_allclose(unitree.make_controller(robot).max_torque, torques)
+    np.testing.assert_array_equal(robot.limits, [row["range"] for row in source["bodies"] if "axis" in row])
+
+    standing = source["standing_height"]
+    assert robot.min_height < 0.7 * standing
+    assert standing <= robot.start_height <= standing + 0.1
+    assert abs(robot.target_height - standing) < 0.03
+    bodies, soles = unitree.find_feet(robot, robot.model)
+    assert soles.shape == (len(robot.feet), len(source["sole_centers"]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_motors_of_the_sources_largest_torque(name):
+    """Servos of the MJCF file become motors: ctrl is a torque, and nothing else acts."""
+    model = ROBOTS[name].model
+    data = mujoco.MjData(model)
+    data.qpos[7:] = ROBOTS[name].joint_array("default")
+    most = model.actuator_ctrlrange[:, 1]
+    data.ctrl = 0.5 * most
+    mujoco.mj_forward(model, data)
+    np.testing.assert_allclose(data.qfrc_actuator[6:], 0.5 * most)
+    data.ctrl = -2 * most
+    mujoco.mj_forward(model, data)
+    np.testing.assert_allclose(data.qfrc_actuator[6:], -most)
+
+
+@pytest.mark.parametrize("name", ROBOTS)
+def test_what_the_networks_see(name):
+    """Sizes and order of the parts; the base's velocity is the critic's alone."""
+    robot = ROBOTS[name]
+    joints = len(robot.joints)
+    actions = 12 if name == "held" else joints
+    parts = unitree.seen_parts(robot, "actor")
+    order = ["rates", "gravity", "command", "angles", "speeds", "action", "clock"]
+    assert list(parts) == order[:len(order) - (not robot.clock)]
+    assert list(unitree.seen_parts(robot, "critic")) == ["velocity", *parts]
+    size = 9 + 2 * joints + actions + 2 * robot.clock
+    assert size == ACTOR_SIZE.get(name, size)
+    random = np.random.default_rng(0)
+    qpos, qvel = random.standard_normal(7 + joints), random.standard_normal(6 + joints)
+    action = random.standard_normal(actions)
+    senses = unitree.sense(robot, qpos, qvel, np.zeros(3), action, np.array(3), np)
+    obs = unitree.observe(parts, senses, np)
+    assert obs.shape == (size,) == unitree.noise_widths(robot, parts).shape
+    np.testing.assert_allclose(obs[9:9 + joints], qpos[7:] - robot.joint_array("default"))
+    np.testing.assert_allclose(obs[9 + joints:9 + 2 * joints], 0.05 * qvel[6:])
+    np.testing.assert_array_equal(obs[9 + 2 * joints:][:actions], action)
+
+
+# ---- Symmetry
+
+
+def make_symmetric(model: mujoco.MjModel) -> None:
+    """Without the real robot's small asymmetries: what is on the right becomes the left's image."""
+    for i in range(1, model.nbody):
+        name = model.body(i).name
+        side = unitree.side_of(name)
+        if side in ("right", "FR", "RR"):
+            twin = model.body(unitree.OTHER_SIDE[side] + name.removeprefix(side)).id
+            for field in ("body_pos", "body_ipos"):
+                getattr(model, field)[i] = getattr(model, field)[twin] * [1, -1, 1]
+            for field in ("body_quat", "body_iquat"):
+                getattr(model, field)[i] = getattr(model, field)[twin] * [1, -1, 1, -1]
+            model.body_inertia[i] = model.body_inertia[twin]
+        elif side not in unitree.OTHER_SIDE:
+            turn = np.zeros(9)
+            mujoco.mju_quat2Mat(turn, model.body_iquat[i])
+            turn = turn.reshape(3, 3)
+            tensor = turn @ np.diag(model.body_inertia[i]) @ turn.T
+            tensor[[0, 1, 1, 2], [1, 0, 2, 1]] = 0
+            model.body_inertia[i], turn = np.linalg.eigh(tensor)
+            turn[:, 0] *= np.linalg.det(turn)
+            mujoco.mju_mat2Quat(model.body_iquat[i], turn.ravel())
+            model.body_ipos[i, 1] = 0
+            model.body_pos[i, 1] = 0
+    mujoco.mj_setConst(model, mujoco.MjData(model))
+
+
+@pytest.mark.parametrize("name", ROBOTS)
+def test_mirrored_physics_is_physics_mirrored(name):
+    """The same steps in the mirror: a robot falls to the other side, and sees it; clocks run half a
+    period apart."""
+    robot = ROBOTS[name]
+    random = np.random.default_rng(0)
+    here, there = unitree.CMujocoEnv(robot), unitree.CMujocoEnv(robot)
+    for env in (here, there):
+        make_symmetric(env.model)
+        env.reset(0)
+    there.elapsed = robot.gait_ticks // 2
+    there.data.qpos[7:] = unitree.mirror_joints(robot, here.data.qpos[7:], np)
+    here.data.qvel[:3] = [0.3, 0.5, 0.0]
+    here.data.qvel[3:6] = [0.4, -0.3, 0.6]
+    there.data.qvel[:3] = here.data.qvel[:3] * [1, -1, 1]
+    there.data.qvel[3:6] = here.data.qvel[3:6] * [-1, 1, -1]
+    for _ in range(12):
+        action = random.normal(0, 0.5, len(robot.acted))
+        here.step(action)
+        there.step(unitree.mirror_actions(robot, action, np))
+        position, quat = here.data.qpos[:3], here.data.qpos[3:7]
+        np.testing.assert_allclose(there.data.qpos[:3], position * [1, -1, 1], atol=1e-6)
+        np.testing.assert_allclose(there.data.qpos[3:7], quat * [1, -1, 1, -1], atol=1e-6)
+        angles = unitree.mirror_joints(robot, here.data.qpos[7:], np)
+        np.testing.assert_allclose(there.data.qpos[7:], angles, atol=1e-5)
+        seen = here.observe((0.5, 0.3, -0.2))
+        expected = unitree.mirror_observation(robot, seen, np)
+        np.testing.assert_allclose(there.observe((0.5, -0.3, 0.2)), expected, atol=1e-4)
+    assert abs(here.data.qpos[1]) > 0.02 and here.data.ncon
+
+
+@pytest.mark.parametrize("name", ROBOTS)
+def test_mirrored_twice_is_the_original(name):
+    """And the default pose, the limits, the posture and the gait are their own images."""
+    robot = ROBOTS[name]
+    random = np.random.default_rng(0)
+    size = sum(unitree.part_width(robot, part) for part in unitree.seen_parts(robot, "actor").values())
+    for mirror, width in (
+        (unitree.mirror_joints, len(robot.joints)),
+        (unitree.mirror_actions, len(robot.acted)),
+        (unitree.mirror_observation, size),
+    ):
+        x = random.standard_normal((5, width))
+        for xp in (np, jnp):
+            once = mirror(robot, xp.asarray(x), xp)
+            np.testing.assert_allclose(mirror(robot, once, xp), x, rtol=1e-6)
+            assert not np.allclose(once, x)
+    default = robot.joint_array("default")
+    np.testing.assert_allclose(unitree.mirror_joints(robot, default, np), default)
+    low, high = robot.limits.T
+    images = [unitree.mirror_joints(robot, limit, np) for limit in (low, high)]
+    np.testing.assert_allclose(np.minimum(*images), low)
+    np.testing.assert_allclose(np.maximum(*images), high)
+
+    feet = list(robot.feet)
+    ticks = np.arange(robot.gait_ticks)
+    stance = unitree.is_stance(robot, ticks, np)
+    later = unitree.is_stance(robot, ticks + robot.gait_ticks // 2, np)
+    sides = [unitree.side_of(foot) for foot in feet]
+    twins = [feet.index(unitree.OTHER_SIDE[side] + foot.removeprefix(side))
+             for side, foot in zip(sides, feet, strict=True)]
+    np.testing.assert_array_equal(later, stance[:, twins])
+
+
+def test_a_trot_moves_diagonal_pairs():
+    """Each pair of feet on a diagonal is on the floor together."""
+    robot = ROBOTS["go2"]
+    stance = unitree.is_stance(robot, np.arange(robot.gait_ticks), np)
+    np.testing.assert_array_equal(stance[:, 0], stance[:, 3])
+    np.testing.assert_array_equal(stance[:, 1], stance[:, 2])
+    np.testing.assert_array_equal(stance[:, 0], ~stance[:, 1])
+
+
+@pytest.mark.parametrize("name", WITH_CLOCK)
+def test_stepping_motion_lifts_the_feet_in_turn(name):
+    """By at least 3 cm, on an unmoved base; its mirror image is the motion half a period later."""
+    robot = ROBOTS[name]
+    model = robot.model
+    data = mujoco.MjData(model)
+    feet, _ = unitree.find_feet(robot, model)
+    heights, rows = [], []
+    for elapsed in range(robot.gait_ticks):
+        senses = unitree.sense(robot, model.qpos0, np.zeros(model.nv), np.array([0.5, 0.2, 0.3]),
+                               np.zeros(len(robot.acted)), np.array(elapsed), np)
+        obs = unitree.observe(unitree.seen_parts(robot, "actor"), senses, np)
+        rows.append(obs)
+        action = np.asarray(unitree.stepping_action(robot, jnp.asarray(obs)))
+        data.qpos[7:] = robot.targets(action, np)
+        mujoco.mj_kinematics(model, data)
+        heights.append(data.xpos[feet, 2])
+    heights = np.array(heights)
+    assert (np.ptp(heights, axis=0) > 0.03).all()
+    apart = np.argmax(heights[:, 0]) - np.argmax(heights[:, 1])
+    assert abs(abs(apart) - robot.gait_ticks / 2) <= 1
+    rows = np.array(rows)
+    action = unitree.stepping_action(robot, jnp.asarray(rows))
+    image = unitree.stepping_action(robot, unitree.mirror_observation(robot, jnp.asarray(rows)))
+    np.testing.assert_allclose(image, unitree.mirror_actions(robot, action), atol=1e-5)
+
+
+# ---- Held joints, rewards and settings
+
+
+def test_held_joints_keep_the_default_pose():
+    """Actions move the others alone, each its own joint."""
+    robot, default = ROBOTS["held"], ROBOTS["held"].joint_array("default")
+    np.testing.assert_array_equal(robot.acted, np.arange(12))
+    reach = robot.action_scale * robot.joint_array("reach")[:12]
+    action = np.arange(1.0, 13)
+    for xp in (np, jnp):
+        targets = robot.targets(xp.asarray([action, -action]), xp)
+        np.testing.assert_allclose(targets[:, 12:], [default[12:]] * 2, rtol=1e-6)
+        np.testing.assert_allclose(targets[0, :12], default[:12] + reach * action, rtol=1e-6)
+    most = unitree.make_controller(robot).max_torque[:12]
+    np.testing.assert_allclose(reach, 0.25 * most / robot.joint_array("stiffness")[:12])
+
+
+def motion_of(robot: unitree.Robot, **changes) -> unitree.Motion:
+    """Standing still in the default pose."""
+    joints, feet = len(robot.joints), len(robot.feet)
+    zeros = np.zeros(joints)
+    still = dict(
+        command=np.zeros(3), height=robot.target_height, velocity=np.zeros(3), rates=np.zeros(3),
+        gravity=np.array([0, 0, -1.0]), angles=robot.joint_array("default"), speeds=zeros, accelerations=zeros,
+        torque=zeros, action=np.zeros(len(robot.acted)), action_before=np.zeros(len(robot.acted)),
+        foot_height=np.zeros(feet), foot_velocity=np.zeros((feet, 3)), contact=np.full(feet, True),
+        stance=np.full(feet, True), flight=np.zeros(feet))
+    return unitree.Motion(**{name: jnp.asarray(value) for name, value in (still | changes).items()})
+
+
+@pytest.mark.parametrize("name", ROBOTS)
+def test_standing_still_earns_all_there_is(name):
+    """The terms are those of the row, and none is worse where the robot stands as told."""
+    robot = ROBOTS[name]
+    best = {"track_velocity": 1, "track_yaw": 1, "alive": 1, "gait": len(robot.feet)}
+    terms = unitree.unweighted_terms(robot, motion_of(robot))
+    assert terms.keys() == robot.weights.keys()
+    for term, value in terms.items():
+        assert value == pytest.approx(best.get(term, 0), abs=1e-6), term
+
+
+def test_air_time_and_posture_by_hand():
+    """A landing is worth its time in the air beyond half a second, but not to a robot told to stand."""
+    robot = ROBOTS["go2"]
+    flight = np.array([0.6, 0, 0.2, 0])
+    for command, expected in (((0.2, 0, 0), 0.1 - 0.3), ((0, 0, 0.9), 0), ((0.06, 0.06, 0), 0)):
+        motion = motion_of(robot, flight=flight, command=np.array(command))
+        assert unitree.unweighted_terms(robot, motion)["air_time"] == pytest.approx(expected, abs=1e-6)
+    robot = ROBOTS["g1_29dof"]
+    bent = robot.joint_array("default") + np.where(np.arange(29) < 14, 0.1, 0.0)  # legs, two of the waist
+    assert unitree.unweighted_terms(robot, motion_of(robot, angles=bent))["posture"] == pytest.approx(0.02)
+
+
+def test_flight_is_counted_from_the_last_contact():
+    """The foot that lands has been in the air for the steps before, and this one."""
+    robot = ROBOTS["go2"]
+    env = types.SimpleNamespace(robot=robot)
+    info = {"command": jnp.ones(3), "action": jnp.zeros(12), "elapsed": jnp.array(7),
+            "airborne": jnp.array([3, 0, 5, 0])}
+    readings = {"contact": jnp.array([True, True, False, False]), "torque": jnp.zeros(12),
+                "foot_height": jnp.zeros(4), "foot_velocity": jnp.zeros((4, 3))}
+    data = unitree.Physics(qpos=jnp.zeros(19).at[3].set(1), qvel=jnp.zeros(18), qacc_warmstart=jnp.zeros(18))
+    motion = unitree.Env.describe_motion(env, info, data, data, jnp.zeros(12), readings)
+    np.testing.assert_allclose(motion.flight, [0.08, 0, 0, 0])
+
+
+def test_settings_of_each_robot(capsys):
+    """A row's own defaults hold; without a clock there is nothing to imitate."""
+    for name in NAMES:
+        args = unitree.default_args(name)
+        assert args.robot == name and args.command_x == ROBOTS[name].command_x
+        unitree.check_args(args)
+        low, high = np.transpose([args.command_x, args.command_y, args.command_yaw])
+        for command in ROBOTS[name].test_commands.values():
+            assert (low <= command).all() and (command <= high).all()
+    args = dataclasses.replace(unitree.default_args("go2"), imitation_coef=0.1)
+    with pytest.raises(SystemExit):
+        unitree.check_args(args)
+    assert "clock" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in ROBOTS if name != "g1"])
+def test_short_training(name, monkeypatch, tmp_path):
+    """Two iterations of a tiny run: everything is finite, and the policy fits the robot."""
+    monkeypatch.setitem(unitree.ROBOTS, name, ROBOTS[name])
+    monkeypatch.setattr(unitree, "judge", lambda robot, policy: {"passed": False})
+    args = dataclasses.replace(
+        unitree.default_args(name), num_envs=8, num_steps=4, num_minibatches=2, update_epochs=1, total_timesteps=64,
+        hidden_sizes=(16,), num_devices=1, runs_dir=str(tmp_path))
+    run_dir, policy = unitree.train(args)
+    assert (run_dir / "policy.npz").exists()
+    robot = ROBOTS[name]
+    original = unitree.CMujocoEnv(robot)
+    original.reset(0)
+    obs = original.observe((0.3, 0.0, 0.0))
+    _, action = unitree.act(policy, unitree.initial_memory(), obs)
+    assert action.shape == robot.acted.shape and np.isfinite(action).all()
+    row = original.step(action)
+    assert not row["fallen"] and math.isfinite(row["power"])
+    assert all(np.isfinite(values).all() for values in policy.values())
