@@ -250,7 +250,7 @@ def test_gru(apply, tmp_path, make_mesh):
         normalized = script.normalize(learner.obs_stats, obs)
         ours, gaussian = script.apply_policy(args, env, learner.params, ours, normalized)
         np.testing.assert_allclose(theirs[0], ours[0], atol=1e-5)
-        expected = env.max_action * np.clip(gaussian.mean, -1, 1)
+        expected = script.scale_action(env, gaussian.mean)
         np.testing.assert_allclose(action, expected, atol=1e-4)
     if importlib.util.find_spec("onnx"):
         export_policy.export(script, policy, tmp_path / "policy.onnx")
