@@ -129,7 +129,7 @@ def test_reward(apply, tmp_path):
     assert 0 < read_log(run_dir, "reward/upright").mean() <= 0.5
 
     env = script.Env(script.read_run(run_dir))
-    state = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), 16))
+    state = run(jax.vmap(script.kernel(env.reset)), jax.random.split(jax.random.key(0), 16))
     state = run(jax.vmap(script.kernel(env.step)), state, jnp.ones((16, env.action_size)))
     expected = 0.5 * np.cos(state.data.qpos[:, 2])
     np.testing.assert_allclose(state.metrics["reward_upright"], expected, rtol=1e-5)
@@ -283,7 +283,7 @@ def test_playground(apply, tmp_path):
     assert read_log(run_dir, "charts/nan_resets").max() == 0
 
     env = script.PlaygroundEnv(script.read_run(run_dir))
-    state = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), 3))
+    state = run(jax.vmap(script.kernel(env.reset)), jax.random.split(jax.random.key(0), 3))
     qvel = state.data.qvel.at[2, 0].set(jnp.nan)
     state = state.replace(data=state.data.replace(qvel=qvel))
     state.info["elapsed"] = jnp.array([0, 499, 0])
@@ -295,6 +295,7 @@ def test_playground(apply, tmp_path):
     np.testing.assert_array_equal(end.obs[2], state.obs[2])
     assert end.reward[2] == 0 and jnp.abs(end.obs[:2] - state.obs[:2]).max() > 0
 
-    theirs = env.playground.step(jax.tree.map(lambda x: x[0], state), jnp.ones(1))
+    first = jax.tree.map(lambda x: x[0], state)
+    theirs = run(env.playground.step, first, jnp.ones(1))
     np.testing.assert_allclose(end.obs[0], theirs.obs, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(end.reward[0], theirs.reward, rtol=1e-4)
