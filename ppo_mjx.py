@@ -689,10 +689,10 @@ def physics_forward(model: mjx.Model, data: mjx.Data) -> mjx.Data:
         return mjx.forward(model, data)
 
 
-# Fields that coordinates and velocities alone determine, without collisions or forces.
+# Fields that are given, or that coordinates and velocities determine without collisions or forces.
 KINEMATIC_FIELDS = frozenset(
     {
-        *("qpos", "qvel", "xpos", "xquat", "xmat", "xipos", "ximat", "xanchor", "xaxis"),
+        *("qpos", "qvel", "ctrl", "xpos", "xquat", "xmat", "xipos", "ximat", "xanchor", "xaxis"),
         *("geom_xpos", "geom_xmat", "site_xpos", "site_xmat"),
         *("subtree_com", "cinert", "cdof", "cdof_dot", "cvel"),
     }
