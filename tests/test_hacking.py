@@ -34,14 +34,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Small programs that run for moments: XLA's optimisations cost more than they give."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def apply(tmp_path, monkeypatch):
     """A function from a diff's name to the module that it makes of ppo_mjx.py."""
