@@ -689,10 +689,10 @@ def physics_forward(model: mjx.Model, data: mjx.Data) -> mjx.Data:
         return mjx.forward(model, data)
 
 
-# Fields that coordinates and velocities alone determine, without collisions or forces.
+# Fields that are given, or that coordinates and velocities determine without collisions or forces.
 KINEMATIC_FIELDS = frozenset(
     {
-        *("qpos", "qvel", "xpos", "xquat", "xmat", "xipos", "ximat", "xanchor", "xaxis"),
+        *("qpos", "qvel", "ctrl", "xpos", "xquat", "xmat", "xipos", "ximat", "xanchor", "xaxis"),
         *("geom_xpos", "geom_xmat", "site_xpos", "site_xmat"),
         *("subtree_com", "cinert", "cdof", "cdof_dot", "cvel"),
     }
@@ -1006,11 +1006,9 @@ def apply_policy(
 ) -> tuple[tuple, Gaussian]:
     """The policy: its memory and normalised observations [..., O] -> next memory, distribution.
 
-    A recurrent network would keep its state in `memory`, which the rollout and both evaluations
-    carry along and set to `initial_memory` when an episode begins. What it would change besides:
-    `act`, the same policy in NumPy; and the update, which shuffles single steps. It would have to
-    shuffle worlds, and to run the policy along all T steps of each, from the memory that the world
-    had before the rollout, resetting it where an episode ended.
+    A recurrent network keeps its state in `memory`, which the rollout and both evaluations carry
+    along and set to `initial_memory` when an episode begins. What else it changes is the update,
+    which shuffles single steps here, and `act`: docs/hacking.md has a GRU.
     """
     actor, _ = make_networks(args, env)
     return memory, Gaussian(actor.apply(params["actor"], obs), params["log_std"])

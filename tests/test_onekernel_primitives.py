@@ -1683,6 +1683,7 @@ def functions_in_functions(x, matrix):
         "jit_twice": jax.jit(jax.jit(lambda v: v @ matrix))(x),
         "checkpoint": swish(x),
         "stop_gradient": lax.stop_gradient(x) * 2,
+        "device_put": jnp.stack(jax.device_put([x, jnp.arange(4.0)], jax.devices()[0])),
         "gradient": jax.grad(energy)(x),
         "gradient_of_checkpoint": jax.grad(lambda v: swish(v).sum())(x),
         "custom_jvp_gradient": jax.grad(lambda v: soft_abs(v).sum())(x),
