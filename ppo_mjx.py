@@ -780,11 +780,10 @@ class Env:
         start = jax.eval_shape(kernel(self.reset), jax.random.key(0))
         self.observation_size = start.obs.size
 
-    @property
-    def gymnasium_id(self) -> str | None:
-        """Gymnasium's name of this very task; None if the robot or the observation is another."""
+        # None of another robot or observation, whatever its name. Not looked up when it is needed:
+        # a method that imports packages would leave the kernels without a fingerprint.
         name = self.name + "-v5"
-        return name if is_gymnasiums(self, name) else None
+        self.gymnasium_id = name if is_gymnasiums(self, name) else None
 
     def measure(self, data: Physics, full: mjx.Data) -> Snapshot:
         """What the task's formulas need; full: the data that were computed last."""
@@ -1649,8 +1648,11 @@ class CMujocoEnv:
 
 def is_gymnasiums(env: Env, name: str) -> bool:
     """Whether Gymnasium's environment of a name has the same model and shows the same."""
+    is_file = not env.task.mjcf.lstrip().startswith("<")
+    if not is_file or find_mjcf(env.task).parent != gymnasium_models():
+        return False
     gymnasium = importlib.import_module("gymnasium")
-    if name not in gymnasium.registry or env.task.mjcf.lstrip().startswith("<"):
+    if name not in gymnasium.registry:
         return False
     theirs = gymnasium.make(name).unwrapped
     if find_mjcf(env.task) != Path(theirs.fullpath):

@@ -31,6 +31,9 @@ WORLDS = 4
 def row(name: str, **changes) -> ppo_mjx.Task:
     """A task row for a model of tests/robots/, by a path relative to the script."""
     mjcf = f"tests/robots/{name}.xml"
+    if name.startswith("quad"):  # its 4 iterations are too few: two solvers would end apart
+        mjcf = (HERE / "robots" / f"{name}.xml").read_text()
+        mjcf = mjcf.replace('iterations="4" ls_iterations="8"', "")
     return dataclasses.replace(ROW, mjcf=mjcf, **FIELDS.get(name, {}) | changes)
 
 
@@ -91,7 +94,7 @@ def test_robot_moves_as_in_c_mujoco(name):
             if ours.data.act is not None:
                 np.testing.assert_allclose(ours.data.act[world], original.data.act, atol=1e-5)
             assert not terminated and not ours.info["broken"][world]
-    # quad_pos.xml allows its solver 4 iterations, of which the two solvers do not make the same.
+    # Where a contact begins or ends between two roundings, a world goes its own way.
     worst = np.median(errors) if name in TOUCHING else errors.max()
     assert worst < 1e-3
 
