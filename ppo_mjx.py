@@ -241,7 +241,7 @@ class Physics:
     qpos: jax.Array  # [nq] m and rad
     qvel: jax.Array  # [nv] m/s and rad/s
     qacc_warmstart: jax.Array  # [nv] where the constraint solver starts
-    act: jax.Array | None  # [na] states of actuators, such as filters and muscles; None without any
+    act: jax.Array | None = None  # [na] states of actuators, such as filters; None without any
 
     def fields(self) -> dict[str, jax.Array]:
         """MuJoCo's fields by their names."""
@@ -779,11 +779,6 @@ class Env:
 
         start = jax.eval_shape(kernel(self.reset), jax.random.key(0))
         self.observation_size = start.obs.size
-
-        # None of another robot or observation, whatever its name. Not looked up when it is needed:
-        # a method that imports packages would leave the kernels without a fingerprint.
-        name = self.name + "-v5"
-        self.gymnasium_id = name if is_gymnasiums(self, name) else None
 
     def measure(self, data: Physics, full: mjx.Data) -> Snapshot:
         """What the task's formulas need; full: the data that were computed last."""
@@ -1646,25 +1641,32 @@ class CMujocoEnv:
         return obs, sum(terms.values()), not healthy, truncated, {}
 
 
-def is_gymnasiums(env: Env, name: str) -> bool:
-    """Whether Gymnasium's environment of a name has the same model and shows the same."""
+def make_gymnasium(env: Env):
+    """Gymnasium's own environment of the task.
+
+    None if there is none, or if the robot, or what the policy sees of it, is another.
+    """
     is_file = not env.task.mjcf.lstrip().startswith("<")
     if not is_file or find_mjcf(env.task).parent != gymnasium_models():
-        return False
+        return None
     gymnasium = importlib.import_module("gymnasium")
+    name = env.name + "-v5"
     if name not in gymnasium.registry:
-        return False
-    theirs = gymnasium.make(name).unwrapped
-    if find_mjcf(env.task) != Path(theirs.fullpath):
-        return False
-    theirs.reset(seed=0)
+        return None
+
+    theirs = gymnasium.make(name)
+    simulator = theirs.unwrapped
+    if find_mjcf(env.task) != Path(simulator.fullpath):
+        return None
+    simulator.reset(seed=0)
     ours = CMujocoEnv(env)
-    ours.data.qpos = theirs.data.qpos
-    ours.data.qvel = theirs.data.qvel
+    ours.data.qpos = simulator.data.qpos
+    ours.data.qvel = simulator.data.qvel
     mujoco.mj_forward(ours.model, ours.data)
     obs = ours.observe()
-    expected = theirs._get_obs()
-    return obs.shape == expected.shape and np.allclose(obs, expected, atol=1e-6)
+    expected = simulator._get_obs()
+    same = obs.shape == expected.shape and np.allclose(obs, expected, atol=1e-6)
+    return theirs if same else None
 
 
 # shared: evaluation
@@ -1728,11 +1730,9 @@ def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
     # From the same initial states as C MuJoCo.
     returns["MJX"] = np.asarray(evaluate_mjx(env, policy, keys))
     returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, episodes, seed)
-    if importlib.util.find_spec("gymnasium"):
-        gymnasium = importlib.import_module("gymnasium")
-        if env.gymnasium_id in gymnasium.registry:
-            theirs = gymnasium.make(env.gymnasium_id)
-            returns["Gymnasium"] = evaluate_on_host(theirs, policy, episodes, seed)
+    theirs = make_gymnasium(env)
+    if theirs is not None:
+        returns["Gymnasium"] = evaluate_on_host(theirs, policy, episodes, seed)
 
     print(f"return of {episodes:3} episodes     mean      std      min      max")
     table = {}

@@ -404,7 +404,6 @@ class Env:
     def __init__(self, args: Args):
         self.task = make_task(args)
         self.time_limit = self.task.time_limit  # steps
-        self.gymnasium_id = "Pendulum-v1" if self.task == TASKS["Pendulum-v1"] else None
 
         device = jax.local_devices()[0]
         self.model = mjx.put_model(load_model(self.task), device, impl="jax")
@@ -1199,6 +1198,13 @@ class CMujocoEnv:
         return observe(data.qpos, data.qvel, np), sum(terms.values()), False, truncated, {}
 
 
+def make_gymnasium(env: Env):
+    """Gymnasium's own environment of the task; None if it is another task."""
+    if env.task != TASKS["Pendulum-v1"] or not importlib.util.find_spec("gymnasium"):
+        return None
+    return importlib.import_module("gymnasium").make("Pendulum-v1")
+
+
 # shared: evaluation
 @partial(jax.jit, static_argnames="env")
 def evaluate_mjx(env: Env, policy: dict, keys: jax.Array) -> jax.Array:
@@ -1260,11 +1266,9 @@ def judge(args: Args, env: Env, policy: dict) -> dict[str, dict[str, float]]:
     # From the same initial states as C MuJoCo.
     returns["MJX"] = np.asarray(evaluate_mjx(env, policy, keys))
     returns["C MuJoCo"] = evaluate_on_host(CMujocoEnv(env), policy, episodes, seed)
-    if importlib.util.find_spec("gymnasium"):
-        gymnasium = importlib.import_module("gymnasium")
-        if env.gymnasium_id in gymnasium.registry:
-            theirs = gymnasium.make(env.gymnasium_id)
-            returns["Gymnasium"] = evaluate_on_host(theirs, policy, episodes, seed)
+    theirs = make_gymnasium(env)
+    if theirs is not None:
+        returns["Gymnasium"] = evaluate_on_host(theirs, policy, episodes, seed)
 
     print(f"return of {episodes:3} episodes     mean      std      min      max")
     table = {}

@@ -96,15 +96,15 @@ def make_task(name: str) -> Task:
         env = ppo.Env(ppo.Args(env_id=name))
         model = ppo.load_model(task)
         model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON  # as Env has it, for Humanoid
-        return Task(partial(ppo.Env, name), model, ppo.load_model(task), task.frame_skip,
+        return Task(partial(ppo.Env, ppo.Args(env_id=name)), model, ppo.load_model(task), task.frame_skip,
                     lambda qpos, qvel: ~task.is_healthy(ppo.Snapshot(qpos, qvel, None, {}), np),
-                    scale=env.action_scale, gymnasium_id=env.gymnasium_id)
+                    scale=env.action_scale, gymnasium_id=f"{name}-v5")
     if name == "Pendulum":
         args = sac.Args(env_id="Pendulum-v1")
         task, env = sac.TASKS[args.env_id], sac.Env(args)
         model = sac.load_model(task)
         return Task(partial(sac.Env, args), model, model, 1,
-                    lambda qpos, qvel: np.zeros(len(qpos), bool), scale=task.max_torque, gymnasium_id=env.gymnasium_id)
+                    lambda qpos, qvel: np.zeros(len(qpos), bool), scale=task.max_torque, gymnasium_id="Pendulum-v1")
     args, robot = unitree.Args(robot=name), unitree.ROBOTS[name]
     dt, default = unitree.CONTROL_DT / args.decimation, unitree.make_controller(robot)[0]
     load = partial(unitree.load_model, robot, dt, visuals=False)
@@ -121,7 +121,7 @@ def draw_actions(task: Task, *shape: int) -> np.ndarray:
 def warm_up(task: Task, env, seed: int):
     """States of POOL worlds amid random actions, and the same for C MuJoCo."""
     state = jax.jit(jax.vmap(ppo.kernel(env.reset)))(jax.random.split(jax.random.key(seed), POOL))
-    start = {name: np.array(value, float) for name, value in vars(state.data).items()}
+    start = {name: np.array(value, float) for name, value in vars(state.data).items() if value is not None}
     batch, reset = mujoco.batch.Batch(task.c_model, nsim=POOL, nthread=common.count_cores()), np.full(POOL, True)
     for action in draw_actions(task, WARM_UP, POOL):
         for name, values in start.items():

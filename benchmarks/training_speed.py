@@ -54,7 +54,7 @@ def bare_steps(env: ppo.Env, steps: int, state: ppo.State) -> ppo.State:
     def env_step(data: ppo.Physics) -> ppo.Physics:
         def substep(data, _):
             full = ppo.physics_step(env.model, env.template.replace(**data.fields()))
-            return ppo.Physics(full.qpos, full.qvel, full.qacc_warmstart, None), None
+            return ppo.Physics(full.qpos, full.qvel, full.qacc_warmstart), None
         return jax.lax.scan(substep, data, None, length=env.task.frame_skip)[0]
 
     return state.replace(data=jax.lax.scan(lambda x, _: (jax.vmap(env_step)(x), None), state.data, None, steps)[0])

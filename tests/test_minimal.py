@@ -76,7 +76,7 @@ def as_minimal(state: ppo_mjx.TrainState) -> tuple[minimal.Learner, minimal.Worl
     env_state = worlds.env_state
     whole = worlds.episode_length == env_state.info["elapsed"]
     env_state = minimal.State(
-        data=minimal.Physics(**vars(env_state.data)),
+        data=minimal.Physics(**env_state.data.fields()),
         obs=env_state.obs,
         reward=env_state.reward,
         broken=env_state.info["broken"],

@@ -260,7 +260,7 @@ def test_gymnasiums_name_is_not_gymnasiums_task():
     """Only the same model and observation are judged in Gymnasium's environment."""
     reacher = ppo_mjx.TASKS["Reacher"]
     args = small_args("Reacher")
-    assert ppo_mjx.Env(args).gymnasium_id == "Reacher-v5"
+    assert ppo_mjx.make_gymnasium(ppo_mjx.Env(args)).spec.id == "Reacher-v5"
 
     class Blind(ppo_mjx.Reacher):
         def observe(self, now, xp=ppo_mjx.jnp):
@@ -273,7 +273,7 @@ def test_gymnasiums_name_is_not_gymnasiums_task():
     fields = vars(reacher)
     for other in row("mixed_range"), Blind(**fields), Scaled(**fields):
         with mock.patch.dict(ppo_mjx.TASKS, {"Reacher": other}):
-            assert ppo_mjx.Env(args).gymnasium_id is None
+            assert ppo_mjx.make_gymnasium(ppo_mjx.Env(args)) is None
 
 
 # ---- What cannot work: one line, before anything is compiled ----------------------------------------

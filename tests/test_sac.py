@@ -187,9 +187,9 @@ def test_pendulum_is_gymnasiums(env, make_env):
             assert path.reward[t + 1, i] == pytest.approx(reward, abs=1e-5)
             assert not terminated
     np.testing.assert_allclose(sum(path.metrics.values()), path.reward, atol=1e-6)
-    assert env.gymnasium_id == "Pendulum-v1"
-    assert make_env("another Pendulum-v1").gymnasium_id is None
-    assert make_env("PointMass").gymnasium_id is None
+    assert sac.make_gymnasium(env).spec.id == "Pendulum-v1"
+    assert sac.make_gymnasium(make_env("another Pendulum-v1")) is None
+    assert sac.make_gymnasium(make_env("PointMass")) is None
 
 
 def test_time_limit_truncates(env):
