@@ -176,7 +176,6 @@ class Env:
         self.control_dt = model.opt.timestep * self.FRAME_SKIP  # s
         self.observation_size = model.nq - 1 + model.nv
         self.action_size = model.nu
-        self.max_action = 1.0
         self.init_qpos = jnp.array(model.qpos0)
         self.model = mjx.put_model(model, impl="jax")
         self.template = mjx.make_data(self.model)
@@ -467,7 +466,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
         obs = normalize(learner.obs_stats, start.obs)
         memory, policy = apply_policy(args, env, learner.params, worlds.memory, obs)
         action = policy.sample(action_key)
-        state = jax.vmap(kernel(env.step))(start, env.max_action * jnp.clip(action, -1.0, 1.0))
+        state = jax.vmap(kernel(env.step))(start, jnp.clip(action, -1.0, 1.0))
 
         end = Worlds(
             env_state=state,
@@ -700,9 +699,10 @@ def train_iteration(
 
 # ---- 10. Main ------------------------------------------------------------------------------------
 def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
-    """All that the deterministic policy needs: largest action, normaliser, layers w0, b0, ..."""
+    """All that the deterministic policy needs: normaliser, layers w0, b0, ..., controls' range."""
     policy = {
-        "max_action": np.float32(env.max_action),
+        "action_scale": np.ones(env.action_size, np.float32),
+        "action_bias": np.zeros(env.action_size, np.float32),
         "obs_mean": learner.obs_stats.mean,
         "obs_var": learner.obs_stats.var,
     }
