@@ -1,0 +1,766 @@
+"""Write the tables of README and docs from the JSON under benchmarks/results/.
+
+    python benchmarks/tables.py          write them
+    python benchmarks/tables.py --check  exit with 1 if a page has other figures than the JSON
+
+A page marks the place of a table by two comments; what stands between them is replaced:
+
+    <!-- table: NAME -->
+    <!-- end table -->
+
+NAME is one of `TABLES` below. Under each table stands where its figures come from: the command, the
+commit, the machine, and whether the scripts had other physics then.
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+
+# What the physics of the scripts were before onekernel, for tables that depend on them.
+SIMPLIFIED = "simplified models, compiled by XLA"
+SIMPLIFIED_G1 = "no dry friction and two iterations of the solver, compiled by XLA"
+BY_XLA = "physics compiled by XLA"
+TASK_NAMES = {"g1": "G1, 12 joints", "g1_29dof": "G1, 29 joints"}
+PEER_NAMES = {
+    "ours": "this project",
+    "brax_our_env": "Brax on our environment",
+    "brax_own": "Brax on its own HalfCheetah",
+    "sb3": "Stable-Baselines3",
+    "sbx": "SBX",
+}
+MISSING = "-"
+
+
+# ---- Numbers as text ----------------------------------------------------------------------------
+
+
+def three_digits(value: float | None) -> str:
+    """Three significant digits; whole numbers as they are."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:#.3g}"
+
+
+def whole(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.0f}"
+
+
+def large(value: float | None) -> str:
+    """A rate, with three digits: 1.61 million, 127 thousand, 8777."""
+    if value is None:
+        return MISSING
+    if value >= 1e6:
+        return f"{three_digits(value / 1e6)} million"
+    if value >= 1e4:
+        return f"{three_digits(value / 1e3)} thousand"
+    return f"{value:.0f}"
+
+
+def steps_text(value: float | None) -> str:
+    """Environment steps: 123k, 1.23M."""
+    if value is None:
+        return MISSING
+    if value >= 1e6:
+        return f"{three_digits(value / 1e6)}M"
+    return f"{value / 1e3:.0f}k"
+
+
+def error_text(value: float) -> str:
+    """One digit and an exponent for a small number: 4e-6, 0.04."""
+    if value == 0 or value >= 0.01:
+        return f"{value:.1g}"
+    digits, exponent = f"{value:.0e}".split("e")
+    return f"{digits}e{int(exponent)}"
+
+
+def with_each(values: list[float], text: Callable = three_digits) -> str:
+    """The median, and each of several values in brackets."""
+    median = text(statistics.median(values))
+    return median if len(values) == 1 else f"{median} ({', '.join(map(text, values))})"
+
+
+def with_range(values: list[float], text: Callable = three_digits) -> str:
+    """The median, and the range of several values in brackets."""
+    median = text(statistics.median(values))
+    return median if len(values) == 1 else f"{median} ({text(min(values))} to {text(max(values))})"
+
+
+# ---- Files and Markdown -------------------------------------------------------------------------
+
+
+def load(name: str) -> dict:
+    """A result file by its name without the ending, such as "curves" or "gpu/g1"."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def names_like(pattern: str) -> list[str]:
+    """The result files that match, by name; those of a benchmark's short version are left out."""
+    files = sorted(RESULTS.glob(f"{pattern}.json"))
+    names = [file.relative_to(RESULTS).with_suffix("").as_posix() for file in files]
+    return [name for name in names if not name.endswith("_smoke")]
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def first(result: dict, key: str):
+    """A field of the file, or else of the first training that it holds; None without either."""
+    if key in result:
+        return result[key]
+    run = result.get("run") or (result.get("rows") or [{}])[0].get("run", {})
+    return run.get(key)
+
+
+def commits(result: dict) -> list[str]:
+    """The file's commit, and those of the trainings that it holds."""
+    runs = [result, *(row.get("run", {}) for row in result.get("rows", []))]
+    found = [run["commit"][:7] for run in runs if "commit" in run]
+    return list(dict.fromkeys(found))
+
+
+def describe(name: str) -> str:
+    """Where a file's figures come from: file, command, commits, machine, JAX's version."""
+    result = load(name)
+    parts = [f"commit {commit}" for commit in commits(result)]
+    parts += [result["machine"].strip(", ")] if "machine" in result else []
+    parts += [kind for kind in sorted(set(first(result, "devices") or [])) if kind != "cpu"]
+    versions = first(result, "versions") or {}
+    parts += [f"jax {versions['jax']}"] if "jax" in versions else []
+    parts += [result["note"]] if "note" in result else []
+    file = f"[{name}.json](benchmarks/results/{name}.json)"
+    return f"{file}: `{result['command'].strip()}`; {', '.join(parts)}."
+
+
+def sources(names: list[str], earlier: str | None = None) -> str:
+    """Where the figures of a table come from.
+
+    earlier: what the physics were in versions before onekernel, for figures that depend on them; a
+    file of today names llvmlite among its versions.
+    """
+    lines = [f"\n{describe(names[0])}"] if len(names) == 1 else [""]
+    lines += [f"- {describe(name)}" for name in names] if len(names) > 1 else []
+    old = [name for name in names if "llvmlite" not in load(name).get("versions", {})]
+    if earlier and old:
+        which = "Measured" if old == names else f"{', '.join(old)}: measured"
+        lines += ["", f"**{which} with an earlier version of the scripts ({earlier}).**"]
+    return "\n".join(lines) + "\n"
+
+
+# ---- Learning curves ----------------------------------------------------------------------------
+
+CURVES = ["curves", "curves_3d"]
+
+
+def curve_rows() -> dict[str, list[dict]]:
+    """By task: its trainings, a row for each seed."""
+    tasks = {}
+    for name in CURVES:
+        for row in load(name)["rows"]:
+            tasks.setdefault(row["env_id"], []).append(row)
+    return tasks
+
+
+def peers_of(task: str) -> dict[str, float]:
+    """Peers' mean returns, such as {"CleanRL, 1M": 1443}; the number tells after how many steps."""
+    return load(CURVES[0])["peers"][task]
+
+
+def reached(row: dict, goal: float) -> dict | None:
+    """The first point of a training's curve with this return or a higher one."""
+    return next((point for point in row["curve"] if point["mean"] >= goal), None)
+
+
+def passing(rows: list[dict], goal: float, key: str, text: Callable) -> str:
+    """Seconds or steps until a goal: the median and each seed, where all of them pass it."""
+    points = [reached(row, goal) for row in rows]
+    values = [point[key] for point in points if point]
+    if not values:
+        return f"not in {steps_text(rows[0]['final']['steps'])} steps"
+    if len(values) < len(points):
+        each = ", ".join(text(point[key]) if point else "never" for point in points)
+        return f"{len(values)} of {len(points)} seeds ({each})"
+    return with_each(values, text)
+
+
+def readme_results() -> str:
+    tasks = curve_rows()
+    cleanrl = {}
+    for task in tasks:
+        cleanrl[task] = next(x for x in peers_of(task).items() if x[0].startswith("CleanRL"))
+
+    def line(label: str, cell: Callable) -> list[str]:
+        return [label, *(cell(task, rows) for task, rows in tasks.items())]
+
+    def passed(key: str, text: Callable) -> Callable:
+        def cell(task: str, rows: list[dict]) -> str:
+            points = [reached(row, cleanrl[task][1]) for row in rows]
+            if None in points:
+                return "not by all seeds"
+            return text(statistics.median(point[key] for point in points))
+
+        return cell
+
+    def final(key: str) -> Callable:
+        return lambda task, rows: whole(statistics.median(row["final"][key] for row in rows))
+
+    return markdown(
+        ["medians", *tasks],
+        [
+            line("seeds", lambda task, rows: str(len(rows))),
+            line(
+                "CleanRL's return (after so many steps)",
+                lambda task, rows: f"{cleanrl[task][1]} ({cleanrl[task][0].split(', ')[1]})",
+            ),
+            line("seconds until ours passes it", passed("seconds", whole)),
+            line("steps until then", passed("steps", steps_text)),
+            line("return at the end", final("mean")),
+            line("steps at the end", lambda task, rows: steps_text(rows[0]["final"]["steps"])),
+            line("seconds at the end", final("seconds")),
+        ],
+    )
+
+
+def ppo_final() -> str:
+    rows = []
+    for task, seeds in curve_rows().items():
+        final = [row["final"] for row in seeds]
+        rows.append(
+            [
+                f"{task}-v5",
+                with_each([row["first_update_s"] for row in seeds], whole),
+                steps_text(final[0]["steps"]),
+                with_each([point["mean"] for point in final], whole),
+                with_each([point["std"] for point in final], whole),
+                with_each([point["seconds"] for point in final], whole),
+            ]
+        )
+    header = ["", "seconds until the first iteration is done", "steps in all", "return at the end"]
+    header += ["standard deviation of the episodes", "seconds until the last policy"]
+    return markdown(header, rows) + sources(CURVES, SIMPLIFIED)
+
+
+def ppo_peers() -> str:
+    rows = []
+    for task, seeds in curve_rows().items():
+        for peer, goal in peers_of(task).items():
+            seconds = passing(seeds, goal, "seconds", whole)
+            steps = passing(seeds, goal, "steps", steps_text)
+            rows.append([f"{task}-v5", peer, str(goal), seconds, steps])
+    header = ["", "peer, steps", "its return", "ours passes it after seconds", "and after steps"]
+    return markdown(header, rows)
+
+
+def training_speed() -> str:
+    result = load("training_speed")
+    columns = list(result["speed"])
+    labels = {
+        "train steps/s": ("training, environment steps/s", large),
+        "env.step steps/s": ("a scan of `env.step`, environment steps/s", large),
+        "physics steps/s": ("a scan of the physics alone, environment steps/s", large),
+        "train / env.step": ("training / `env.step`", three_digits),
+        "train / physics": ("training / physics alone", three_digits),
+    }
+    rows = []
+    for key, (label, text) in labels.items():
+        if all(key in result["speed"][column] for column in columns):
+            rows.append([label, *(text(result["speed"][column][key]) for column in columns)])
+    starts = result.get("first_update_s", {})
+    for kind, label in ("cold", "empty"), ("warm", "filled"):
+        seconds = [starts.get(column.split()[0], {}).get(kind) for column in columns]
+        rows.append([f"seconds to the first update, {label} cache", *map(three_digits, seconds)])
+    header = ["", *(f"{column} worlds" for column in columns)]
+    return markdown(header, rows) + sources(["training_speed"], SIMPLIFIED)
+
+
+def peers_speed() -> str:
+    result = load("compare_ppo")
+    speed = result["summary"]["speed"]
+    lines = result["summary"].get("lines", {})
+    rows = []
+    for name, row in speed.items():
+        version = result["versions"].get(
+            {"sb3": "stable-baselines3", "sbx": "sbx-rl"}.get(name, "brax")
+        )
+        label = PEER_NAMES[name] if name == "ours" else f"{PEER_NAMES[name]} ({version})"
+        size = lines.get(name, {})
+        rows.append(
+            [
+                label,
+                large(row["steps/s"]),
+                MISSING if name == "ours" else three_digits(row["ours / this"]),
+                whole(size.get("lines")),
+                whole(size.get("files")),
+            ]
+        )
+    header = ["", "training, environment steps/s", "ours / this"]
+    header += ["lines in files that training calls", "files"]
+    return markdown(header, rows) + sources(["compare_ppo"], SIMPLIFIED)
+
+
+def peers_return() -> str:
+    names = names_like("compare_ppo_return*")
+    goals = ["1000", "2000", "3000"]
+    rows = []
+    for name in names:
+        summary = load(name)["summary"]["return"]
+        others = " and ".join(PEER_NAMES[peer] for peer in summary if peer != "ours")
+        for peer, row in summary.items():
+            label = PEER_NAMES[peer] + (f", in turn with {others}" if peer == "ours" else "")
+            seconds = [row[f"s to {goal}"] for goal in goals]
+            cells = ["never" if value is None else whole(value) for value in seconds]
+            factor = row["ours is faster to its final return by"]
+            factor = MISSING if peer == "ours" else three_digits(factor)
+            rows.append([label, *cells, whole(row["final return"]), whole(row["all s"]), factor])
+    header = ["", *(f"seconds to {goal}" for goal in goals), "return at the end", "after seconds"]
+    header += ["ours gets to that return sooner by"]
+    return markdown(header, rows) + sources(names, SIMPLIFIED)
+
+
+# ---- onekernel ----------------------------------------------------------------------------------
+
+
+def kernel_rows(name: str) -> Iterable[tuple[str, str, dict]]:
+    """Task, worlds and the arms of each measurement that a file of benchmarks/onekernel.py has."""
+    for task, result in load(name)["results"].items():
+        for worlds, arms in result["worlds"].items():
+            yield TASK_NAMES.get(task, task), worlds, arms
+
+
+def readme_onekernel() -> str:
+    rows = [(task, arms) for task, _, arms in kernel_rows("onekernel")]
+    speeds = [large(arms["onekernel"]["env_steps_per_s"]) for _, arms in rows]
+    ratios = [three_digits(arms["C MuJoCo"]["onekernel_over_it"]) for _, arms in rows]
+    return markdown(
+        ["", *(task for task, _ in rows)],
+        [["environment steps/s", *speeds], ["times the speed of C MuJoCo", *ratios]],
+    )
+
+
+def onekernel_speed() -> str:
+    rows = []
+    for task, worlds, arms in kernel_rows("onekernel"):
+        own = arms["onekernel"]
+        rows.append(
+            [
+                task,
+                worlds,
+                large(own["env_steps_per_s"]),
+                large(arms["C MuJoCo"]["env_steps_per_s"]),
+                three_digits(arms["C MuJoCo"]["onekernel_over_it"]),
+                error_text(own["median_error"]),
+                error_text(own["largest_error"]),
+            ]
+        )
+    header = ["", "worlds", "environment steps/s", "C MuJoCo's", "onekernel / C MuJoCo"]
+    header += ["median error", "largest error"]
+    return markdown(header, rows) + sources(["onekernel"])
+
+
+def onekernel_compiling() -> str:
+    rows = []
+    for task, result in load("onekernel")["results"].items():
+        told = result["compiling"]
+        keys = ["trace_s", "build_s", "llvm_s", "program_s", "cached_s"]
+        seconds = [f"{told[key]:.1f}" for key in keys]
+        name = TASK_NAMES.get(task, task)
+        rows.append([name, *seconds, f"{told['operations']:,}", f"{told['code_kb']:.0f} kB"])
+    header = ["seconds", "MJX's tracing", "graph", "LLVM", "from `jit` to a program that runs"]
+    header += ["the same in a second process", "operations", "code"]
+    return markdown(header, rows) + sources(["onekernel"])
+
+
+def onekernel_xla() -> str:
+    names = names_like("onekernel_xla*")
+    rows = []
+    for name in names:
+        for task, worlds, arms in kernel_rows(name):
+            own = arms["onekernel"]
+            xla = arms["XLA"]
+            rows.append(
+                [
+                    task,
+                    worlds,
+                    large(own["env_steps_per_s"]),
+                    large(xla["env_steps_per_s"]),
+                    three_digits(xla["onekernel_over_it"]),
+                    f"{own['program_s']:.1f}",
+                    f"{xla['program_s']:.1f}",
+                ]
+            )
+    header = ["", "worlds", "environment steps/s", "XLA's", "onekernel / XLA"]
+    header += ["seconds to compile", "XLA's"]
+    return markdown(header, rows) + sources(names)
+
+
+# ---- The G1 -------------------------------------------------------------------------------------
+
+WALK_HEADER = ["minutes since the start", "steps", "falls", "velocity error", "yaw error", "drift"]
+
+
+def walk_cells(point: dict) -> list[str]:
+    marks = [point[key] for key in ("error", "yaw", "drift")]
+    minutes = f"{point['seconds'] / 60:.1f}"
+    return [minutes, steps_text(point["steps"]), str(point["falls"]), *map(three_digits, marks)]
+
+
+def walk_milestones(curve: list[dict]) -> dict[str, dict | None]:
+    """The first policy that passes the test, the first after which all do, and the last one."""
+    tested = [point for point in curve if "passed" in point]
+    last_failure = max((i for i, point in enumerate(tested) if not point["passed"]), default=-1)
+    return {
+        "first policy that passes": next((point for point in tested if point["passed"]), None),
+        "first from which on all pass": next(iter(tested[last_failure + 1 :]), None),
+        "last policy": tested[-1],
+    }
+
+
+def walk_rows(label: str, curve: list[dict]) -> list[list[str]]:
+    return [
+        [label, name, *(walk_cells(point) if point else [MISSING] * len(WALK_HEADER))]
+        for name, point in walk_milestones(curve).items()
+    ]
+
+
+def g1_time() -> str:
+    rows = []
+    for row in load("time_to_walk")["rows"]:
+        rows += walk_rows(f"seed {row['seed']}", row["curve"])
+    return markdown(["", "", *WALK_HEADER], rows) + sources(["time_to_walk"], SIMPLIFIED_G1)
+
+
+def g1_test() -> str:
+    """The test of docs/g1_policy.npz."""
+    result = load("g1_full_physics")
+    columns = ["falls", "error", "yaw", "sway", "slip", "jerk", "power", "drift"]
+    test = result["evaluation"]
+    rows = [
+        [command, *(three_digits(row[column]) for column in columns)]
+        for command, row in test["table"].items()
+    ]
+    marks = [three_digits(test[key]) for key in ("error", "yaw", "drift")]
+    verdict = "PASS" if test["passed"] else "FAIL"
+    told = "\n{}: {} falls, velocity error {} m/s, yaw error {} rad/s, standing drift {} m.\n"
+    verdict = told.format(verdict, test["falls"], *marks)
+    return markdown(["command", *columns], rows) + verdict + sources(["g1_full_physics"])
+
+
+def g1_ablations() -> str:
+    variants = {}
+    for row in load("g1_ablations")["rows"]:
+        variants.setdefault(row["variant"], []).append(row["final"])
+    rows = []
+    for variant, finals in variants.items():
+        cells = [", ".join(str(final["falls"]) for final in finals)]
+        for key, digits in ("error", 3), ("yaw", 3), ("drift", 2):
+            cells.append(", ".join(f"{final[key]:.{digits}f}" for final in finals))
+        rows.append([variant, *cells])
+    header = ["variant", "falls", "velocity error", "yaw error", "drift"]
+    return markdown(header, rows) + sources(["g1_ablations"], SIMPLIFIED_G1)
+
+
+# ---- SAC ----------------------------------------------------------------------------------------
+
+
+def sac_peers() -> str:
+    runs = {name: rows for name, rows in load("compare_sac")["runs"].items() if rows}
+    fields = {
+        "seconds of training": ("training_s", three_digits),
+        "seconds from the start of the process": ("seconds", three_digits),
+        "seconds of these to compile the iteration": ("compile_s", three_digits),
+        "environment steps": ("steps", whole),
+        "return there, or (ours) at the end": ("return_at_end", "{:.1f}".format),
+    }
+    table = []
+    for label, (key, text) in fields.items():
+        row = [label]
+        for seeds in runs.values():
+            values = [seed.get(key) for seed in seeds]
+            row.append(MISSING if None in values else with_range(values, text))
+        table.append(row)
+    header = [f"{PEER_NAMES[name]}, {len(seeds)} seeds" for name, seeds in runs.items()]
+    return markdown(["", *header], table) + sources(["compare_sac"], BY_XLA)
+
+
+def sac_throughput() -> str:
+    rows = []
+    for worlds, row in load("sac_throughput")["worlds"].items():
+        rows.append(
+            [
+                worlds,
+                large(row["acting steps/s"]),
+                large(row["training steps/s"]),
+                whole(row["updates/s in training"]),
+                whole(row["bare updates/s"]),
+                f"{row['update / bare']:.2f}",
+                f"{row['acting']:.2f}",
+            ]
+        )
+    header = ["worlds", "acting, steps/s", "training, steps/s", "updates/s in training"]
+    header += ["bare updates/s", "in training / bare", "share of acting"]
+    return markdown(header, rows) + sources(["sac_throughput"], BY_XLA)
+
+
+def sac_upright() -> str:
+    names = names_like("pendulum_upright_*")
+    rows = []
+    for name in names:
+        runs = load(name)["runs"]
+        rows.append(
+            [
+                name.removeprefix("pendulum_upright_"),
+                str(len(runs)),
+                with_range([run["upright"] for run in runs], "{:.0%}".format),
+                with_range([run["return"] for run in runs], "{:.1f}".format),
+                with_range([run["train_s"] for run in runs], "{:.1f}".format),
+                with_range([run["process_s"] for run in runs], "{:.1f}".format),
+            ]
+        )
+    header = ["", "seeds", "starts that end upright", "mean return", "seconds of training"]
+    header += ["seconds from the start of the process"]
+    return markdown(header, rows) + sources(names, BY_XLA)
+
+
+# ---- The other benchmarks -----------------------------------------------------------------------
+
+
+def memory() -> str:
+    result = load("memory")["results"]
+    sizes = sorted({row["num_envs"] for told in result.values() for row in told["sizes"]})
+    shown = [size for size in sizes if size in (32, 256, 1024, 4096, 8192)] or sizes
+    rooms = list(next(iter(result.values()))["worlds_in"])
+    rows = []
+    for program, told in result.items():
+        totals = {row["num_envs"]: row["total"] / 2**20 for row in told["sizes"] if "total" in row}
+        fixed = any(row.get("buffer") for row in told["sizes"])
+        room = [MISSING if fixed else large(told["worlds_in"][key]) for key in rooms]
+        cells = [three_digits(totals.get(size)) for size in shown]
+        rows.append([program, *cells, three_digits(told["line"]["b"] / 1024), *room])
+    header = ["MiB in all, worlds", *map(str, shown), "KiB a world"]
+    header += [f"worlds in {key.split()[0]} GiB" for key in rooms]
+    return markdown(header, rows) + sources(["memory"], SIMPLIFIED)
+
+
+def compare(row: dict) -> str:
+    """What a run shares with the first one; numbers that are far apart tell nothing and are left out."""
+    if row["bits"]:
+        return "equal to the bit"
+    told = ["another learner"]
+    for name in "worlds", "buffer":
+        part = row[name]
+        if part and part["bits"]:
+            told.append(f"{name} equal to the bit")
+        elif part and part["off"] < 0.01:
+            told.append(f"{name} off by {error_text(part['off'])}")
+    return "; ".join(told)
+
+
+def reproducibility_bits() -> str:
+    cells = {}
+    columns = []
+    for row in load("reproducibility")["results"]["runs"]:
+        columns += [row["run"]] if row["run"] not in columns else []
+        label = f"{row['what']}, after iteration {row['iteration']}"
+        cells.setdefault(label, {})[row["run"]] = compare(row)
+    rows = [[label, *(row.get(run, MISSING) for run in columns)] for label, row in cells.items()]
+    header = ["compared with the first run", *columns]
+    return markdown(header, rows) + sources(["reproducibility"], BY_XLA)
+
+
+def reproducibility_paths() -> str:
+    rows = []
+    result = load("reproducibility")
+    steps = [str(step) for step in result["args"]["steps"]]
+    for task, settings in result["results"]["trajectories"].items():
+        for setting, found in settings.items():
+            if setting.startswith("fast"):  # a model that is no more
+                continue
+            label = setting.replace("exact", "MJX")
+            medians = [error_text(statistics.median(found[step])) for step in steps]
+            rows.append([task, label, *medians])
+    header = ["task", "physics", *(f"step {step}" for step in steps)]
+    return markdown(header, rows) + sources(["reproducibility"], BY_XLA)
+
+
+VALIDATION = {
+    "observation after one step off Gymnasium's, median": "observation (of MJX )?off Gymnasium's, median",
+    "the same, 99% of the states": "observation (of MJX )?off Gymnasium's, 99%",
+    "reward off Gymnasium's, median": "reward (of MJX )?off Gymnasium's, median",
+    "the same, 99%": "reward (of MJX )?off Gymnasium's, 99%",
+    "returns after training in MJX": r"last returns of MJX, seeds .*",
+    "returns after training in C MuJoCo": r"last returns of C MuJoCo, seeds .*",
+    "training steps/s, MJX / C MuJoCo": "training steps/s, MJX over C MuJoCo",
+    "share of `env.step` in the training's time": "env.step's share of MJX training",
+}
+
+
+def validate() -> str:
+    result = load("validate")
+    tasks = result["args"]["env_ids"]
+    rows = []
+    for label, pattern in VALIDATION.items():
+        cells = []
+        for task in tasks:
+            found = [
+                check["measured"]
+                for check in result["checks"]
+                if re.fullmatch(f"{task}(, exact)?: {pattern}", check["name"])
+            ]
+            cells.append(found[0] if found else MISSING)
+        rows.append([label, *cells])
+    verdicts = [check["verdict"] for check in result["checks"] if check["verdict"]]
+    told = f"\n{len(verdicts)} checks, {verdicts.count('FAIL')} failed.\n"
+    earlier = "by XLA; MJX trained on simplified models, its single steps are of the original ones"
+    return markdown(["", *tasks], rows) + told + sources(["validate"], earlier)
+
+
+def faults() -> str:
+    names = ["faults", *names_like("faults_processes*")]
+    counts = {}
+    for name in names:
+        for row in load(name)["rows"]:
+            done, kept = counts.get(row["fault"], (0, 0))
+            counts[row["fault"]] = done + row["times"], kept + row["as_promised"]
+    rows = [[fault, str(done), str(kept)] for fault, (done, kept) in counts.items()]
+    return markdown(["fault", "times", "as promised"], rows) + sources(names)
+
+
+def faults_memory() -> str:
+    names = names_like("faults_memory*")
+    rows = [
+        [row["script"], row["fault"], row["seen"]] for name in names for row in load(name)["rows"]
+    ]
+    return markdown(["script", "", "memory of the process"], rows) + sources(names)
+
+
+def gpu_rows() -> Iterable[tuple[str, str, dict]]:
+    """File, GPU and row of each training of ppo_mjx.py on one."""
+    for name in names_like("gpu/*"):
+        result = load(name)
+        for row in result.get("rows", []):
+            if "env_id" in row:
+                yield name, result["devices"][0], row
+
+
+def gpu_ppo() -> str:
+    rows = []
+    names = []
+    for name, device, row in gpu_rows():
+        names += [name] if name not in names else []
+        start, end = row["curve"][0], row["final"]
+        rate = (end["steps"] - start["steps"]) / (end["seconds"] - start["seconds"])
+        passed = []
+        for goal, point in row["passed"].items():
+            where = f"{three_digits(point[0])} s, {steps_text(point[1])}" if point else "never"
+            passed.append(f"{goal}: {where}")
+        final = (
+            f"{whole(end['mean'])} +- {whole(end['std'])} after {three_digits(end['seconds'])} s"
+        )
+        rows.append(
+            [
+                row["env_id"],
+                device,
+                str(row["run"]["args"]["num_envs"]),
+                f"{row['run']['compile_s']:.0f} s ({row['run']['compile_cache']})",
+                large(rate),
+                *passed,
+                final,
+            ]
+        )
+    header = ["", "GPU", "worlds", "compiling (cache)", "training, steps/s"]
+    header += ["CleanRL's return, passed after", "mjlab's, passed after", "return at the end"]
+    return markdown(header, rows) + sources(names, SIMPLIFIED)
+
+
+def gpu_walk() -> str:
+    rows = []
+    names = []
+    for name in names_like("gpu/*"):
+        result = load(name)
+        trainings = [result] if "final_table" in result else result.get("rows", [])
+        for row in trainings:
+            if "final_table" not in row:
+                continue
+            names += [name] if name not in names else []
+            label = f"{result['devices'][0]}, {row['run']['args']['num_envs']} worlds"
+            rows += walk_rows(label, row["curve"])
+    return markdown(["", "", *WALK_HEADER], rows) + sources(names, SIMPLIFIED_G1)
+
+
+TABLES = {
+    table.__name__: table
+    for table in (
+        readme_results,
+        readme_onekernel,
+        ppo_final,
+        ppo_peers,
+        training_speed,
+        peers_speed,
+        peers_return,
+        onekernel_speed,
+        onekernel_compiling,
+        onekernel_xla,
+        g1_time,
+        g1_test,
+        g1_ablations,
+        sac_peers,
+        sac_throughput,
+        sac_upright,
+        memory,
+        reproducibility_bits,
+        reproducibility_paths,
+        validate,
+        faults,
+        faults_memory,
+        gpu_ppo,
+        gpu_walk,
+    )
+}
+
+
+def fill(text: str, folder: str = "") -> str:
+    """A page's text with its tables written anew. folder: from the page to the repository's root."""
+
+    def replace(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise SystemExit(f"error: there is no table {match[2]}; there are: {', '.join(TABLES)}")
+        table = TABLES[match[2]]().replace("](benchmarks/", f"]({folder}benchmarks/")
+        return f"{match[1]}{table}{match[4]}"
+
+    return MARK.sub(replace, text)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1")
+    check = parser.parse_args(argv).check
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text()
+        filled = fill(text, "" if page.parent == ROOT else "../")
+        if filled == text:
+            continue
+        stale.append(page)
+        if not check:
+            page.write_text(filled)
+        print(f"{page.relative_to(ROOT)}: {'other figures than the JSON' if check else 'written'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
