@@ -577,7 +577,7 @@ def reproducibility_bits() -> str:
         cells.setdefault(label, {})[row["run"]] = compare(row)
     rows = [[label, *(row.get(run, MISSING) for run in columns)] for label, row in cells.items()]
     header = ["compared with the first run", *columns]
-    return markdown(header, rows) + sources(["reproducibility"], BY_XLA)
+    return markdown(header, rows) + sources(["reproducibility"], SIMPLIFIED)
 
 
 def reproducibility_paths() -> str:
