@@ -32,7 +32,7 @@ def test_every_script_tells_its_flags():
     for name in set(SCRIPTS) - {"common"}:
         script = load(name)
         assert script.__doc__ and f"`{name}.py`" in page, name
-        assert name == "plot" or hasattr(script.Args(), "smoke"), name
+        assert name in ("plot", "tables") or hasattr(script.Args(), "smoke"), name
 
 def test_turns_alternate_and_ratios_are_of_pairs():
     """Each program once a turn, after the warm-ups; the median of the pairs' ratios, not the ratio of medians."""

@@ -1,11 +1,13 @@
 """What the documents show is true of the scripts, and what scripts share is the same."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tables
 from quick import users_environment
 
 import ppo_mjx
@@ -14,6 +16,7 @@ import sac_mjx_pendulum
 from tools import sync_shared
 
 ROOT = Path(ppo_mjx.__file__).parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize(("name", "threshold"), [
@@ -67,3 +70,47 @@ def test_shared_blocks_are_shared(tmp_path, monkeypatch, capsys):
     assert copy.read_text() != whole and sync_shared.main(["--check"]) == 1
     assert "sac_mjx_pendulum.py" in capsys.readouterr().out
     assert sync_shared.main([]) == 0 and copy.read_text() == whole
+
+
+def test_tables_are_those_of_the_json(tmp_path, monkeypatch, capsys):
+    """Pages have the JSON's figures; another figure is found, and written anew; each table stands somewhere."""
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+    used = {name for page in PAGES for _, name, _, _ in tables.MARK.findall(page.read_text())}
+    assert tables.TABLES.keys() - used <= {"readme_results", "readme_onekernel"}  # README's to choose
+
+    whole = (ROOT / "docs" / "onekernel.md").read_text()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("")
+    page = tmp_path / "docs" / "onekernel.md"
+    figure = re.search(r"\| HalfCheetah \| 1024 \| ([\d.]+) million", whole)
+    page.write_text(whole[: figure.start(1)] + "9.99" + whole[figure.end(1) :])
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.main(["--check"]) == 1 and "onekernel.md" in capsys.readouterr().out
+    assert tables.main([]) == 0 and page.read_text() == whole
+    with pytest.raises(SystemExit, match="no table nonsense"):
+        tables.fill("<!-- table: nonsense -->\n<!-- end table -->")
+
+
+def read_prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", read_prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere():
+    """Files that pages link to are there, and so are the headings."""
+    broken = []
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", read_prose(page)):
+            if link.startswith("http"):
+                continue
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if not target.exists() or anchor and anchor not in anchors(target):
+                broken.append(f"{page.name}: {link}")
+    assert not broken
