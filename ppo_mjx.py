@@ -140,17 +140,17 @@ class Args:
     capture_video: bool = False
     """write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate"""
     checkpoint_every: Cadence = 0.2
-    """share of the training between checkpoints, or iterations from 1 on; three are kept"""
+    """share of the training between checkpoints; from 1 on, a number of iterations; three are kept"""
     compile_cache: bool = True
     """keep compiled programs in the user's cache folder, for a quicker start next time"""
     resume: str | None = None
-    """run folder to continue, with its own settings; it may become longer, by --total-timesteps"""
+    """run folder to continue with its own settings; a larger --total-timesteps makes it longer"""
     init_from: str | None = None
     """run folder whose policy and statistics a new run begins with, instead of random weights"""
     evaluate: str | None = None
     """run folder whose policy to evaluate; nothing is trained"""
     coordinator_address: str | None = None
-    """host:port of process 0, if several processes train together; auto: ask the cluster"""
+    """host:port of process 0, if several processes train together; auto: as SLURM or Open MPI says"""
     num_processes: MaybeCount = None
     """processes that train together, each with its own devices"""
     process_id: Annotated[int | None, Range(0, 1e9)] = None
@@ -172,9 +172,9 @@ class Args:
         "Reacher",
         "Pusher",
     ] = "HalfCheetah"
-    """the task: Gymnasium's v5"""
+    """the task, as in Gymnasium's v5"""
     eval_every: NonNegative = 0.4
-    """share of the training between evaluations in MJX, or iterations from 1 on; 0 for none"""
+    """share of the training between evaluations in MJX; from 1 on, a number of iterations; 0: none"""
     eval_episodes: Annotated[int, Range(1, 1e4)] = 20
     """episodes of each evaluation"""
 

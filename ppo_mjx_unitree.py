@@ -138,17 +138,17 @@ class Args:
     capture_video: bool = False
     """write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate"""
     checkpoint_every: Cadence = 0.01
-    """share of the training between checkpoints, or iterations from 1 on; three are kept"""
+    """share of the training between checkpoints; from 1 on, a number of iterations; three are kept"""
     compile_cache: bool = True
     """keep compiled programs in the user's cache folder, for a quicker start next time"""
     resume: str | None = None
-    """run folder to continue, with its own settings; it may become longer, by --total-timesteps"""
+    """run folder to continue with its own settings; a larger --total-timesteps makes it longer"""
     init_from: str | None = None
     """run folder whose policy and statistics a new run begins with, instead of random weights"""
     evaluate: str | None = None
     """run folder whose policy to put to the test; nothing is trained"""
     coordinator_address: str | None = None
-    """host:port of process 0, if several processes train together; auto: ask the cluster"""
+    """host:port of process 0, if several processes train together; auto: as SLURM or Open MPI says"""
     num_processes: MaybeCount = None
     """processes that train together, each with its own devices"""
     process_id: Annotated[int | None, Range(0, 1e9)] = None
@@ -170,7 +170,7 @@ class Args:
     command_every: Seconds = 5.0
     """mean seconds between commands; each control step has the same chance of a new one"""
     standing: Fraction = 0.15
-    """share of the commands that say: stand still"""
+    """share of the commands that are to stand still"""
     obs_noise: NonNegative = 1.0
     """factor of the noise on the actor's observation"""
     push_speed: NonNegative = 0.5
@@ -188,7 +188,7 @@ class Args:
     strength_noise: RelativeError = 0.1
     """largest relative error of the torque, the same for all motors, as from a low battery"""
     action_delay: Fraction = 1.0
-    """largest delay of an action, control steps"""
+    """largest delay of an action, in control steps"""
 
     # The algorithm, with CleanRL's names
     total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
@@ -220,9 +220,9 @@ class Args:
     imitation_coef: NonNegative = 0.5
     """weight, at the start, of the loss that draws the actor to a simple stepping motion"""
     imitation_until: Annotated[float, Range(1e-9, 1)] = 0.04
-    """share of the training over which that weight falls to 0"""
+    """share of the training over which the imitation loss fades out"""
     standing_after: Fraction = 0.4
-    """share of the training after which it is at full weight again, for robots told to stand"""
+    """share of the training after which the same loss draws robots told to stand to their pose"""
     max_grad_norm: NonNegative = 1.0
     """gradients are scaled down to this norm"""
     desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.02

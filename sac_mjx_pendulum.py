@@ -132,17 +132,17 @@ class Args:
     track: bool = False
     """log to Weights & Biases as well; WANDB_PROJECT names the project"""
     checkpoint_every: Cadence = 0.4
-    """share of the training between checkpoints, with the buffer, or iterations from 1 on"""
+    """share of the training between checkpoints, buffer included; from 1 on, iterations"""
     compile_cache: bool = True
     """keep compiled programs in the user's cache folder, for a quicker start next time"""
     resume: str | None = None
-    """run folder to continue, with its own settings; it may become longer, by --total-timesteps"""
+    """run folder to continue with its own settings; a larger --total-timesteps makes it longer"""
     init_from: str | None = None
     """run folder whose policy and statistics a new run begins with, instead of random weights"""
     evaluate: str | None = None
     """run folder whose policy to evaluate; nothing is trained"""
     coordinator_address: str | None = None
-    """host:port of process 0, if several processes train together; auto: ask the cluster"""
+    """host:port of process 0, if several processes train together; auto: as SLURM or Open MPI says"""
     num_processes: MaybeCount = None
     """processes that train together, each with its own devices"""
     process_id: Annotated[int | None, Range(0, 1e9)] = None
@@ -152,7 +152,7 @@ class Args:
 
     # The environment
     env_id: Literal["Pendulum-v1", "PointMass"] = "Pendulum-v1"
-    """the task: a rod, equal to Gymnasium's; or a mass at the end of a rod without weight"""
+    """Pendulum-v1: a rod, as in Gymnasium; PointMass: a mass at the end of a weightless rod"""
     gravity: Annotated[float | None, Range(0, 1e9)] = None
     """m/s^2; by default the task's own, and so for the next five"""
     length: MaybePositive = None
@@ -166,7 +166,7 @@ class Args:
     max_speed: MaybePositive = None
     """rad/s"""
     eval_every: NonNegative = 0.4
-    """share of the training between evaluations in MJX, or iterations from 1 on; 0 for none"""
+    """share of the training between evaluations in MJX; from 1 on, a number of iterations; 0: none"""
     eval_episodes: Annotated[int, Range(1, 1e4)] = 100
     """episodes of each evaluation"""
 
@@ -198,7 +198,7 @@ class Args:
     tau: Fraction = 0.01
     """share of the critics that goes into their targets at each update"""
     policy_frequency: Annotated[int, Range(1, 1e3)] = 1
-    """the actor waits for this many updates of the critics, then makes as many, as in CleanRL"""
+    """the actor is updated after so many updates of the critics, as many times, as in CleanRL"""
     target_network_frequency: Count = 1
     """updates of the critics between those of their targets"""
     autotune: bool = True
