@@ -16,7 +16,7 @@ from quick import QUICK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_mjx
-from tools import export_policy
+from tools import export
 from tools.replay_nan import load_script
 
 ROOT = Path(ppo_mjx.__file__).parent
@@ -245,7 +245,7 @@ def test_gru(apply, tmp_path, make_mesh):
         expected = script.scale_action(env, gaussian.mean)
         np.testing.assert_allclose(action, expected, atol=1e-4)
     if importlib.util.find_spec("onnx"):
-        export_policy.export(script, policy, tmp_path / "policy.onnx")
+        export.write_onnx(script, policy, tmp_path / "policy.onnx")
 
 
 def test_adaptive_step(apply, tmp_path):

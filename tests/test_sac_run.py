@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_mjx
 import sac_mjx_pendulum as sac
-from tools import export_policy, film_pendulum, live_window
+from tools import export, film_pendulum, live_window
 
 SCRIPT = Path(sac.__file__)
 STEPS = 16 * 8  # of one iteration of SMALL
@@ -207,7 +207,7 @@ def small_run(tmp_path_factory) -> Path:
 def test_exported_policy_acts_the_same(small_run):
     """The ONNX graph, of a script without a normaliser, gives the torques of `act`."""
     onnx = pytest.importorskip("onnx.reference")
-    export_policy.main([str(small_run)])
+    export.main([str(small_run)])
     obs = np.random.default_rng(0).normal(0, 3, (50, 3)).astype(np.float32)
     with np.load(small_run / "policy.npz") as policy:
         _, expected = sac.act(policy, (), obs)

@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_mjx_unitree as unitree
 from ppo_mjx_unitree import mjx
-from tools import export_policy
+from tools import export
 
 SCRIPT = Path(unitree.__file__)
 FACTS = json.loads(Path(__file__).with_name("g1_facts.json").read_text())  # all that is here and not in the script
@@ -1177,7 +1177,7 @@ def test_exported_policy_is_the_actor(trained, env):
     np.testing.assert_allclose(act(policy, obs), mean, atol=1e-5)
     np.testing.assert_allclose(act(policy, obs[3]), mean[3], atol=1e-5)
     onnx, file = pytest.importorskip("onnx"), trained[0] / "policy.onnx"
-    export_policy.main([str(trained[0])])  # takes the script that run.json names
+    export.main([str(trained[0])])  # takes the script that run.json names
     onnx.checker.check_model(onnx.load(file), full_check=True)
     (action,) = pytest.importorskip("onnx.reference").ReferenceEvaluator(str(file)).run(None, {"obs": obs})
     np.testing.assert_allclose(action, mean, atol=1e-5)
@@ -1191,7 +1191,7 @@ def test_exported_memory_is_input_and_output(tmp_path):
         return memory, 2.0 * memory - 1.0
     script = types.SimpleNamespace(act=act, initial_memory=lambda batch=(): np.zeros((*batch, 3)))
     policy = {"obs_mean": np.zeros(4), "w0": np.random.default_rng(0).standard_normal((4, 3))}
-    export_policy.export(script, policy, tmp_path / "policy.onnx")
+    export.write_onnx(script, policy, tmp_path / "policy.onnx")
     graph = pytest.importorskip("onnx.reference").ReferenceEvaluator(str(tmp_path / "policy.onnx"))
     memory = expected = np.zeros((2, 3), np.float32)
     for obs in np.random.default_rng(1).standard_normal((3, 2, 4)).astype(np.float32):
@@ -1205,7 +1205,7 @@ def test_export_refuses_what_is_no_run(tmp_path, capsys, content):
     for name, text in content.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit) as stop:
-        export_policy.main([str(tmp_path)])
+        export.main([str(tmp_path)])
     assert stop.value.code == 2 and str(tmp_path) in capsys.readouterr().err and not list(tmp_path.glob("*.onnx"))
 
 def test_resumed_is_uninterrupted(trained, tmp_path):
