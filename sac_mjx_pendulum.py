@@ -1011,7 +1011,7 @@ def learn(
 
 
 def summarize(
-    state: TrainState, metrics: dict[str, jax.Array], report: Report
+    learner: Learner, worlds: Worlds, metrics: dict[str, jax.Array], report: Report
 ) -> dict[str, jax.Array]:
     """What goes to TensorBoard, by tag; what is NaN is not logged.
 
@@ -1025,10 +1025,10 @@ def summarize(
         "charts/episodic_return": returns / episodes,
         "charts/episodic_length": lengths / episodes,
         "charts/episodes_finished": episodes,
-        "charts/nan_resets": state.worlds.times_broken.sum(),
+        "charts/nan_resets": worlds.times_broken.sum(),
         "charts/skipped_in_a_row": jnp.nanmax(metrics["charts/skipped_in_a_row"]),
         "charts/skipped_updates": sum(
-            opt_state.total_notfinite for opt_state in state.learner.opt_state.values()
+            opt_state.total_notfinite for opt_state in learner.opt_state.values()
         ),
         "angles": report.start.data.qpos[:, :4, 0],  # of four pendulums, for tools/
     }
@@ -1075,7 +1075,7 @@ def train_iteration(
         check_vma=False,
     )
     state, (metrics, report, box) = run(state)
-    return state, summarize(state, metrics, report) | {"black_box": box}
+    return state, summarize(state.learner, state.worlds, metrics, report) | {"black_box": box}
 
 
 def interact_and_draw(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple:
@@ -1104,11 +1104,20 @@ def host_iteration(
         learner, metrics = learn_program(learner, jax.device_put(mbs, minibatch_sharding))
         history.append((metrics, report))
 
-    metrics, report = jax.tree.map(lambda *steps: jnp.stack(steps), *history)
+    metrics = conclude(learner, worlds, history)
     learner = learner.replace(iteration=learner.iteration + 1)
-    state = TrainState(learner=learner, worlds=worlds, buffer=buffer)
+    return TrainState(learner=learner, worlds=worlds, buffer=buffer), metrics
+
+
+@jax.jit
+def conclude(learner: Learner, worlds: Worlds, history: list) -> dict[str, jax.Array]:
+    """What an iteration has to tell, of its steps' metrics and reports.
+
+    As one program: of many small ones, each over all devices, two could wait for each other.
+    """
+    metrics, report = jax.tree.map(lambda *steps: jnp.stack(steps), *history)
     box = black_box(report.start, report.action, report.end.env_state.info["broken"])
-    return state, summarize(state, metrics, report) | {"black_box": box}
+    return summarize(learner, worlds, metrics, report) | {"black_box": box}
 
 
 def compile_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState) -> tuple[Any, list]:

@@ -61,7 +61,7 @@ def close(got, expected, tolerance=1e-5):
 
 # ---- Random programs -----------------------------------------------------------------------
 
-PROGRAMS = 60
+PROGRAMS = 40
 PROGRAM_WORLDS = 21  # a full vector of 16 worlds and a part of one
 TABLE = np.sin(np.arange(700, dtype=np.float32))  # large enough to be read from memory
 
