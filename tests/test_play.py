@@ -211,12 +211,12 @@ def count_frames(file) -> tuple[int, float]:
 def test_film(tmp_path, player):
     """Each command for its seconds, at 25 frames a second."""
     file = tmp_path / "film.mp4"
-    command_line = [str(tmp_path), "--record", str(file), "--commands", "1 0 0, 0 0 0.6,", "--seconds", "0.4"]
+    command_line = [str(tmp_path), "--record", str(file), "--commands", "1 0 0, 0 0 0.6,", "--seconds", "0.2"]
     with pytest.raises(SystemExit):
         play.main(command_line)
     command_line[4] = "1 0 0, 0 0 0.6"
     play.main(command_line)
-    assert count_frames(file) == (20, 25)
+    assert count_frames(file) == (10, 25)
 
 
 def test_task_without_commands(tmp_path, capsys):
@@ -233,8 +233,8 @@ def test_task_without_commands(tmp_path, capsys):
     assert player.world.original.elapsed == 0
 
     file = tmp_path / "film.mp4"
-    play.main([str(tmp_path), "--record", str(file), "--seconds", "0.4"])
-    assert count_frames(file) == (10, 25)
+    play.main([str(tmp_path), "--record", str(file), "--seconds", "0.2"])
+    assert count_frames(file) == (5, 25)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         play.main([str(tmp_path), "--record", str(file), "--commands", "1 0 0"])
