@@ -180,9 +180,11 @@ def test_loop(player, monkeypatch, capsys):
     assert "+0.1" in viewer.texts[-1][3]
     assert clock.now == pytest.approx(10 * unitree.CONTROL_DT + 0.05)
 
-    play.play(player, FakeViewer(2, {0: lambda: clock.sleep(9)}))
-    assert clock.now == pytest.approx(10 * unitree.CONTROL_DT + 0.05 + 9), "no leap of 9 s"
-    assert player.world.original.elapsed == 14
+    start = clock.now
+    play.play(player, FakeViewer(31, {0: lambda: clock.sleep(9)}))
+    made_up = 10  # steps of the 9 s: the rest has become slow motion
+    assert clock.now - start == pytest.approx(9 + (31 - 1 - made_up) * unitree.CONTROL_DT)
+    assert made_up * unitree.CONTROL_DT == play.MOST_BEHIND
 
 
 def test_window(player, monkeypatch):
@@ -209,14 +211,14 @@ def count_frames(file) -> tuple[int, float]:
 
 
 def test_film(tmp_path, player):
-    """Each command for its seconds, at 25 frames a second."""
+    """Each command for its seconds, at real speed, with 25 frames a second."""
     file = tmp_path / "film.mp4"
-    command_line = [str(tmp_path), "--record", str(file), "--commands", "1 0 0, 0 0 0.6,", "--seconds", "0.2"]
-    with pytest.raises(SystemExit):
-        play.main(command_line)
-    command_line[4] = "1 0 0, 0 0 0.6"
-    play.main(command_line)
+    commands = play.read_commands("1 0 0, 0 0 0.6", player.world.ranges)
+    np.testing.assert_array_equal(commands, [[1, 0, 0], [0, 0, 0.6]])
+    play.record(player, commands, 0.2, file)
     assert count_frames(file) == (10, 25)
+    assert player.world.data.time == pytest.approx(0.4)
+    np.testing.assert_array_equal(player.command, commands[1])
 
 
 def test_task_without_commands(tmp_path, capsys):
@@ -247,6 +249,7 @@ def test_task_without_commands(tmp_path, capsys):
     (["--record", "film.mp4", "--seconds", "nan"], "--seconds nan"),
     (["--record", "film.mp4", "--commands", "1 0"], "three numbers"),
     (["--record", "film.mp4", "--commands", "1 0 x"], "could not convert"),
+    (["--record", "film.mp4", "--commands", "1 0 0,"], "three numbers"),
     (["--record", "film.mp4", "--commands", "3 0 0"], "is not between"),
     (["--record", "film.mp4", "--seed", "-1"], "--seed -1"),
     (["--commands", "1 0 0"], "--commands is for --record"),
