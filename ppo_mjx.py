@@ -18,7 +18,7 @@
 """PPO on Gymnasium's MuJoCo tasks, on MuJoCo XLA (MJX): one file, one compiled program.
 
     python ppo_mjx.py --num-envs 256        train HalfCheetah; to watch: tensorboard --logdir runs
-    python ppo_mjx.py --resume runs/NAME    continue a stopped run, bit for bit
+    python ppo_mjx.py --resume runs/NAME    continue a run that was stopped, bit for bit
     python ppo_mjx.py --evaluate runs/NAME  test its policy in MJX, in C MuJoCo and in Gymnasium
     python ppo_mjx.py --smoke               check the installation on this machine
 
@@ -271,17 +271,17 @@ class Task:
     time_limit: int = 1000  # steps
     max_speed: float = 200.0  # m/s and rad/s: faster physics are broken; random actions reach 30
 
-    # Actions move the controls over each actuator's whole range. Not None, for position servos: by at
-    # most so much, in rad or m, from the controls that hold the pose of the start.
+    # None: actions move the controls over each actuator's whole range. A number is for position
+    # servos: actions move them by at most so much, in rad or m, from the pose of the start.
     servo_offset: float | None = None
 
-    # The pose that episodes start from: this keyframe, or the first where the model has no `home`.
-    # Without keyframes, or for None, the model's own.
+    # The pose that episodes start from: this keyframe; for `home`, if no keyframe has that name,
+    # the first one. For None, and for a model without keyframes, it is the model's own pose.
     keyframe: str | None = "home"
 
     # The episode goes on while these hold
     healthy_z: tuple[float, float] = (-math.inf, math.inf)  # m, height of the torso
-    max_pitch: float = math.inf  # rad, of the coordinate after z, which a planar robot pitches by
+    max_pitch: float = math.inf  # rad, for planar robots: the coordinate after z is their pitch
     max_state: float = math.inf  # m, rad, m/s and rad/s: all coordinates and velocities but x and z
 
     # Reward
@@ -332,8 +332,8 @@ class Task:
         """Position along the forward axis, in m, and what is sensed besides coordinates.
 
         field: a function from a name to MuJoCo's array of that name. As in Gymnasium, the arrays
-        belong to the moment whose forces were computed last: with Runge-Kutta the end of the step
-        as its last stage guesses it, with Euler's method the start of the last physics step.
+        are as of the last computation of forces. With Euler's method that is the start of the last
+        physics step; with Runge-Kutta it is that step's last stage, which estimates its end.
         """
         source, *index = self.position
         x = field(source)[tuple(index)]
@@ -347,7 +347,7 @@ class Task:
         return x, senses
 
     def observe(self, now: Snapshot, xp=jnp) -> Any:
-        """Coordinates but those that tell where the robot is, velocities, senses: [..., O]."""
+        """Coordinates except those of the robot's place, velocities, senses: [..., O]."""
         coordinates = now.qpos[..., self.first_observed :]
         velocities = xp.clip(now.qvel, -self.velocity_clip, self.velocity_clip)
         senses = [now.senses[name] for name, _ in self.sensed]
@@ -360,7 +360,7 @@ class Task:
         rest = now.qpos[..., self.first_observed + 1 :]
 
         at_height = (min_z < z) & (z < max_z)
-        # [:1]: a robot of few coordinates may have none after z.
+        # [:1], not [0]: a robot with few coordinates may have none after z.
         upright = (xp.abs(rest[..., :1]) < self.max_pitch).all(axis=-1)
         state = xp.concatenate([rest, now.qvel], axis=-1)
         bounded = (xp.abs(state) < self.max_state).all(axis=-1)
@@ -369,8 +369,8 @@ class Task:
     def reward_terms(self, now: Snapshot, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
         """The terms of the reward, which is their sum: name -> [...].
 
-        x_velocity: [...] m/s; action: [..., A], the controls as measured from those of action 0,
-        the middle of their range or the standing pose; healthy: bool [...].
+        x_velocity: [...] m/s. action: [..., A], the controls minus those of action 0, which are the
+        middle of their range or hold the standing pose. healthy: bool [...].
         """
         terms = {
             "reward_forward": self.forward_reward * x_velocity,
@@ -616,7 +616,7 @@ def gymnasium_models() -> Path | None:
 
 
 def find_mjcf(task: Task) -> Path:
-    """The model's file: Gymnasium's of that name, else a path from this script's folder on."""
+    """The model's file: Gymnasium's of that name, else a path relative to this script's folder."""
     folder = gymnasium_models()
     plain_name = Path(task.mjcf).name == task.mjcf
     if folder and plain_name and (folder / task.mjcf).exists():
@@ -648,7 +648,7 @@ class State:
     data: Physics
     obs: jax.Array  # [O]
     reward: jax.Array  # []
-    done: jax.Array  # [] float, 1 if terminated. NOT Transition.done: see info["truncated"]
+    done: jax.Array  # [] float, 1 if terminated. At the time limit 0, unlike Transition.done
     metrics: dict[str, jax.Array]  # the reward's terms
     info: dict[str, jax.Array]
     # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
@@ -659,8 +659,8 @@ class State:
 def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
     """One step of one world's physics.
 
-    onekernel's step equals MJX's to rounding, up to two things: its solver stops as soon as it has
-    converged, and a capsule steeper than 60 degrees gets C MuJoCo's friction directions.
+    onekernel's step equals MJX's to rounding, except that its solver stops as soon as it has
+    converged, and that it follows C MuJoCo where MJX does not (docs/onekernel.md lists where).
     """
     if onekernel:
         return onekernel.mjx.step(model, data)
@@ -689,7 +689,7 @@ def physics_forward(model: mjx.Model, data: mjx.Data) -> mjx.Data:
         return mjx.forward(model, data)
 
 
-# Fields that are given, or that coordinates and velocities determine without collisions or forces.
+# Fields that are given, or follow from coordinates and velocities without collisions or forces.
 KINEMATIC_FIELDS = frozenset(
     {
         *("qpos", "qvel", "ctrl", "xpos", "xquat", "xmat", "xipos", "ximat", "xanchor", "xaxis"),
@@ -730,7 +730,7 @@ def control_range(
         return (highest - lowest) / 2, (highest + lowest) / 2
 
     bias = start.ctrl.copy()
-    if not bias.any():  # the keyframe tells no controls: a servo stays where it is
+    if not bias.any():  # the keyframe has no controls: a servo stays where it is
         stiffness = -model.actuator_biasprm[:, 1]
         is_servo = (stiffness > 0) & (stiffness == model.actuator_gainprm[:, 0])
         bias = np.where(is_servo, start.actuator_length, 0.0)
@@ -823,7 +823,7 @@ class Env:
         )
 
     def advance(self, data: Physics, action: jax.Array) -> tuple[Physics, Snapshot]:
-        """frame_skip steps of physics. Returns the state after them, and what is known of it."""
+        """frame_skip steps of physics. Returns the state after them, and what the formulas need."""
 
         def substep(carry, _):
             data, full = carry
@@ -841,8 +841,8 @@ class Env:
         if "cfrc_ext" in dict(self.task.sensed):
             full = smooth.rne_postconstraint(self.model, full)
 
-        # `data` is the end of the control step. What MuJoCo computes from the coordinates, like
-        # xpos, stands in `full` as of before the last integration (Task.sense tells when).
+        # `data` is the state at the end of the control step. What MuJoCo computes from it, like
+        # xpos, is older in `full`: from before the last integration (see Task.sense).
         now = self.measure(data, full)
         source, *index = self.task.position
         if source == "qpos":

@@ -989,8 +989,8 @@ class State:
 def physics_step(model: mjx.Model, data: mjx.Data) -> mjx.Data:
     """One step of one world's physics.
 
-    onekernel's step equals MJX's to rounding, up to two things: its solver stops as soon as it has
-    converged, and a capsule steeper than 60 degrees gets C MuJoCo's friction directions.
+    onekernel's step equals MJX's to rounding, except that its solver stops as soon as it has
+    converged, and that it follows C MuJoCo where MJX does not (docs/onekernel.md lists where).
     """
     if onekernel:
         return onekernel.mjx.step(model, data)
