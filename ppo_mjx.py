@@ -1627,6 +1627,7 @@ class CMujocoEnv:
 
     def step(self, action):
         x_before = self.now.x
+        time_before = self.data.time
         self.data.ctrl = action
         mujoco.mj_step(self.model, self.data, nstep=self.task.frame_skip)
         mujoco.mj_rnePostConstraint(self.model, self.data)  # for the wrenches
@@ -1634,11 +1635,14 @@ class CMujocoEnv:
 
         obs = self.observe()
         healthy = self.task.is_healthy(self.now, np)
+        slow = (np.abs(self.data.qvel) < self.task.max_speed).all()
+        broken = not slow or self.data.time <= time_before  # MuJoCo starts broken physics anew
         x_velocity = (self.now.x - x_before) / self.env.control_dt
         effort = action - self.env.action_bias
         terms = self.task.reward_terms(self.now, x_velocity, effort, healthy, np)
+        reward = 0.0 if broken else sum(terms.values())
         truncated = self.elapsed >= self.env.time_limit
-        return obs, sum(terms.values()), not healthy, truncated, {}
+        return obs, reward, broken or not healthy, truncated, {}
 
 
 def make_gymnasium(env: Env):
@@ -1654,7 +1658,11 @@ def make_gymnasium(env: Env):
     if name not in gymnasium.registry:
         return None
 
+    mujoco.set_mju_user_warning(
+        lambda message: None
+    )  # of settings that its models have from of old
     theirs = gymnasium.make(name)
+    mujoco.set_mju_user_warning(None)
     simulator = theirs.unwrapped
     if find_mjcf(env.task) != Path(simulator.fullpath):
         return None
@@ -1769,8 +1777,16 @@ def make_camera(model: mujoco.MjModel) -> int | mujoco.MjvCamera:
     camera = mujoco.MjvCamera()
     mujoco.mjv_defaultFreeCamera(model, camera)
     is_root = (model.body_parentid == 0) & (np.arange(model.nbody) > 0)
+    root = int(np.argmax(is_root * model.body_subtreemass))
     camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING
-    camera.trackbodyid = int(np.argmax(is_root * model.body_subtreemass))
+    camera.trackbodyid = root
+
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    own = model.body_rootid[model.geom_bodyid] == root
+    if own.any():  # the default distance shows the whole floor
+        away = np.linalg.norm(data.geom_xpos[own] - data.xpos[root], axis=1)
+        camera.distance = 4 * float((away + model.geom_rbound[own]).max())
     return camera
 
 
@@ -1785,6 +1801,7 @@ def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
     camera = make_camera(original.model)
     every = max(1, round(0.02 / env.control_dt))  # steps of one frame
     frames_per_second = 1 / (every * env.control_dt)
+    say(f"filming {len(path[::every])} pictures")
     with writing(file):
         file.parent.mkdir(exist_ok=True)
         with warnings.catch_warnings(action="ignore"):
@@ -2040,6 +2057,7 @@ def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
     names = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
     refused = [name for name in names if name not in RESUME_FLAGS]
     require(not refused, f"--resume: {file} differs from run.json in {', '.join(refused):.200}")
+    say(f"going on after iteration {int(file.stem)}: {file}")
     with or_fail(f"--resume: {file} was written by other code"):
         if "total_timesteps" in names:
             change = f"from {theirs['total_timesteps']} to {args.total_timesteps} steps"

@@ -151,12 +151,15 @@ def sources(names: list[str], earlier: str | None = None) -> str:
     earlier: what the physics were in versions before onekernel, for figures that depend on them; a
     file of today names llvmlite among its versions.
     """
-    lines = [f"\n{describe(names[0])}"] if len(names) == 1 else [""]
-    lines += [f"- {describe(name)}" for name in names] if len(names) > 1 else []
     old = [name for name in names if "llvmlite" not in load(name).get("versions", {})]
+    lines = [""]
     if earlier and old:
         which = "Measured" if old == names else f"{', '.join(old)}: measured"
-        lines += ["", f"**{which} with an earlier version of the scripts ({earlier}).**"]
+        lines.append(f"{which} with an earlier version of the scripts ({earlier}).")
+    if len(names) == 1:
+        lines.append(describe(names[0]))
+    else:
+        lines += ["", *(f"- {describe(name)}" for name in names)]
     return "\n".join(lines) + "\n"
 
 

@@ -140,7 +140,8 @@ def describe(report: Report, model: mujoco.MjModel, path: Path) -> None:
     cone = short(mujoco.mjtCone(model.opt.cone))
     report.say(
         f"time step {1000 * model.opt.timestep:g} ms, integrator {integrator}, {cone} cones, solver"
-        f" {solver} of {model.opt.iterations} iterations, {model.opt.ls_iterations} in a line"
+        f" {solver} of at most {model.opt.iterations} iterations,"
+        f" {model.opt.ls_iterations} in each line search"
     )
     cameras = [model.camera(number).name for number in range(model.ncam)]
     if "track" not in cameras:
@@ -519,12 +520,15 @@ def check_effect(report: Report, model: mujoco.MjModel, task: ppo.Task) -> None:
     idle = []
     for actuator in range(model.nu):
         ends = []
+        trouble = ""
         for action in (-1, 1):
             data = copy.copy(start)
             data.ctrl[actuator] = bias[actuator] + action * scale[actuator]
             mujoco.mj_step(model, data, nstep=max(round(0.1 / model.opt.timestep), 2))
             ends.append(data.qpos.copy())
-        if np.abs(ends[0] - ends[1]).max() < 1e-6:
+            trouble = trouble or broken(data)
+        # Of physics that break nothing can be said: MuJoCo resets them.
+        if not trouble and np.abs(ends[0] - ends[1]).max() < 1e-6:
             idle.append(actuator)
     if idle:
         names = list_names(model, "actuator", idle)
@@ -750,8 +754,6 @@ def check_speed(
     report: Report, model: mujoco.MjModel, file: Path, walk: Walk, args: argparse.Namespace
 ) -> None:
     report.title("MJX beside C MuJoCo, and speed")
-    if walk.trouble:
-        report.look(f"C MuJoCo breaks under random actions ({walk.trouble}): {STABLE}")
     arms = ["onekernel"] if ppo.onekernel else []
     if not args.no_xla or not arms:
         arms.append("XLA")
@@ -840,7 +842,7 @@ def suggest(report: Report, model: mujoco.MjModel, task: ppo.Task, walk: Walk) -
     if model.jnt_type[0] == mujoco.mjtJoint.mjJNT_FREE:
         height = start_of(model, task).qpos[2]
         rows.append((f"healthy_z=({0.5 * height:.2g}, math.inf)", f"m; it starts at {height:.2g}"))
-    if 5 * speed > ppo.Task.max_speed:
+    if 5 * speed > ppo.Task.max_speed and not walk.trouble:
         bound = f"max_speed={round_up(5 * speed):g}"
         rows.append((bound, f"random actions reach {speed:.3g} ({name})"))
     if task.servo_offset is not None:
@@ -848,10 +850,11 @@ def suggest(report: Report, model: mujoco.MjModel, task: ppo.Task, walk: Walk) -
     if model.nsensor:
         rows.append(('sensed=(("sensordata", 0),)', "if the policy is to see the sensors"))
     rows.append(("num_envs=256", "on a GPU some thousand"))
-    report.title('A row for TASKS in ppo_mjx.py, to begin with: "MyRobot": Task(')
+    report.title("A row for TASKS in ppo_mjx.py, to begin with")
+    report.say('"MyRobot": Task(')
     for text, comment in rows:
-        report.say(f"  {text}," + (f"  # {comment}" if comment else ""))
-    report.say(")")
+        report.say(f"    {text}," + (f"  # {comment}" if comment else ""))
+    report.say("),")
     report.say(
         f'enough for the solver: <option iterations="{iterations}"'
         f' ls_iterations="{ls_iterations}"/>; the file has {model.opt.iterations} and'
@@ -882,6 +885,8 @@ def check(args: argparse.Namespace) -> int:
     check_actuators(report, model, task)
     if report.stops == 0:
         walk = walk_at_random(model, task)
+        if walk.trouble:
+            report.look(f"C MuJoCo breaks under random actions ({walk.trouble}): {STABLE}")
         if not args.quick:
             check_speed(report, model, file, walk, args)
         suggest(report, model, task, walk)
