@@ -2524,12 +2524,13 @@ def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
     names = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
     refused = [name for name in names if name not in RESUME_FLAGS]
     require(not refused, f"--resume: {file} differs from run.json in {', '.join(refused):.200}")
-    say(f"going on after iteration {int(file.stem)}: {file}")
     with or_fail(f"--resume: {file} was written by other code"):
-        if "total_timesteps" in names:
-            change = f"from {theirs['total_timesteps']} to {args.total_timesteps} steps"
-            say(f"made longer, {change}: schedules go on as in a run of the new length")
-        return from_arrays(saved, state)
+        state = from_arrays(saved, state)
+    say(f"going on after iteration {int(file.stem)}: {file}")
+    if "total_timesteps" in names:
+        change = f"from {theirs['total_timesteps']} to {args.total_timesteps} steps"
+        say(f"made longer, {change}: schedules go on as in a run of the new length")
+    return state
 
 
 def inherit(run_dir: Path, learner: Learner) -> Learner:

@@ -122,13 +122,14 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_broken_checkpoint_is_told_and_the_one_before_taken(copy, capsys, damage):
-    """One line, and the state of the checkpoint before."""
+    """One line, and the state of the checkpoint before, which another line names."""
     newest, before, _ = sac.checkpoints(copy)
     newest.write_bytes(DAMAGES[damage](newest.read_bytes()))
     args, start = start_of(copy)
     state = sac.restore(args, copy, start)
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and f"{newest} is broken" in out and "trying the one before" in out
+    told, taken = capsys.readouterr().out.splitlines()
+    assert f"{newest} is broken" in told and "trying the one before" in told
+    assert taken.endswith(f"going on after iteration {int(before.stem)}: {before}")
     assert same(sac.to_arrays(state), loaded(before))
 
 def refused(capsys, call) -> str:
