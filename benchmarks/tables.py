@@ -390,6 +390,16 @@ def onekernel_compiling() -> str:
     return markdown(header, rows) + sources(["onekernel"])
 
 
+def dense() -> str:
+    rows = []
+    for row in load("dense")["rows"]:
+        size = " x ".join(map(str, row["size"]))
+        numbers = [three_digits(row[key]) for key in ("onekernel us", "XLA us", "XLA / onekernel")]
+        rows.append([row["network"], size, row["product"], *numbers])
+    header = ["", "rows x inputs x outputs", "product", "microseconds", "XLA's", "XLA / onekernel"]
+    return markdown(header, rows) + sources(["dense"])
+
+
 def onekernel_xla() -> str:
     names = names_like("onekernel_xla*")
     rows = []
@@ -719,6 +729,7 @@ TABLES = {
         peers_return,
         onekernel_speed,
         onekernel_compiling,
+        dense,
         onekernel_xla,
         g1_time,
         g1_test,

@@ -1,4 +1,4 @@
-"""Products of small matrices for CPUs, two to four times as fast as XLA's.
+"""Products of small matrices for CPUs, faster than XLA's where the left one is transposed.
 
 A network's layers are products of some hundred rows by some hundred columns. XLA's own take long to
 begin with such sizes: they bring blocks into another order first, as pays for large matrices.
@@ -169,11 +169,10 @@ def module_ir(layout: str, lanes: int | None = None) -> str:
     lanes = lanes or cpu.vector_width()
     registers = 16 if lanes == 8 else 32  # AVX2's; AVX-512's and NEON's
     most = 2 if registers == 16 else 4  # vectors of a tile
-    lines = [
-        declarations(lanes),
-        *(line for vectors in range(1, most + 1) for line in panel_ir(vectors, lanes, registers)),
-        *product_ir(most, lanes),
-    ]
+    lines = [declarations(lanes)]
+    for vectors in range(1, most + 1):
+        lines += panel_ir(vectors, lanes, registers)
+    lines += product_ir(most, lanes)
     if layout == "right transposed":
         lines += transposition_ir(lanes)
     return "\n".join([*lines, *handler_ir(layout)])
@@ -215,15 +214,17 @@ def panel_ir(vectors: int, lanes: int, registers: int) -> list[str]:
     ]
 
 
+def name_in(label: str, what: str, *numbers: int) -> str:
+    """The name of a value in the loop of this label."""
+    return ".".join((f"%{label}", what, *map(str, numbers)))
+
+
 def tile_ir(label: str, height: int, vectors: int, lanes: int) -> list[str]:
     """The loop over tiles of so many rows, from %LABEL to %end."""
     vector = f"<{lanes} x float>"
     masked = f"<{lanes} x i1> %mask"
     tiles = [(i, j) for i in range(height) for j in range(vectors)]
-
-    def name(what: str, *numbers: int) -> str:
-        return ".".join((f"%{label}", what, *map(str, numbers)))
-
+    name = functools.partial(name_in, label)
     first = name("first")
     lines = [
         f"{label}:",
@@ -277,6 +278,22 @@ def tile_ir(label: str, height: int, vectors: int, lanes: int) -> list[str]:
         f"br i1 {name('more')}, label %{label}.sum, label %{label}.store",
         f"{label}.store:",
     ]
+    lines += store_ir(label, height, vectors, lanes)
+    return [
+        *lines,
+        f"{name('next')} = add i64 {name('wanted')}, {height}",
+        f"{name('again')} = icmp slt i64 {name('next')}, %rows",
+        f"br i1 {name('again')}, label %{label}, label %end",
+    ]
+
+
+def store_ir(label: str, height: int, vectors: int, lanes: int) -> list[str]:
+    """A tile's way from its registers into the result."""
+    vector = f"<{lanes} x float>"
+    masked = f"<{lanes} x i1> %mask"
+    tiles = [(i, j) for i in range(height) for j in range(vectors)]
+    name = functools.partial(name_in, label)
+    lines = []
     for i in range(height):
         lines += [
             f"{name('to.offset', i)} = mul i64 {name('number', i)}, %columns",
@@ -291,12 +308,7 @@ def tile_ir(label: str, height: int, vectors: int, lanes: int) -> list[str]:
             lines.append(
                 f"call void @llvm.masked.store.v{lanes}f32.p0({value}, ptr {place}, i32 4, {masked})"
             )
-    return [
-        *lines,
-        f"{name('next')} = add i64 {name('wanted')}, {height}",
-        f"{name('again')} = icmp slt i64 {name('next')}, %rows",
-        f"br i1 {name('again')}, label %{label}, label %end",
-    ]
+    return lines
 
 
 def mask_ir(name: str, count: str, lanes: int) -> list[str]:
@@ -431,12 +443,20 @@ def handler_ir(layout: str) -> list[str]:
         work += ffi.load(f"sizes{operand}", f"%operand{operand}.buffer", ffi.BUFFER_DIMENSIONS)
         for axis in (0, 1):
             work += ffi.load(f"size{operand}.{axis}", f"%sizes{operand}", 8 * axis, "i64")
-    rows, summed, row, step = "%size0.0", "%size0.1", "%size0.1", "1"
-    columns, right = "%size1.1", "%operand1"
+    rows = "%size0.0"
+    summed = "%size0.1"
+    columns = "%size1.1"
+    right = "%operand1"
+    row = summed  # numbers from one of the left matrix to the next row's
+    step = "1"  # and to the next one of its row
     if layout == "left transposed":
-        rows, summed, row, step = "%size0.1", "%size0.0", "1", "%size0.1"
+        rows = "%size0.1"
+        summed = "%size0.0"
+        row = "1"
+        step = rows
     if layout == "right transposed":
-        columns, right = "%size1.0", "%scratch"
+        columns = "%size1.0"
+        right = "%scratch"
         work.append("call void @transpose(ptr %scratch, ptr %operand1, i64 %size1.0, i64 %size1.1)")
     work += [
         f"call void @product(ptr %result0, ptr %operand0, ptr {right}, i64 {rows}, "
