@@ -157,7 +157,7 @@ class Args:
     """check this installation: a short run, which is resumed and must end the same"""
 
     # The environment
-    robot: Literal["g1", "g1_29dof", "h1", "h1_2", "go2"] = "g1"
+    robot: Literal["g1", "g1_29dof", "h1", "h1_2", "go2", "go2_no_clock"] = "g1"
     """a row of ROBOTS"""
     decimation: Annotated[int, Range(1, 100)] = 4
     """physics steps in one control step of 0.02 s"""
@@ -189,23 +189,25 @@ class Args:
     """largest relative error of the torque, the same for all motors, as from a low battery"""
     action_delay: Fraction = 1.0
     """largest delay of an action, in control steps"""
+    curriculum: Fraction = 0.05
+    """share of the training over which all of this grows, as far as commands are followed; 0: none"""
 
     # The algorithm, with CleanRL's names
-    total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
+    total_timesteps: Annotated[int, Range(1, 2**62)] = 9_000_000
     """environment steps, over all worlds"""
-    learning_rate: NonNegative = 1e-3
+    learning_rate: NonNegative = 3e-3
     """Adam's step size at the start"""
-    num_envs: Count = 256
+    num_envs: Count = 512
     """worlds, over all devices"""
-    num_steps: Count = 16
+    num_steps: Count = 24
     """steps of each world in one rollout"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
     """lambda of the generalised advantage estimate"""
-    num_minibatches: Count = 16
+    num_minibatches: Count = 12
     """minibatches of one epoch"""
-    update_epochs: Annotated[int, Range(1, 1e3)] = 5
+    update_epochs: Annotated[int, Range(1, 1e3)] = 2
     """passes over a rollout"""
     clip_coef: NonNegative = 0.2
     """clipping range of the probability ratio"""
@@ -215,19 +217,15 @@ class Args:
     """weight of the entropy bonus at the end; linear in between"""
     vf_coef: NonNegative = 1.0
     """weight of the value loss"""
-    mirror_coef: NonNegative = 1.0
-    """weight of the mirror-symmetry loss; 0 for none"""
     imitation_coef: NonNegative = 0.5
     """weight, at the start, of the loss that draws the actor to a simple stepping motion"""
-    imitation_until: Annotated[float, Range(1e-9, 1)] = 0.04
+    imitation_until: Annotated[float, Range(1e-9, 1)] = 0.1
     """share of the training over which the imitation loss fades out"""
-    standing_after: Fraction = 0.4
-    """share of the training after which the same loss draws robots told to stand to their pose"""
     max_grad_norm: NonNegative = 1.0
     """gradients are scaled down to this norm"""
-    desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.02
+    desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.05
     """adapt the step size to this KL divergence; None: anneal it linearly to 0"""
-    hidden_sizes: tuple[int, ...] = (256, 128)
+    hidden_sizes: tuple[int, ...] = (128, 128)
     """widths of the ELU layers, in the actor and in the critic"""
     init_log_std: Annotated[float, Range(-20, 20)] = -1.0
     """log of the policy's standard deviation at the start"""
@@ -321,7 +319,7 @@ class Robot:
 
     # The gait. A leg and its image are half a period apart, so that a mirror shows the gait as it
     # is half a period later.
-    gait_period: float  # s, a multiple of CONTROL_DT
+    gait_period: float  # s, an even number of control steps
     gait_offsets: tuple[float, ...]  # phase of each foot, as a share of the period
     stance_share: float  # of the period, that a foot spends on the floor
     swing_height: float  # m, of the foot's body in the air
@@ -416,6 +414,45 @@ BIPED_COMMANDS = {
     "turn left 0.6": (0.0, 0.0, 0.6),
     "turn right 0.6": (0.0, 0.0, -0.6),
     "mixed": (0.5, 0.2, 0.5),
+}
+
+
+def go2_legs(ends: str, thigh: float, turn: float) -> dict[str, Joint]:
+    """The joints of the Go2's front or rear legs.
+
+    ends: F or R; thigh: its default angle, rad; turn: what a command to turn does to the hip, s.
+    """
+    hip = Joint(stiffness=20, damping=0.5, default=0.1, sweep=(0.0, 0.35, turn))
+    leg = {
+        "hip": hip,
+        "thigh": Joint(stiffness=20, damping=0.5, default=thigh, lift=0.3, sweep=(-0.35, 0.0, 0.0)),
+        "calf": Joint(stiffness=20, damping=0.5, default=-1.5, lift=-0.6),
+    }
+    right_hip = {f"{ends}R_hip": dataclasses.replace(hip, default=-0.1)}
+    return both_legs(leg, sides=(f"{ends}L", f"{ends}R")) | right_hip
+
+
+GO2_JOINTS = go2_legs("F", thigh=0.8, turn=0.1) | go2_legs("R", thigh=1.0, turn=-0.1)
+GO2_WEIGHTS = {
+    "track_velocity": 1.0,
+    "track_yaw": 0.5,
+    "vertical_velocity": -2.0,
+    "roll_pitch_rate": -0.05,
+    "joint_acceleration": -2.5e-7,
+    "torque": -2e-4,
+    "action_change": -0.01,
+    "joint_limits": -10.0,
+}
+GO2_COMMANDS = {
+    "stand": (0.0, 0.0, 0.0),
+    "forward 0.5": (0.5, 0.0, 0.0),
+    "forward 1.0": (1.0, 0.0, 0.0),
+    "backward 0.5": (-0.5, 0.0, 0.0),
+    "left 0.5": (0.0, 0.5, 0.0),
+    "right 0.5": (0.0, -0.5, 0.0),
+    "turn left 0.8": (0.0, 0.0, 0.8),
+    "turn right 0.8": (0.0, 0.0, -0.8),
+    "mixed": (0.6, 0.3, 0.5),
 }
 
 ROBOTS = {
@@ -557,54 +594,41 @@ ROBOTS = {
         stance_share=0.55,
         swing_height=0.09,
     ),
-    # As at Unitree's it has no clock and finds its gait by itself; unlike there, the actor does not
-    # see the base's velocity, which a robot cannot measure. With clock=True, weights of "gait" and
-    # "swing_height" make it trot.
+    # A trot by the clock: diagonal legs together.
     "go2": Robot(
         mjcf="go2.xml",
-        joints=both_legs(
-            {
-                "hip": Joint(stiffness=20, damping=0.5, default=0.1),
-                "thigh": Joint(stiffness=20, damping=0.5, default=0.8),
-                "calf": Joint(stiffness=20, damping=0.5, default=-1.5),
-            },
-            sides=("FL", "FR"),
-        )
-        | both_legs(
-            {
-                "hip": Joint(stiffness=20, damping=0.5, default=0.1),
-                "thigh": Joint(stiffness=20, damping=0.5, default=1.0),
-                "calf": Joint(stiffness=20, damping=0.5, default=-1.5),
-            },
-            sides=("RL", "RR"),
-        )
-        | {
-            "FR_hip": Joint(stiffness=20, damping=0.5, default=-0.1),
-            "RR_hip": Joint(stiffness=20, damping=0.5, default=-0.1),
-        },
+        joints=GO2_JOINTS,
         feet=("FL_foot", "FR_foot", "RL_foot", "RR_foot"),
-        weights={
-            "track_velocity": 1.0,
-            "track_yaw": 0.5,
-            "vertical_velocity": -2.0,
-            "roll_pitch_rate": -0.05,
-            "joint_acceleration": -2.5e-7,
-            "torque": -2e-4,
-            "action_change": -0.01,
-            "joint_limits": -10.0,
-            "air_time": 1.0,
+        weights=GO2_WEIGHTS
+        | {
+            "track_velocity": 2.0,
+            "track_yaw": 1.0,
+            "gait": 0.5,
+            "swing_height": -20.0,
+            "torque": -5e-5,
         },
-        test_commands={
-            "stand": (0.0, 0.0, 0.0),
-            "forward 0.5": (0.5, 0.0, 0.0),
-            "forward 1.0": (1.0, 0.0, 0.0),
-            "backward 0.5": (-0.5, 0.0, 0.0),
-            "left 0.5": (0.0, 0.5, 0.0),
-            "right 0.5": (0.0, -0.5, 0.0),
-            "turn left 0.8": (0.0, 0.0, 0.8),
-            "turn right 0.8": (0.0, 0.0, -0.8),
-            "mixed": (0.6, 0.3, 0.5),
-        },
+        test_commands=GO2_COMMANDS,
+        start_height=0.42,
+        target_height=0.3,
+        min_height=0.15,
+        max_tilt=0.8,
+        gait_period=0.48,
+        gait_offsets=(0.0, 0.5, 0.5, 0.0),
+        stance_share=0.5,
+        swing_height=0.08,
+        command_x=(-1.0, 1.0),
+        command_y=(-1.0, 1.0),
+        command_yaw=(-1.0, 1.0),
+        added_mass=(-1.0, 1.0),
+    ),
+    # As at Unitree's it has no clock and finds its gait by itself; unlike there, the actor does not
+    # see the base's velocity, which a robot cannot measure. It takes many times as many steps.
+    "go2_no_clock": Robot(
+        mjcf="go2.xml",
+        joints=GO2_JOINTS,
+        feet=("FL_foot", "FR_foot", "RL_foot", "RR_foot"),
+        weights=GO2_WEIGHTS | {"air_time": 1.0},
+        test_commands=GO2_COMMANDS,
         start_height=0.42,
         target_height=0.3,
         min_height=0.15,
@@ -692,7 +716,7 @@ def make_controller(robot: Robot) -> Controller:
 
 
 # Payloads: variants of the model with another mass and centre of the base. PAYLOAD_FIELDS are the
-# fields that differ.
+# fields that differ. The first one is the robot as it is.
 NUM_PAYLOADS = 64
 PAYLOAD_FIELDS = (
     "body_mass",
@@ -704,7 +728,7 @@ PAYLOAD_FIELDS = (
 
 
 def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
-    """PAYLOAD_FIELDS of random payloads: name -> [NUM_PAYLOADS, ...].
+    """PAYLOAD_FIELDS of no payload and of random ones: name -> [NUM_PAYLOADS, ...].
 
     MuJoCo computes what follows from mass and centre, so that they are drawn before training, and
     not at each reset. `model` is changed.
@@ -714,8 +738,8 @@ def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
     mass = model.body_mass[1]  # of the base; 0 is the world
     center = model.body_ipos[1].copy()
 
-    payloads = {name: [] for name in PAYLOAD_FIELDS}
-    for _ in range(NUM_PAYLOADS):
+    payloads = {name: [getattr(model, name).copy()] for name in PAYLOAD_FIELDS}
+    for _ in range(NUM_PAYLOADS - 1):
         model.body_mass[1] = mass + random.uniform(*args.added_mass)
         shift = random.uniform(-args.shifted_center, args.shifted_center, 3)
         model.body_ipos[1] = center + shift
@@ -768,12 +792,24 @@ def seen_parts(robot: Robot, who: str) -> dict[str, Part]:
     return {name: part for name, part in SEEN[who].items() if robot.clock or name != "clock"}
 
 
+def cross_product(a, b, xp=jnp):
+    """Of vectors [..., 3]. On single vectors it is five times as fast as numpy.cross."""
+    a1, a2, a3 = a[..., 0], a[..., 1], a[..., 2]
+    b1, b2, b3 = b[..., 0], b[..., 1], b[..., 2]
+    return xp.stack([a2 * b3 - a3 * b2, a3 * b1 - a1 * b3, a1 * b2 - a2 * b1], axis=-1)
+
+
 def to_base_frame(quat, vector, xp=jnp):
     """Turn a vector [..., 3] of the world by the inverse of a quaternion [..., 4], w x y z."""
     w = quat[..., :1]
     axis = -quat[..., 1:]
-    cross = xp.cross(axis, vector)
-    return vector + 2 * (w * cross + xp.cross(axis, cross))
+    cross = cross_product(axis, vector, xp)
+    return vector + 2 * (w * cross + cross_product(axis, cross, xp))
+
+
+def stands(command):
+    """Whether the command [..., 3] is to stand still: bool [...]."""
+    return (command == 0).all(axis=-1)
 
 
 def sense(robot: Robot, qpos, qvel, command, action, elapsed, xp=jnp) -> dict[str, Any]:
@@ -853,9 +889,9 @@ def mirror_actions(robot: Robot, actions, xp=jnp):
     return mirror_joints(robot, actions, xp, robot.acted)
 
 
-def mirror_observation(robot: Robot, obs, xp=jnp):
-    """The actor's observation [..., O] as a mirror shows it."""
-    parts = seen_parts(robot, "actor")
+def mirror_observation(robot: Robot, obs, xp=jnp, who="actor"):
+    """What the actor or the critic sees, [..., O], as a mirror shows it."""
+    parts = seen_parts(robot, who)
     mirrored = []
     for name, where in part_slices(robot, parts).items():
         part = obs[..., where]
@@ -869,8 +905,23 @@ def mirror_observation(robot: Robot, obs, xp=jnp):
     return xp.concatenate(mirrored, axis=-1)
 
 
+def in_mirror(robot: Robot, command, elapsed):
+    """Whether the networks see the world in a mirror, and their actions are mirrored: bool [...].
+
+    A robot is its own mirror image, and a mirror shows its gait half a period later. Who looks into
+    the mirror in the second half of each period always sees the first half, and what the networks
+    learn for one leg holds for the other: they have half as much to learn, and are symmetric
+    whatever they have learnt. Without a clock they see no commands to the right.
+    command: [..., 3]; elapsed: [...] control steps.
+    """
+    if robot.clock:
+        return elapsed % robot.gait_ticks >= robot.gait_ticks // 2
+    return command[..., 2] + 1e-3 * command[..., 1] < 0  # the turn decides, if there is one
+
+
 # ---- 4. Rewards ----------------------------------------------------------------------------------
 TRACKING_WIDTH = 0.25  # (m/s)^2 and (rad/s)^2, as in legged_gym's tracking_sigma
+STANDING_WIDTH = 0.04  # (m/s)^2, under the command to stand: who drifts by 0.2 m/s loses 63%
 
 
 @struct.dataclass
@@ -920,8 +971,9 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
     walks = jnp.linalg.norm(m.command[:2]) > 0.1  # m/s
     bent = robot.joint_array("posture") * jnp.square(m.angles - robot.joint_array("default"))
 
+    width = jnp.where(stands(m.command), STANDING_WIDTH, TRACKING_WIDTH)
     terms = {
-        "track_velocity": jnp.exp(-velocity_error / TRACKING_WIDTH),
+        "track_velocity": jnp.exp(-velocity_error / width),
         "track_yaw": jnp.exp(-yaw_error / TRACKING_WIDTH),
         "alive": jnp.ones(()),
         # Feet that are where the clock wants them, less the others.
@@ -979,9 +1031,9 @@ class State:
     done: jax.Array  # [] float, 1 if the robot fell; the time limit is in info
     metrics: dict[str, jax.Array]  # the reward's terms, and the errors of tracking
     info: dict[str, Any]
-    # key: of the commands, pushes and noise; command: [3]; action: [A], the last one;
+    # key: of the commands, pushes and noise; command: [3]; action: [A], the last one, in no mirror;
     # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
-    # domain: see Env.draw_domain; airborne: [F] steps since each foot was on the floor, only where
+    # domain, level: see Env.draw_domain; airborne: [F] steps since each foot was on the floor, only where
     # the robot's reward asks for it
 
 
@@ -1062,40 +1114,58 @@ class Env:
         stand = jax.random.uniform(stand_key) < args.standing
         return jnp.where(slow | stand, 0.0, command)
 
-    def draw_domain(self, key: jax.Array) -> dict[str, jax.Array]:
-        """What domain randomisation draws for one episode."""
+    def draw_domain(self, key: jax.Array, level) -> dict[str, jax.Array]:
+        """What domain randomisation draws for one episode.
+
+        level: from 0, the robot as it is, to 1, all that the flags allow.
+        """
         args = self.args
-        keys = jax.random.split(key, 6)
-        stiffness_key, damping_key, strength_key, friction_key, payload_key, delay_key = keys
+        keys = jax.random.split(key, 7)
+        stiffness_key, damping_key, strength_key, friction_key, *payload_keys, delay_key = keys
 
         def factor(key, largest_error, shape):
             error = jax.random.uniform(key, shape, minval=-largest_error, maxval=largest_error)
-            return 1 + error
+            return 1 + level * error
 
         low, high = args.friction
+        usual = self.model.geom_friction[self.soles[0, 0], 0]
+        friction = jax.random.uniform(friction_key, (), minval=low, maxval=high)
+        loaded = jax.random.uniform(payload_keys[0]) < level
+        payload = jax.random.randint(payload_keys[1], (), 0, NUM_PAYLOADS)
         longest = round(args.action_delay * args.decimation)
+        delay = jax.random.randint(delay_key, (), 0, longest + 1)
         return {
             "stiffness": factor(stiffness_key, args.gain_noise, self.controller.stiffness.shape),
             "damping": factor(damping_key, args.gain_noise, self.controller.damping.shape),
             "strength": factor(strength_key, args.strength_noise, ()),
-            "friction": jax.random.uniform(friction_key, (), minval=low, maxval=high),
-            "payload": jax.random.randint(payload_key, (), 0, NUM_PAYLOADS),
-            "delay": jax.random.randint(delay_key, (), 0, longest + 1),  # physics steps
+            "friction": usual + level * (friction - usual),
+            "payload": jnp.where(loaded, payload, 0),
+            "delay": jnp.round(level * delay).astype(jnp.int32),  # physics steps
         }
 
     def observations(
-        self, key: jax.Array, data: Physics, command: jax.Array, action: jax.Array, elapsed
+        self, key: jax.Array, data: Physics, command: jax.Array, action: jax.Array, elapsed, level
     ) -> dict[str, jax.Array]:
-        """The actor's [O], with noise, and the critic's [O + 3]."""
-        senses = sense(self.robot, data.qpos, data.qvel, command, action, elapsed)
+        """The actor's [O], with noise, and the critic's [O + 3]; in the mirror, see `in_mirror`.
+
+        elapsed: [] control steps; level: [] share of the noise.
+        """
+        robot = self.robot
+        senses = sense(robot, data.qpos, data.qvel, command, action, elapsed)
         obs = {who: observe(parts, senses) for who, parts in self.seen.items()}
         noise = jax.random.uniform(key, obs["actor"].shape, minval=-1.0, maxval=1.0)
-        return {"actor": obs["actor"] + self.noise * noise, "critic": obs["critic"]}
+        obs["actor"] += level * self.noise * noise
 
-    def reset(self, key: jax.Array) -> State:
+        mirrored = in_mirror(robot, command, elapsed)
+        return {
+            who: jnp.where(mirrored, mirror_observation(robot, values, who=who), values)
+            for who, values in obs.items()
+        }
+
+    def reset(self, key: jax.Array, level=1.0) -> State:
         """A new episode near the default pose, with another body and command.
 
-        key: one PRNG key.
+        key: one PRNG key; level: [] share of what is random in body, observation and pushes.
         """
         keys = jax.random.split(key, 6)
         next_key, angle_key, velocity_key, command_key, domain_key, noise_key = keys
@@ -1120,7 +1190,7 @@ class Env:
         timed = {"airborne": jnp.zeros(len(self.feet), jnp.int32)} if self.timed else {}
         return State(
             data=data,
-            obs=self.observations(noise_key, data, command, action, elapsed),
+            obs=self.observations(noise_key, data, command, action, elapsed, level),
             reward=zero,
             done=zero,
             metrics=dict.fromkeys([*names, "error_velocity", "error_yaw"], zero),
@@ -1131,7 +1201,8 @@ class Env:
                 "elapsed": elapsed,
                 "truncated": no,
                 "broken": no,
-                "domain": self.draw_domain(domain_key),
+                "domain": self.draw_domain(domain_key, level),
+                "level": jnp.float32(level),
                 **timed,
             },
         )
@@ -1180,7 +1251,7 @@ class Env:
 
         It splits the key as `step` does, so that `Twin` can repeat it.
         """
-        limit = self.args.push_speed
+        limit = info["level"] * self.args.push_speed
         due_key, push_key = jax.random.split(jax.random.split(info["key"], 4)[1])
         push = jax.random.uniform(push_key, (2,), minval=-limit, maxval=limit)
         due = jax.random.uniform(due_key) < CONTROL_DT / self.args.push_every
@@ -1197,8 +1268,6 @@ class Env:
     ) -> Motion:
         """What the rewards look at after a step from `before` to `data`; info: before it."""
         quat = data.qpos[3:7]
-        # Then the rewards want both feet on the floor, though the observed clock runs on.
-        standing = (info["command"] == 0).all()
         before_landing = info.get("airborne", 0) * readings["contact"]
         return Motion(
             command=info["command"],
@@ -1211,7 +1280,8 @@ class Env:
             accelerations=(data.qvel[6:] - before.qvel[6:]) / CONTROL_DT,
             action=action,
             action_before=info["action"],
-            stance=is_stance(self.robot, info["elapsed"] + 1) | standing,
+            # Told to stand, it is to have all feet on the floor, though the observed clock runs on.
+            stance=is_stance(self.robot, info["elapsed"] + 1) | stands(info["command"]),
             flight=jnp.where(before_landing > 0, (before_landing + 1) * CONTROL_DT, 0.0),
             **readings,
         )
@@ -1220,9 +1290,12 @@ class Env:
         """One control step.
 
         action: [A], the targets of the joints that it moves, as offsets from the default pose,
-            divided by the robot's action_scale and the joints' reach.
+            divided by the robot's action_scale and the joints' reach; in the mirror where the
+            observation is.
         """
         info = state.info
+        mirrored = in_mirror(self.robot, info["command"], info["elapsed"])
+        action = jnp.where(mirrored, mirror_actions(self.robot, action), action)
         # The second key is that of `push`.
         next_key, _, command_key, noise_key = jax.random.split(info["key"], 4)
         pushed = state.data.replace(qvel=state.data.qvel.at[:2].add(self.push(info)))
@@ -1246,7 +1319,7 @@ class Env:
         # The step is rewarded for the old command; the next one is observed already.
         command = self.next_command(command_key, info["command"])
         elapsed = info["elapsed"] + 1
-        obs = self.observations(noise_key, data, command, action, elapsed)
+        obs = self.observations(noise_key, data, command, action, elapsed, info["level"])
         return State(
             data=data,
             obs={name: jnp.where(sane, new, state.obs[name]) for name, new in obs.items()},
@@ -1261,6 +1334,7 @@ class Env:
                 "truncated": elapsed >= self.time_limit,
                 "broken": ~sane,
                 "domain": info["domain"],
+                "level": info["level"],
                 **timed,
             },
         )
@@ -1402,6 +1476,7 @@ class Learner:
     params: dict  # "actor" and "critic": Flax parameters; "log_std": [A]
     opt_state: optax.OptState  # of the parameters as one vector
     learning_rate: jax.Array  # []
+    level: jax.Array  # [] of the curriculum, that episodes begin with: see Env.draw_domain
     obs_stats: dict[str, RunningStats]  # of the actor's and the critic's observations
     return_stats: RunningStats  # [], of the discounted return
     key: jax.Array  # of the shuffles
@@ -1521,7 +1596,9 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     actor_key, critic_key, shuffle_key, reset_key, clock_key, world_key = keys
 
     n = args.num_envs
-    env_state = jax.vmap(kernel(env.reset))(jax.random.split(reset_key, n))
+    level = jnp.float32(0.0 if args.curriculum else 1.0)
+    reset_keys = jax.random.split(reset_key, n)
+    env_state = jax.vmap(kernel(env.reset))(reset_keys, jnp.broadcast_to(level, (n,)))
     # The worlds' clocks start at random, so that their time limits do not come all at once.
     # Their first observation still has the clock of step 0; one step later it is right.
     env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.time_limit)
@@ -1540,6 +1617,7 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
         params=params,
         opt_state=make_optimizer(args).init(vector),
         learning_rate=jnp.float32(args.learning_rate),
+        level=level,
         obs_stats={name: start_stats(values.shape) for name, values in obs.items()},
         return_stats=start_stats(()),
         key=shuffle_key,
@@ -1614,7 +1692,9 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
             valid=~broken,
             finished=done & ~broken & (end.episode_length == state.info["elapsed"]),
         )
-        fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key, end.times_broken)
+        level = jnp.broadcast_to(learner.level, done.shape)
+        reset = jax.vmap(kernel(env.reset))(reset_key, level)
+        fresh = start_worlds(reset, key, end.times_broken)
         return where_done(done, fresh, end), transition
 
     return jax.lax.scan(step, worlds, None, length=args.num_steps)
@@ -1693,8 +1773,7 @@ def stepping_action(robot: Robot, obs: jax.Array) -> jax.Array:
     stance = jnp.minimum(phases / robot.stance_share, 1.0)
     swing = jnp.maximum((phases - robot.stance_share) / (1 - robot.stance_share), 0.0)
 
-    standing = (command == 0).all(axis=-1, keepdims=True)
-    up = jnp.where(standing, 0.0, jnp.sin(math.pi * swing))
+    up = jnp.where(stands(command)[..., None], 0.0, jnp.sin(math.pi * swing))
     ahead = jnp.cos(math.pi * (stance - swing))  # 1 at landing, -1 at lift-off
 
     legs = robot.leg_of_joint[robot.acted]  # [A]
@@ -1704,26 +1783,6 @@ def stepping_action(robot: Robot, obs: jax.Array) -> jax.Array:
     return (up[..., legs] * lift + sweep) / reach
 
 
-def imitation_weight(args: Args, robot: Robot, iteration: jax.Array, obs: dict) -> jax.Array:
-    """How much each sample is drawn to the stepping motion: [...] in 0 to 1.
-
-    All at first, then less and less; and later, once more, those that are told to stand and move
-    slower than 0.25 m/s: a faster one was pushed and has to step. obs: of actor and critic,
-    [..., O].
-    """
-    command = obs["actor"][..., part_slices(robot, seen_parts(robot, "actor"))["command"]]
-    where = part_slices(robot, seen_parts(robot, "critic"))["velocity"]
-    velocity = obs["critic"][..., where][..., :2]
-    slow = 0.25 * OBSERVATION["velocity"].scale  # 0.25 m/s
-
-    steps = iteration * float(args.steps_per_iteration)  # float: int32 would overflow
-    total = args.total_timesteps
-    stands = (command == 0).all(axis=-1) & (steps >= args.standing_after * total)
-    stands &= jnp.linalg.norm(velocity, axis=-1) < slow
-    fading = jnp.maximum(1 - steps / (args.imitation_until * total), 0.0)
-    return jnp.where(stands, 1.0, fading)
-
-
 def ppo_loss(
     args: Args, env: Env, learner: Learner, params: dict, mb: Batch, ent_coef: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -1731,19 +1790,14 @@ def ppo_loss(
 
     learner: the one that acted, for its statistics and standard deviation; params: those that are
     learnt; ent_coef: [], weight of the entropy bonus.
-    Source: arXiv:1707.06347, equations 7 and 9; of the mirror loss 1801.08093, equation 6; the
-    imitation loss is ours.
+    Source: arXiv:1707.06347, equations 7 and 9; the imitation loss is ours.
     """
     robot = env.robot
     mean_valid = partial(masked_mean, valid=mb.valid)
     memory = initial_memory(mb.advantage.shape)  # single steps have no past
 
-    def policy_at(actor_obs: jax.Array) -> Gaussian:
-        obs = normalize(learner.obs_stats["actor"], actor_obs)
-        _, policy = apply_policy(args, env, params, memory, obs)
-        return policy
-
-    policy = policy_at(mb.obs["actor"])
+    actor_obs = normalize(learner.obs_stats["actor"], mb.obs["actor"])
+    _, policy = apply_policy(args, env, params, memory, actor_obs)
     old_policy = Gaussian(mb.mean, learner.params["log_std"])
     ratio = jnp.exp(policy.log_prob(mb.action) - old_policy.log_prob(mb.action))
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
@@ -1755,22 +1809,18 @@ def ppo_loss(
     value = critic.apply(params["critic"], critic_obs)[..., 0]
     value_loss = 0.5 * mean_valid(jnp.square(value - mb.target))
 
-    mirrored_policy = policy_at(mirror_observation(robot, mb.obs["actor"]))
-    error = mirrored_policy.mean - mirror_actions(robot, policy.mean)
-    mirror_loss = mean_valid(jnp.square(error).mean(axis=-1))
-
     imitation_loss = jnp.zeros(())
     if robot.clock:  # without one, there is no motion to imitate
-        weight = imitation_weight(args, robot, learner.iteration, mb.obs)
+        progress = learner.iteration / float(args.num_iterations)  # float: int32 would overflow
+        fading = jnp.maximum(1 - progress / args.imitation_until, 0.0)
         error = policy.mean - stepping_action(robot, mb.obs["actor"])
-        imitation_loss = mean_valid(weight * jnp.square(error).mean(axis=-1))
+        imitation_loss = fading * mean_valid(jnp.square(error).mean(axis=-1))
 
     entropy = policy.entropy()
     loss = (
         policy_loss
         - ent_coef * entropy
         + args.vf_coef * value_loss
-        + args.mirror_coef * mirror_loss
         + args.imitation_coef * imitation_loss
     )
     metrics = {
@@ -1778,7 +1828,6 @@ def ppo_loss(
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/mirror_loss": mirror_loss,
         "losses/imitation_loss": imitation_loss,
         "losses/clipfrac": mean_valid(jnp.abs(ratio - 1) > args.clip_coef),
         # Exact, unlike CleanRL's approx_kl.
@@ -1943,6 +1992,18 @@ def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
     }
 
 
+WELL_TRACKED = 0.42  # share of the reward for the velocity; who stands whatever is told gets less
+
+
+def next_level(args: Args, robot: Robot, level: jax.Array, reward: jax.Array) -> jax.Array:
+    """The curriculum's level after an iteration. reward: mean of the term track_velocity."""
+    if not args.curriculum:
+        return level
+    tracked = reward / (CONTROL_DT * robot.weights["track_velocity"])
+    change = 1 / (args.curriculum * args.num_iterations)
+    return jnp.clip(level + jnp.where(tracked > WELL_TRACKED, change, -change), 0.0, 1.0)
+
+
 def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict, dict]:
     """Rollout, advantages and update with one device's worlds.
 
@@ -1965,16 +2026,20 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
         name: update_stats(stats, steps.start.obs[name], steps.valid)
         for name, stats in learner.obs_stats.items()
     }
-    learner = learner.replace(obs_stats=obs_stats, return_stats=return_stats)
 
     terms = {
         name.replace("_", "/", 1): masked_mean(term, steps.valid)  # reward_x -> reward/x
         for name, term in steps.end.env_state.metrics.items()
     }
     metrics |= mean_over_devices(terms)
-    metrics |= {"losses/explained_variance": explained_variance}
+    metrics |= {"losses/explained_variance": explained_variance, "charts/level": learner.level}
     metrics |= episode_metrics(worlds, steps)
 
+    learner = learner.replace(
+        obs_stats=obs_stats,
+        return_stats=return_stats,
+        level=next_level(args, env.robot, learner.level, metrics["reward/track_velocity"]),
+    )
     box = black_box(steps.start, steps.action, steps.end.env_state.info["broken"])
     return TrainState(learner=learner, worlds=worlds), metrics, box
 
@@ -2003,9 +2068,34 @@ def train_iteration(
 
 
 # ---- 13. Evaluation ------------------------------------------------------------------------------
+def mirror_rules(robot: Robot) -> dict[str, np.ndarray]:
+    """How `act` sees a robot's observation [O] in the mirror, as `Env` shows it to the networks.
+
+    mirror_when: [O], whose product with the observation is positive where `in_mirror` is true (of
+    the clock it makes the sine half a control step later, as no step is then on the border);
+    mirror_obs: [O, O] and mirror_action: [A, A], by which observation and action are multiplied
+    there.
+    """
+    parts = seen_parts(robot, "actor")
+    where = part_slices(robot, parts)
+    size = max(columns.stop for columns in where.values())
+    mirror_when = np.zeros(size, np.float32)
+    if robot.clock:
+        half_step = math.pi / robot.gait_ticks
+        mirror_when[where["clock"]] = [-math.cos(half_step), -math.sin(half_step)]
+    else:
+        scale = np.array(parts["command"].scale)
+        mirror_when[where["command"]] = np.array([0.0, -1e-3, -1.0]) / scale
+    return {
+        "mirror_when": mirror_when,
+        "mirror_obs": mirror_observation(robot, np.eye(size, dtype=np.float32), np),
+        "mirror_action": mirror_actions(robot, np.eye(len(robot.acted), dtype=np.float32), np),
+    }
+
+
 def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
-    """All that the deterministic policy needs: normaliser, layers w0, b0, w1, ..."""
-    policy = {
+    """All that the deterministic policy needs: mirror, normaliser, layers w0, b0, w1, ..."""
+    policy = mirror_rules(env.robot) | {
         "obs_mean": learner.obs_stats["actor"].mean,
         "obs_var": learner.obs_stats["actor"].var,
     }
@@ -2021,12 +2111,15 @@ def act(policy: dict, memory: tuple, obs, xp=np) -> tuple[tuple, Any]:
 
     The actions [..., A] are the distribution's mean. NumPy suffices.
     """
+    mirrored = obs @ policy["mirror_when"][:, None] > 0  # [..., 1]
+    obs = xp.where(mirrored, obs @ policy["mirror_obs"], obs)
     x = xp.clip((obs - policy["obs_mean"]) / xp.sqrt(policy["obs_var"] + 1e-8), -10.0, 10.0)
     last = sum(name.startswith("w") for name in policy) - 1
     for i in range(last):
         x = x @ policy[f"w{i}"] + policy[f"b{i}"]
         x = xp.where(x > 0, x, xp.expm1(xp.minimum(x, 0.0)))  # ELU
-    return memory, x @ policy[f"w{last}"] + policy[f"b{last}"]
+    action = x @ policy[f"w{last}"] + policy[f"b{last}"]
+    return memory, xp.where(mirrored, action @ policy["mirror_action"], action)
 
 
 class CMujocoEnv:
@@ -2266,6 +2359,8 @@ class Twin:
         env = self.env
         data = self.data
         domain = self.info["domain"]
+        if in_mirror(env.robot, self.info["command"], self.info["elapsed"]):
+            action = mirror_actions(env.robot, action, np)
         gains = {name: domain[name] for name in ("stiffness", "damping", "strength")}
 
         data.qvel[:2] += env.push(self.info)

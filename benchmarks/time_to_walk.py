@@ -1,13 +1,17 @@
-"""Seconds, from the start of the process, until the G1's policy passes its test in C MuJoCo; what each trick is worth.
+"""Minutes, from the start of the process, until a robot's policy passes its test in C MuJoCo.
 
-    python benchmarks/time_to_walk.py --seeds 1
-    python benchmarks/time_to_walk.py --ablations --seeds 1 2 --total-timesteps 4000000 --name g1_ablations
-        --flags="--imitation-until 0.15 --standing-after 1"
+    python benchmarks/time_to_walk.py --robots g1 --seeds 1 2 3 4 5
+    python benchmarks/time_to_walk.py --ablations --seeds 1 2 3 --name g1_ablations
 
-Each training is one process that starts with an empty compile cache (--compile-cache: with the user's). Its policies
-are copied while it trains and put to the script's test when it has ended. first_update_s are the seconds until the
-first iteration's metrics are in TensorBoard's file. Ablations train with one trick left out at a
-time. Writes benchmarks/results/NAME.json, and the last policy of the first seed to --policy.
+Each training is a process of its own that starts with an empty compile cache (--compile-cache: with
+the user's). Its policies are copied while it trains, and put to the script's own test when it has
+ended. `first_update_s` are the seconds until the first iteration's metrics are in TensorBoard's
+file, `first_pass` is the first policy that passes, `all_pass` the first one from which on all pass.
+
+With --ablations each training lacks one trick, and the last policies alone are tested.
+
+Writes benchmarks/results/NAME.json, NAME being time_to_walk by default, and the last policy of each
+robot's first seed to the folder --policies.
 """
 
 import contextlib
@@ -27,106 +31,155 @@ import numpy as np
 import tyro
 from time_to_return import watch
 
-VARIANTS = {  # flags, and weights of the reward that differ
-    "as it is": ([], {}),
-    "no mirror loss": (["--mirror-coef", "0"], {}),
-    "no imitation loss": (["--imitation-coef", "0"], {}),
-    "no gait reward": ([], {"gait": 0.0}),
-    "fixed step size, 3e-4 to 0": (["--desired-kl", "None", "--learning-rate", "3e-4"], {}),
+# What to leave out: flags, weights of the reward that differ, and whether the networks see the
+# world in the mirror.
+VARIANTS = {
+    "as it is": ([], {}, True),
+    "no mirror": ([], {}, False),
+    "no imitation loss": (["--imitation-coef", "0"], {}, True),
+    "no curriculum": (["--curriculum", "0"], {}, True),
+    "no gait reward": ([], {"gait": 0.0}, True),
+    "fixed step size, 1e-3 to 0": (["--desired-kl", "None", "--learning-rate", "1e-3"], {}, True),
     "nothing randomised": (
-        "--obs-noise 0 --push-speed 0 --friction 1 1 --added-mass 0 0 --shifted-center 0 --gain-noise 0 "
-        "--strength-noise 0 --action-delay 0".split(), {}),
-}  # fmt: skip
+        "--obs-noise 0 --push-speed 0 --friction 1 1 --added-mass 0 0 --shifted-center 0 "
+        "--gain-noise 0 --strength-noise 0 --action-delay 0".split(),
+        {},
+        True,
+    ),
+}
+RESULTS = ("passed", "falls", "error", "yaw", "drift")
 
 
 @dataclasses.dataclass
 class Args:
+    robots: tuple[str, ...] = ("g1",)
     seeds: tuple[int, ...] = (1,)
-    total_timesteps: int = 15_000_000
-    checkpoint_every: int = 150  # iterations between two policies; the test of one takes 42 s of a core
+    checkpoint_every: float = 0.06  # share of the training between two policies
     flags: str = ""  # further flags for ppo_mjx_unitree.py
-    ablations: bool = False  # all variants, of which the last policies alone are judged
+    ablations: bool = False  # all variants, of which the last policies alone are tested
     name: str = "time_to_walk"  # of the JSON file
-    policy: str | None = None  # where the last policy of the first seed is copied to
+    policies: str | None = None  # folder that the last policies are copied to
     compile_cache: bool = False  # take compiled programs from the cache, and keep them
     smoke: bool = False  # one short run of each variant
 
 
-def child(argv: list[str]) -> None:
-    """What the training process runs: the script, with other weights."""
+def child(robot: str, variant: str, argv: list[str]) -> None:
+    """What the training process runs: the script, with one trick left out."""
     import ppo_mjx_unitree as unitree
 
-    robot, weights = unitree.ROBOTS["g1"], json.loads(argv[0])
-    unitree.ROBOTS["g1"] = dataclasses.replace(robot, weights=robot.weights | weights)
-    unitree.finish = lambda *_: {}  # judged below
-    unitree.main(argv[1:])
+    _, weights, mirror = VARIANTS[variant]
+    row = unitree.ROBOTS[robot]
+    unitree.ROBOTS[robot] = dataclasses.replace(row, weights=row.weights | weights)
+    if not mirror:
+        rules = unitree.mirror_rules
+        unitree.in_mirror = lambda robot, command, elapsed: elapsed < 0
+        unitree.mirror_rules = lambda robot: (
+            rules(robot) | {"mirror_when": 0 * rules(robot)["mirror_when"]}
+        )
+    unitree.finish = lambda *_: {}  # tested below
+    unitree.main(["--robot", robot, *argv])
 
 
-def judge(file: Path) -> dict:
+def judge(robot: str, file: Path) -> dict:
     """The script's own test."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import ppo_mjx_unitree as unitree
 
     with np.load(file) as arrays, contextlib.redirect_stdout(io.StringIO()):
-        return unitree.judge(unitree.ROBOTS["g1"], dict(arrays))
+        return unitree.judge(unitree.ROBOTS[robot], dict(arrays))
 
 
-def train(args: Args, variant: str, seed: int, folder: Path) -> tuple[list[dict], dict, float]:
+def train(
+    args: Args, robot: str, variant: str, seed: int, folder: Path
+) -> tuple[list[dict], dict, float]:
     """What `watch` returns of one training."""
-    flags, weights = VARIANTS[variant]
-    command = [sys.executable, __file__, "--child", json.dumps(weights), "--seed", str(seed)]
-    command += ["--runs-dir", str(folder / "runs"), "--total-timesteps", str(args.total_timesteps)]
-    command += ["--checkpoint-every", str(args.checkpoint_every), *flags]
-    command += ["--compile-cache" if args.compile_cache else "--no-compile-cache", *args.flags.split()]
-    return watch(command, folder)
+    command = [sys.executable, __file__, "--child", robot, variant, "--seed", str(seed)]
+    command += ["--runs-dir", str(folder / "runs")]
+    command += ["--checkpoint-every", str(args.checkpoint_every), *VARIANTS[variant][0]]
+    command += ["--compile-cache" if args.compile_cache else "--no-compile-cache"]
+    return watch(command + args.flags.split(), folder)
+
+
+def milestones(curve: list[dict]) -> dict[str, dict | None]:
+    """The first policy that passes, and the first one from which on all pass."""
+    passed = [policy["passed"] for policy in curve]
+    all_pass = next((i for i in range(len(curve)) if all(passed[i:])), None)
+    return {
+        "first_pass": curve[passed.index(True)] if any(passed) else None,
+        "all_pass": None if all_pass is None else curve[all_pass],
+    }
+
+
+def measure(args: Args, robot: str, variant: str, seed: int) -> dict:
+    """One training with its tests: a row of the result."""
+    with tempfile.TemporaryDirectory() as folder:
+        curve, run, seconds = train(args, robot, variant, seed, Path(folder))
+        if args.ablations:
+            curve = curve[-1:]
+        with ProcessPoolExecutor(common.count_cores()) as pool:
+            files = [policy["file"] for policy in curve]
+            results = list(pool.map(judge, [robot] * len(files), files))
+        if args.policies and seed == args.seeds[0]:
+            shutil.copy(files[-1], Path(args.policies) / f"{robot}_policy.npz")
+
+    batch = run["args"]["num_envs"] * run["args"]["num_steps"]
+    for policy, result in zip(curve, results, strict=True):
+        policy |= {"steps": policy.pop("iteration") * batch}
+        policy |= {key: result[key] for key in RESULTS}
+        policy.pop("file")
+    return {
+        "robot": robot,
+        "variant": variant,
+        "seed": seed,
+        "process_s": round(seconds, 1),
+        "first_update_s": run["first_update_s"],
+        **milestones(curve),
+        "passing": sum(policy["passed"] for policy in curve),
+        "final": curve[-1],
+        "curve": curve,
+        "final_table": results[-1]["table"],
+        "run": run,
+    }
+
+
+def summarise(rows: list[dict]) -> dict:
+    """Medians over the seeds; seconds are infinite where a training never passed."""
+
+    def seconds(row: dict, milestone: str) -> float:
+        return row[milestone]["seconds"] if row[milestone] else float("inf")
+
+    summary = {key: statistics.median(row["final"][key] for row in rows) for key in RESULTS[1:]}
+    summary["first_update_s"] = statistics.median(row["first_update_s"] for row in rows)
+    for milestone in ("first_pass", "all_pass"):
+        summary[f"{milestone}_s"] = statistics.median(seconds(row, milestone) for row in rows)
+    summary["passed at the end"] = sum(row["final"]["passed"] for row in rows)
+    return summary
 
 
 def main(args: Args) -> None:
     if args.smoke:
-        short = {"seeds": (1,), "total_timesteps": 20_000, "checkpoint_every": 2}
+        short = {"seeds": (1,), "flags": "--total-timesteps 30000", "checkpoint_every": 1.0}
         args = dataclasses.replace(args, **short)
     rows = []
-    for seed in args.seeds:
-        for variant in VARIANTS if args.ablations else ["as it is"]:
-            with tempfile.TemporaryDirectory() as folder:
-                policies, run, seconds = train(args, variant, seed, Path(folder))
-                if args.ablations:
-                    policies = policies[-1:]
-                with ProcessPoolExecutor(common.count_cores()) as pool:
-                    results = list(pool.map(judge, [policy["file"] for policy in policies]))
-                if args.policy and not rows:
-                    shutil.copy(policies[-1]["file"], args.policy)
-            batch = run["args"]["num_envs"] * run["args"]["num_steps"]
-            for policy, result in zip(policies, results, strict=True):
-                policy |= {"steps": policy.pop("iteration") * batch}
-                policy |= {key: result[key] for key in ("passed", "falls", "error", "yaw", "drift")}
-                policy.pop("file")
-            first = next((policy for policy in policies if policy["passed"]), None)
-            row = {
-                "variant": variant, "seed": seed, "process_s": round(seconds, 1),
-                "first_update_s": run["first_update_s"], "first_pass": first,
-                "passing": sum(policy["passed"] for policy in policies), "final": policies[-1]}  # fmt: skip
-            print(json.dumps(row), flush=True)
-            rows.append(row | {"curve": policies, "final_table": results[-1]["table"], "run": run})
-            write(args, rows)
+    for robot in args.robots:
+        for seed in args.seeds:
+            for variant in VARIANTS if args.ablations else ["as it is"]:
+                row = measure(args, robot, variant, seed)
+                rows.append(row)
+                shown = {key: row[key] for key in row if key not in ("curve", "final_table", "run")}
+                print(json.dumps(shown), flush=True)
 
-
-def write(args: Args, rows: list[dict]) -> None:
-    """The table so far, and all of it as JSON."""
-    summary = {}
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        mine = [row for row in rows if row["variant"] == variant]
-        summary[variant] = {
-            key: statistics.median(row["final"][key] for row in mine) for key in ("falls", "error", "yaw", "drift")}
-        summary[variant]["first_update_s"] = statistics.median(row["first_update_s"] for row in mine)
-        times = [row["first_pass"]["seconds"] if row["first_pass"] else float("inf") for row in mine]
-        summary[variant]["seconds to the first pass"] = statistics.median(times)
+                summary = {}
+                for key in dict.fromkeys((row["robot"], row["variant"]) for row in rows):
+                    mine = [row for row in rows if (row["robot"], row["variant"]) == key]
+                    summary[", ".join(key)] = summarise(mine)
+                result = {"summary": summary, "rows": rows}
+                common.write(args.name, args, result, args.smoke, rows[0]["run"]["devices"])
     print(json.dumps(summary, indent=2))
-    common.write(args.name, args, {"summary": summary, "rows": rows}, args.smoke, rows[0]["run"]["devices"])
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2:])
+        child(sys.argv[2], sys.argv[3], sys.argv[4:])
     else:
         main(tyro.cli(Args))

@@ -197,6 +197,22 @@ def observe_by_hand(qpos, qvel, command, action, elapsed) -> np.ndarray:
     assert [len(part) for part in parts] == [row["size"] for row in FACTS["observation"]]
     return np.concatenate(parts)
 
+SIDES = np.r_[6:12, :6]  # of the joints, each leg in the other one's place
+SIGNS = np.array([-1 if re.search("roll|yaw", body["name"]) else 1 for body in BODIES[1:]])
+
+def mirror_joints(x):
+    return np.asarray(x)[..., SIDES] * SIGNS
+
+def mirror_critic(obs):
+    """Unitree's observation behind the base's velocity, as a mirror shows it."""
+    velocity, rates, gravity, command, *joints = np.split(obs, [3, 6, 9, 12, 24, 36, 48], axis=1)
+    return np.concatenate([velocity * [1, -1, 1], rates * [-1, 1, -1], gravity * [1, -1, 1], command * [1, -1, -1],
+                           *(mirror_joints(x) for x in joints[:3]), -joints[3]], axis=1)
+
+def in_the_mirror(elapsed, x, mirror) -> np.ndarray:
+    """x as the networks have it: mirrored in the second half of each gait period, of 40 control steps."""
+    return np.where((np.asarray(elapsed) % 40 >= 20)[:, None], mirror(x), x)
+
 def observe(qpos, qvel, command, action, elapsed, xp=jnp):
     """What the actor sees."""
     senses = unitree.sense(ROBOT, qpos, qvel, command, action, elapsed, xp)
@@ -245,7 +261,7 @@ def test_actor_sees_noise_and_the_critic_more(factor):
     random_pose(random, data)
     command, action = random.standard_normal((2, 12))[0, :3], random.standard_normal(12)
     physics = unitree.Physics(*(jnp.asarray(x, jnp.float32) for x in (data.qpos, data.qvel, data.qvel)))
-    obs = jax.vmap(lambda key: env.observations(key, physics, command, action, 13))(
+    obs = jax.vmap(lambda key: env.observations(key, physics, command, action, 13, 1.0))(
         jax.random.split(jax.random.key(0), count))
     clean = observe_by_hand(data.qpos, data.qvel, command, action, 13)
     velocity = FACTS["velocity_scale"] * rotation(data.qpos[3:7]).T @ data.qvel[:3]
@@ -461,7 +477,8 @@ def test_stepping_motion_follows_the_command(command):
 def test_worlds_move_alone_as_they_do_together(step, advanced, moments):
     """Alone and without vmap each world moves the same; the rewards are those of what was read there, and of the state
     after the step."""
-    (state, action), new = moments, step(*moments)
+    state, action = moments
+    new = step(state, in_the_mirror(state.info["elapsed"], action, mirror_joints))
     data, readings = advanced
     np.testing.assert_allclose(new.data.qpos, data.qpos, atol=5e-6)  # observed: 6e-7
     np.testing.assert_allclose(new.data.qvel, data.qvel, atol=5e-4)  # observed: 7e-5
@@ -486,13 +503,14 @@ def test_worlds_move_alone_as_they_do_together(step, advanced, moments):
     np.testing.assert_allclose(new.metrics["error_yaw"], error, atol=1e-3)
     assert (new.reward > 0).any() and len(new.metrics) == len(terms) + 2
     expected = [observe_by_hand(qpos[i], qvel[i], info["command"][i], action[i], elapsed[i, 0]) for i in range(WORLDS)]
-    np.testing.assert_allclose(new.obs["critic"][:, 3:], expected, atol=1e-5)
-    np.testing.assert_allclose(new.obs["critic"][:, :3], 2 * np.asarray(rows.velocity), atol=1e-5)
+    expected = np.concatenate([2 * np.asarray(rows.velocity), expected], axis=1)
+    expected = in_the_mirror(elapsed[:, 0], expected, mirror_critic)
+    np.testing.assert_allclose(new.obs["critic"], expected, atol=1e-5)
 
 def test_twin_is_the_environment(env, step, starts):
     """tools/replay_nan.py's C MuJoCo takes the way of the world that it follows, draws and pushes included."""
     keys = jax.random.split(jax.random.key(1), 4000)
-    pushed = np.flatnonzero(np.asarray(run(jax.vmap(lambda key: env.push({"key": key})), keys)).any(axis=1))
+    pushed = np.flatnonzero(np.asarray(run(jax.vmap(lambda key: env.push({"key": key, "level": 1.0})), keys)).any(axis=1))
     state, random = with_info(starts, key=keys[pushed[:WORLDS]]), np.random.default_rng(0)
     twins = [unitree.Twin(env, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(WORLDS)]
     for i, twin in enumerate(twins):
@@ -510,12 +528,6 @@ def test_same_input_same_output(step, moments):
     assert_same(step(*moments), step(*moments))
 
 # ---- Symmetry
-
-SIDES = np.r_[6:12, :6]  # of the joints, each leg in the other one's place
-SIGNS = np.array([-1 if re.search("roll|yaw", body["name"]) else 1 for body in BODIES[1:]])
-
-def mirror_joints(x):
-    return np.asarray(x)[..., SIDES] * SIGNS
 
 def mirror_state(state):
     """The worlds as a mirror at the plane y = 0 shows them, half a gait period later."""
@@ -543,6 +555,19 @@ def test_mirrored_twice_is_the_original():
     np.testing.assert_allclose(np.minimum(*(unitree.mirror_joints(ROBOT, x, np) for x in (low, high))), low)
     np.testing.assert_allclose(unitree.mirror_joints(ROBOT, DEFAULT, np), DEFAULT)
 
+def test_policies_use_the_mirror_when_the_environment_does():
+    """For every robot, each control step of the gait and each command: the product says what in_mirror says."""
+    random = np.random.default_rng(0)
+    for robot in unitree.ROBOTS.values():
+        when = unitree.mirror_rules(robot)["mirror_when"]
+        for elapsed in range(2 * robot.gait_ticks):
+            command = random.uniform(-1, 1, 3) * (random.random(3) < 0.7)
+            joints, actions = np.zeros(len(robot.joints)), np.zeros(len(robot.acted))
+            qpos, qvel = np.concatenate([[0, 0, 1, 1, 0, 0, 0], joints]), np.concatenate([np.zeros(6), joints])
+            senses = unitree.sense(robot, qpos, qvel, command, actions, np.array(elapsed), np)
+            obs = unitree.observe(unitree.seen_parts(robot, "actor"), senses, np)
+            assert (obs @ when > 0) == unitree.in_mirror(robot, command, np.array(elapsed)), (robot.mjcf, elapsed)
+
 def mirror_errors(step, env, moments) -> dict[str, float]:
     """How far the mirrored worlds' next states are from the mirrored next states, at most."""
     state, action = moments
@@ -550,13 +575,12 @@ def mirror_errors(step, env, moments) -> dict[str, float]:
     state = with_info(state, domain=domain | {"payload": jnp.zeros_like(domain["payload"])})
     twin = mirror_state(state)
     both = jax.tree.map(lambda a, b: jnp.concatenate([a[:8], b[:8]]), state, twin)
-    new = step(both, np.concatenate([action[:8], mirror_joints(action[:8])]), env)
+    # One of each pair is in the second half of its period: the networks see the same, and act alike.
+    new = step(both, np.concatenate([action[:8], action[:8]]), env)
     right, left = (jax.tree.map(lambda x, half=half: x[half], new) for half in (slice(8), slice(8, 16)))
     expected = mirror_state(right)
-    critic = np.concatenate([right.obs["critic"][:, :3] * np.array([1, -1, 1]),
-                             unitree.mirror_observation(ROBOT, right.obs["critic"][:, 3:])], axis=1)
     pairs = {"qpos": (expected.data.qpos, left.data.qpos), "qvel": (expected.data.qvel, left.data.qvel),
-             "observation": (critic, left.obs["critic"]), "reward": (right.reward, left.reward)}
+             "observation": (right.obs["critic"], left.obs["critic"]), "reward": (right.reward, left.reward)}
     pairs |= {name: (right.metrics[name], left.metrics[name]) for name in right.metrics}
     assert np.abs(np.asarray(right.data.qpos - left.data.qpos)).max() > 0.1
     return {name: float(np.abs(np.asarray(a) - np.asarray(b)).max()) for name, (a, b) in pairs.items()}
@@ -722,7 +746,7 @@ def test_chances_follow_the_settings(args, commands, pushes):
     env, keys, command = make(Toy, args), jax.random.split(jax.random.key(0), 20_000), jnp.array([9.0, 9.0, 9.0])
     if not commands:
         command = jnp.zeros(3)
-    pushed, drawn = run(jax.vmap(lambda key: (env.push({"key": key}), env.next_command(key, command))), keys)
+    pushed, drawn = run(jax.vmap(lambda key: (env.push({"key": key, "level": 1.0}), env.next_command(key, command))), keys)
     assert (np.asarray(pushed) != 0).all(axis=1).mean() == pytest.approx(pushes, abs=0.015)
     assert (np.asarray(drawn) != command).any(axis=1).mean() == pytest.approx(commands, abs=0.015)
 
@@ -756,8 +780,15 @@ def test_domains_cover_their_ranges():
     np.testing.assert_array_equal(np.unique(domain["delay"]), np.arange(args.decimation + 1))
     assert np.bincount(domain["delay"]).min() > 0.15 * count
     half = Toy(dataclasses.replace(args, action_delay=0.5, decimation=10))
-    delays = run(jax.vmap(half.draw_domain), jax.random.split(jax.random.key(0), 200))["delay"]
-    np.testing.assert_array_equal(np.unique(delays), np.arange(6))
+    def draw(level: float):
+        return run(jax.vmap(lambda key: half.draw_domain(key, level)), jax.random.split(jax.random.key(0), 200))
+    np.testing.assert_array_equal(np.unique(draw(1.0)["delay"]), np.arange(6))
+    for name, value in {"friction": 0.8, "stiffness": 1, "damping": 1, "strength": 1, "delay": 0, "payload": 0}.items():
+        some, none = draw(0.5)[name], draw(0.0)[name]
+        np.testing.assert_allclose(none, value, rtol=1e-6)
+        spread = np.ptp(np.asarray(draw(1.0)[name]))
+        assert name == "payload" or np.ptp(np.asarray(some)) == pytest.approx(0.5 * spread, abs=0.5 * (name == "delay"))
+    assert 0.35 < (np.asarray(draw(0.5)["payload"]) == 0).mean() < 0.65
     env = make(Toy, NOTHING)
     domain = reset_worlds(env, 50).info["domain"]
     for name, value in {"friction": 0.8, "stiffness": 1, "damping": 1, "strength": 1, "delay": 0}.items():
@@ -921,7 +952,7 @@ def random_policy(seed: int) -> dict[str, np.ndarray]:
     for i, (rows, columns) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
         policy |= {f"w{i}": random.normal(0, 1 / math.sqrt(rows), (rows, columns)),
                    f"b{i}": random.normal(0, 0.1, columns)}
-    return {name: values.astype(np.float32) for name, values in policy.items()}
+    return {name: values.astype(np.float32) for name, values in policy.items()} | unitree.mirror_rules(ROBOT)
 
 # ---- Loss and update
 
@@ -953,19 +984,17 @@ def tiny_learner(random, hidden: int = 3):
             jnp.float32(9), *(jnp.asarray(random.uniform(0.5, 1.5, size), jnp.float32) for _ in range(2)))
     params = {"actor": dense(random, 17, hidden, 2), "critic": dense(random, 20, hidden, 1)}
     params["log_std"] = jnp.array([-0.5, -0.3])
-    return unitree.Learner(params, None, jnp.float32(1e-3), {"actor": stats(17), "critic": stats(20)}, None,
-                           jax.random.key(0), jnp.array(0))
+    return unitree.Learner(params, None, jnp.float32(1e-3), jnp.float32(1), {"actor": stats(17), "critic": stats(20)},
+                           None, jax.random.key(0), jnp.array(0))
 
-@pytest.mark.parametrize(("mirror_coef", "imitation_coef", "iteration"), [
-    (0, 0, 1), (0.7, 0, 1), (0, 0.4, 1), (0, 0.4, 6), (0, 0.4, 7)])
-def test_loss_by_hand(mirror_coef, imitation_coef, iteration):
+@pytest.mark.parametrize(("imitation_coef", "iteration"), [(0, 1), (0.4, 1), (0.4, 6)])
+def test_loss_by_hand(imitation_coef, iteration):
     """Three samples: a ratio clipped from above, one from below, one free; all terms from first principles."""
     random = np.random.default_rng(0)
     learner = tiny_learner(random).replace(iteration=jnp.array(iteration))
     params = learner.params | {"log_std": jnp.array([-0.4, -0.6])}
     actor_obs, critic_obs = random.standard_normal((3, 17)), random.standard_normal((3, 20))
     actor_obs[:2, 6:9] = 0  # the command to stand
-    critic_obs[:2, :2] = [[0.4, 0.4], [0.3, -0.3]]  # twice the speed: the first was pushed
     mean, value = by_hand(params["actor"], learner.obs_stats["actor"], actor_obs), by_hand(
         params["critic"], learner.obs_stats["critic"], critic_obs)[:, 0]
     std, old_std = np.exp([-0.4, -0.6]), np.exp([-0.5, -0.3])
@@ -974,8 +1003,8 @@ def test_loss_by_hand(mirror_coef, imitation_coef, iteration):
     old_mean = action.copy()  # such that the old policy's density is density / ratio: off along the first number alone
     old_mean[:, 0] += old_std[0] * np.sqrt(-2 * np.log(density / ratio * np.prod(old_std) * 2 * math.pi))
     advantage, target = np.array([2.0, -1.0, 0.5]), np.array([1.5, -0.5, 3.0])
-    args = unitree.Args(hidden_sizes=(3,), clip_coef=0.2, vf_coef=0.5, mirror_coef=mirror_coef, num_envs=5, num_steps=2,
-                        total_timesteps=100, imitation_coef=imitation_coef, imitation_until=0.4, standing_after=0.7)
+    args = unitree.Args(hidden_sizes=(3,), clip_coef=0.2, vf_coef=0.5, num_envs=5, num_steps=2,
+                        total_timesteps=100, imitation_coef=imitation_coef, imitation_until=0.4)
     batch = unitree.Batch(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (
         {"actor": actor_obs, "critic": critic_obs}, action, old_mean, advantage, target)), jnp.full(3, True))
     wrong = jax.tree.map(lambda x: 1e3 + 0 * x[:1], batch).replace(valid=jnp.array([False]))  # a broken world's step
@@ -987,37 +1016,30 @@ def test_loss_by_hand(mirror_coef, imitation_coef, iteration):
         log0, log1 = (-0.5 * ((grid - m) / s) ** 2 - math.log(s) for m, s in ((m0, s0), (m1, s1)))
         return (np.exp(log0) * (log0 - log1)).sum() * (grid[1] - grid[0]) / math.sqrt(2 * math.pi)
     kl = sum(divergence(old_mean[i, j], old_std[j], mean[i, j], std[j]) for i in range(3) for j in range(2)) / 3
-    seen = actor_obs * [-1, 1, -1, 1, -1, 1, 1, -1, -1, *8 * [1]]  # rates, gravity, command; then joints, both legs
-    seen[:, 9:15] = -actor_obs[:, [10, 9, 12, 11, 14, 13]]
-    seen[:, 15:] = -actor_obs[:, 15:]  # the clock
-    mirrored = by_hand(params["actor"], learner.obs_stats["actor"], seen)
     stepping = np.zeros((3, 2))
     for i, leg in np.ndindex(3, 2):
         phase = (math.atan2(*actor_obs[i, 15:]) / (2 * math.pi) + 0.02 / 0.8 + leg / 2) % 1
         ahead = math.cos(math.pi * phase / 0.6) if phase < 0.6 else -math.cos(math.pi * (phase - 0.6) / 0.4)
         sweep = actor_obs[i, 6:9] @ [0.1 / 2, 0.2 / 2, 0.4 / 0.25]
         stepping[i, leg] = (sweep * ahead + 0.3 * math.sin(math.pi * max(0, phase - 0.6) / 0.4)) / 0.5 if i == 2 else 0
-    weight = np.full((3, 1), max(0.0, 1 - iteration * 10 / 40))
-    if iteration == 7:
-        weight[1] = 1  # for standing, after 70 steps
+    weight = max(0.0, 1 - iteration * 10 / 40)
     policy_loss = -(2.0 * 1.2 + -1.0 * 0.8 + 0.5 * 1.1) / 3  # ratios 1.5, 0.6 and 1.1, clipped where that is worse
     entropy = np.log(std * math.sqrt(2 * math.pi * math.e)).sum()
     expected = {
         "losses/policy_loss": policy_loss, "losses/value_loss": 0.5 * ((value - target) ** 2).mean(),
         "losses/entropy": entropy, "losses/clipfrac": 2 / 3, "losses/kl": kl,
-        "losses/mirror_loss": ((mirrored + mean[:, ::-1]) ** 2).mean(),
         "losses/imitation_loss": (weight * (mean - stepping) ** 2).mean()}
     expected["losses/loss"] = (
         policy_loss - 0.01 * entropy + 0.5 * expected["losses/value_loss"]
-        + mirror_coef * expected["losses/mirror_loss"] + imitation_coef * expected["losses/imitation_loss"])
+        + imitation_coef * expected["losses/imitation_loss"])
     assert metrics.keys() == expected.keys()
-    assert expected["losses/mirror_loss"] > 0.1 and (expected["losses/imitation_loss"] > 0.01) == (iteration != 6)
+    assert (expected["losses/imitation_loss"] > 0.01) == (iteration != 6)
     for name, number in expected.items():
         np.testing.assert_allclose(metrics[name], number, rtol=1e-3, err_msg=name)
     assert loss == metrics["losses/loss"]
 
 UPDATE_ARGS = unitree.Args(
-    hidden_sizes=(3,), num_envs=4, num_steps=4, num_minibatches=1, update_epochs=1, mirror_coef=0.0, imitation_coef=0.0,
+    hidden_sizes=(3,), num_envs=4, num_steps=4, num_minibatches=1, update_epochs=1, imitation_coef=0.0,
     total_timesteps=16 * 4, ent_coef=0.02, final_ent_coef=0.01, learning_rate=1e-3, desired_kl=0.01, vf_coef=1.0)
 
 @pytest.fixture(scope="module")
@@ -1146,7 +1168,7 @@ def test_run_folder(trained):
     run_dir, state = trained
     log, iterations = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload(), LEARN.num_iterations
     steps = 256 * 24
-    names = ("policy_loss value_loss entropy clipfrac kl mirror_loss imitation_loss loss grad_norm "
+    names = ("policy_loss value_loss entropy clipfrac kl imitation_loss loss grad_norm "
              "explained_variance").split()
     tags = {f"losses/{name}" for name in names} | {f"reward/{name}" for name in ROBOT.weights}
     charts = "learning_rate SPS nan_resets skipped_updates skipped_in_a_row falls episodes_finished".split()
@@ -1171,9 +1193,16 @@ def test_exported_policy_is_the_actor(trained, env):
     learner, policy = trained[1].learner, load_policy(trained[0] / "policy.npz")
     obs = np.random.default_rng(0).normal(0, 3, (50, 47)).astype(np.float32)
     obs[0] = 1e6  # beyond what the normaliser lets pass
+    def mirrored(obs):
+        return mirror_critic(np.concatenate([np.zeros((len(obs), 3)), obs], axis=1))[:, 3:]
     actor, _ = unitree.make_networks(LEARN, env)
-    mean = actor.apply(learner.params["actor"], unitree.normalize(learner.obs_stats["actor"], obs))
-    assert np.ptp(mean) > 0.5
+    half_step = math.pi / 40
+    second_half = (obs[:, 45:] @ [math.cos(half_step), math.sin(half_step)] < 0)[:, None]
+    seen = np.where(second_half, mirrored(obs), obs).astype(np.float32)
+    mean = actor.apply(learner.params["actor"], unitree.normalize(learner.obs_stats["actor"], seen))
+    mean = np.where(second_half, mirror_joints(mean), mean)
+    assert np.ptp(mean) > 0.5 and 0.2 < second_half.mean() < 0.8
+    np.testing.assert_allclose(act(policy, mirrored(obs)), mirror_joints(mean), atol=1e-5)  # whatever it has learnt
     np.testing.assert_allclose(act(policy, obs), mean, atol=1e-5)
     np.testing.assert_allclose(act(policy, obs[3]), mean[3], atol=1e-5)
     onnx, file = pytest.importorskip("onnx"), trained[0] / "policy.onnx"
@@ -1248,7 +1277,7 @@ BAD_CALLS = [
     "--robot r2d2", "--num-envs 0", "--num-devices 1000", "--num-minibatches 7", "--total-timesteps 100", "--gamma nan",
     "--decimation 0", "--command-x 1.0 0.5", "--command-x 1.0", "--friction 0 1", "--added-mass -20 0",
     "--action-delay 1.5", "--standing -0.1", "--obs-noise -1", "--push-every 0", "--command-every nan",
-    "--desired-kl -1", "--desired-kl 0", "--mirror-coef -1", "--hidden-sizes 0", "--init-log-std 1e6", "--no-such-flag",
+    "--desired-kl -1", "--desired-kl 0", "--imitation-coef -1", "--hidden-sizes 0", "--init-log-std 1e6", "--no-such-flag",
     "stray",
     "--resume missing", "--evaluate missing", "--evaluate garbage", "--resume started --gamma 0.5",
     "--runs-dir a_file/below", "--track"]
