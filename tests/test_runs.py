@@ -34,14 +34,6 @@ SMALL = """
 ITERATIONS = 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Small programs that run for moments: XLA's optimisations cost more than they give."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def train(runs: Path, *flags: str) -> Path:
     """Train by the command line. Returns the folder of the run."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
