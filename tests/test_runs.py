@@ -24,6 +24,7 @@ import ppo_mjx
 import ppo_mjx_unitree as unitree
 import sac_mjx_pendulum as sac
 
+pytestmark = pytest.mark.usefixtures("one_env")
 SCRIPTS = [ppo_mjx, sac, unitree]
 SCRIPT = Path(ppo_mjx.__file__)
 STEPS = 8 * 8  # of one iteration
