@@ -63,6 +63,7 @@ class Args:
     only: tuple[str, ...] = ()  # faults; by default all but memory
     scripts: tuple[str, ...] = tuple(SCRIPTS)
     kills: int = 10  # of each script
+    iterations: int = 150  # of training for each kill
     flips: int = 100  # of each script's checkpoints
     fuzz: int = 100  # calls of each script
     minutes: float = 60  # of training for memory
@@ -192,7 +193,7 @@ def parts(runs: Path) -> set[tuple]:
 def kill(args: Args, script: str, folder: Path):
     """kill -9 until the run is done, by turns in the middle of writing a checkpoint, while it trains, and at any moment
     since the start of the process, be it before training."""
-    dice, iterations = random.Random(args.seed), 150 * args.kills
+    dice, iterations = random.Random(args.seed), args.iterations * args.kills
     whole, runs, kills, cut = whole_run(script, folder, iterations), folder / "runs", 0, 0
     while True:
         run_dir = only_run(runs)

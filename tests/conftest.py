@@ -3,7 +3,7 @@
 import gc
 import os
 import signal
-from functools import partial
+from functools import cache, partial
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # another choice in the environment goes first
 # What compiles in less than a second is kept in the cache as well.
@@ -75,6 +75,15 @@ def make_state():
         init = jax.jit(ppo_mjx.init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
         return init(args, env, jax.random.key(args.seed))
     return make
+
+@pytest.fixture(scope="module")
+def one_env():
+    """An environment of each task for all runs of a file, so that JAX traces once what they share."""
+    build = ppo_mjx.Env
+    envs = cache(lambda env_id: build(ppo_mjx.Args(env_id=env_id)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_mjx, "Env", lambda args: envs(args.env_id))
+        yield
 
 @pytest.fixture(scope="session")
 def hopper():

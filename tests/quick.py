@@ -1,11 +1,11 @@
 """XLA's options in tests: a fifth of the usual time to compile, the same numbers but for rounding.
 
-LLVM's optimiser is left out, and fusions are written by XLA's older emitter, whose code is shorter.
+LLVM's optimiser is left out, fusions are written by XLA's older emitter, whose code is shorter, and
+a program is one module for LLVM: in parts for several cores it would take a third longer in all.
 Kernels of `onekernel` are compiled as they are for users, whatever these options say, but where a
 test asks for `quick_kernels`."""
 
 import contextlib
-import os
 
 import jax
 
@@ -13,11 +13,12 @@ QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
 }
 # The same for all of a process, and for those that it starts; JAX's is for the first two.
 ENVIRONMENT = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 }
 
 
@@ -47,10 +48,7 @@ def quick_kernels(monkeypatch) -> None:
 def optimised():
     """XLA's optimisations come back: for training that takes longer without them."""
     jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-def users_environment() -> dict[str, str]:
-    """For a process that compiles all as users have it."""
-    return {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)

@@ -1,6 +1,7 @@
 """What the documents show is true of the scripts, and what scripts share is the same."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import tables
-from quick import users_environment
 
 import ppo_mjx
 import ppo_mjx_unitree
@@ -34,7 +34,7 @@ def test_add_your_robot(tmp_path, name, threshold):
     subprocess.run(["patch", "-s", file], input=diff, text=True, cwd=tmp_path, check=True)
     command = [sys.executable, file, "--total-timesteps", "80000", "--eval-every", "0"]
     # The path is for onekernel, which a copy in its folder would find.
-    environment = users_environment() | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment)
     row = next(line.split() for line in result.stdout.splitlines() if line.startswith("C MuJoCo"))
     assert float(row[2]) > threshold

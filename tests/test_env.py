@@ -1,6 +1,7 @@
 """Models, physics, environment and C MuJoCo's counterpart, held against the installed Gymnasium."""
 
 import functools
+import operator
 
 import gymnasium
 import jax
@@ -187,8 +188,9 @@ def test_reset_observation_equals_gymnasium(task_id):
     ours = make_env(task_id)
     theirs = gymnasium.make(task_id + "-v5").unwrapped
     original = ppo_mjx.CMujocoEnv(ours)
+    states = jax.vmap(ppo_mjx.kernel(ours.reset))(jax.vmap(jax.random.key)(jnp.arange(3)))  # by the kernel of `resets`
     for seed in range(3):
-        state = ppo_mjx.kernel(ours.reset)(jax.random.key(seed))
+        state = jax.tree.map(operator.itemgetter(seed), states)
         obs, _ = original.reset(seed)
         theirs.reset(seed=0)
         theirs.set_state(original.data.qpos, original.data.qvel)

@@ -62,15 +62,17 @@ def promised(rows: list[dict]) -> None:
 
 # ---- Resuming
 
+ITERATIONS = 45  # of runs of the command line
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of the command line that nothing disturbs, for all tests that need one."""
-    return faults.whole_run("sac_mjx_pendulum", tmp_path_factory.mktemp("whole"), 150)
+    return faults.whole_run("sac_mjx_pendulum", tmp_path_factory.mktemp("whole"), ITERATIONS)
 
 def test_killed_run_ends_like_one_that_was_not(whole, tmp_path, monkeypatch):
     """kill -9 in the middle of a checkpoint: parameters, optimiser, buffer, curves, to the bit."""
     monkeypatch.setattr(faults, "whole_run", lambda *_: whole)
-    promised(faults.kill(faults.Args(kills=1), "sac_mjx_pendulum", tmp_path))
+    promised(faults.kill(faults.Args(kills=1, iterations=ITERATIONS), "sac_mjx_pendulum", tmp_path))
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo_mjx
 
+pytestmark = pytest.mark.usefixtures("one_env")
 SCRIPT = Path(ppo_mjx.__file__)
 SMALL = ("--env-id Hopper --num-devices 1 --num-envs 16 --num-steps 16 --num-minibatches 4 --update-epochs 2 "
          "--eval-episodes 2").split()
@@ -158,8 +159,10 @@ def test_finished_run_can_be_resumed_and_evaluated(run_dir, capsys):
 def test_signal_saves_and_the_run_goes_on(run_dir, tmp_path, monkeypatch, capsys):
     """A signal ends training with a checkpoint, a command to go on, and 128 + its number; that command works. One
     interrupt goes to a process, the other to this one; the end is that of the run that nothing has stopped."""
-    command = [sys.executable, "-u", str(SCRIPT), *SMALL, *STEPS, "--eval-every", "0", "--runs-dir", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # Imported, as it is here, it finds the kernels of run_dir; test_docs.py runs scripts by their files.
+    call = [sys.executable, "-u", "-c", "import sys, ppo_mjx; ppo_mjx.main(sys.argv[1:])"]
+    command = [*call, *SMALL, *STEPS, "--eval-every", "0", "--runs-dir", str(tmp_path)]
+    with subprocess.Popen(command, cwd=SCRIPT.parent, stdout=subprocess.PIPE, text=True) as process:
         lines = []
         for line in process.stdout:
             lines.append(line)

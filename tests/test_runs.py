@@ -24,6 +24,7 @@ import ppo_mjx
 import ppo_mjx_unitree as unitree
 import sac_mjx_pendulum as sac
 
+pytestmark = pytest.mark.usefixtures("one_env")
 SCRIPTS = [ppo_mjx, sac, unitree]
 SCRIPT = Path(ppo_mjx.__file__)
 STEPS = 8 * 8  # of one iteration
@@ -32,14 +33,6 @@ SMALL = """
     --update-epochs 1 --hidden-sizes 8 --eval-every 0 --eval-episodes 2 --checkpoint-every 2
 """.split()
 ITERATIONS = 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Small programs that run for moments: XLA's optimisations cost more than they give."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def train(runs: Path, *flags: str) -> Path:
