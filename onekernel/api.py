@@ -207,7 +207,8 @@ class Kernel:
         for dtype in signature.dtypes:
             if dtype != "key" and np.dtype(dtype) not in KINDS:
                 raise Unsupported(f"arguments of type {dtype}")
-        mark = fingerprint.fingerprint(function, signature.tree)
+        # Without a cache to look into, there is no need to know the function again.
+        mark = fingerprint.fingerprint(function, signature.tree) if cache.folder() else None
         if mark is not None:
             # A file that runs as the script and one that is imported have classes of their own, and
             # the results' structure may hold them.
