@@ -221,6 +221,8 @@ class Args:
     """weight, at the start, of the loss that draws the actor to a simple stepping motion"""
     imitation_until: Annotated[float, Range(1e-9, 1)] = 0.1
     """share of the training over which the imitation loss fades out"""
+    standing_after: Fraction = 0.3
+    """share of the training after which the same loss draws robots told to stand to their pose"""
     max_grad_norm: NonNegative = 1.0
     """gradients are scaled down to this norm"""
     desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.05
@@ -1789,6 +1791,24 @@ def stepping_action(robot: Robot, obs: jax.Array) -> jax.Array:
     return (up[..., legs] * lift + sweep) / reach
 
 
+def imitation_weight(args: Args, robot: Robot, iteration: jax.Array, obs: dict) -> jax.Array:
+    """How much each sample is drawn to the stepping motion: [...] in 0 to 1.
+
+    All at first, then less and less; and later, once more, those that are told to stand and move
+    slower than 0.25 m/s: a faster one was pushed and has to step. obs: of actor and critic,
+    [..., O].
+    """
+    command = obs["actor"][..., part_slices(robot, seen_parts(robot, "actor"))["command"]]
+    where = part_slices(robot, seen_parts(robot, "critic"))["velocity"]
+    velocity = obs["critic"][..., where][..., :2]
+    slow = jnp.linalg.norm(velocity, axis=-1) < 0.25 * OBSERVATION["velocity"].scale
+
+    progress = iteration / float(args.num_iterations)  # float: int32 would overflow
+    still = stands(command) & slow & (progress >= args.standing_after)
+    fading = jnp.maximum(1 - progress / args.imitation_until, 0.0)
+    return jnp.where(still, 1.0, fading)
+
+
 def ppo_loss(
     args: Args, env: Env, learner: Learner, params: dict, mb: Batch, ent_coef: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -1817,10 +1837,9 @@ def ppo_loss(
 
     imitation_loss = jnp.zeros(())
     if robot.clock:  # without one, there is no motion to imitate
-        progress = learner.iteration / float(args.num_iterations)  # float: int32 would overflow
-        fading = jnp.maximum(1 - progress / args.imitation_until, 0.0)
+        weight = imitation_weight(args, robot, learner.iteration, mb.obs)
         error = policy.mean - stepping_action(robot, mb.obs["actor"])
-        imitation_loss = fading * mean_valid(jnp.square(error).mean(axis=-1))
+        imitation_loss = mean_valid(weight * jnp.square(error).mean(axis=-1))
 
     entropy = policy.entropy()
     loss = (

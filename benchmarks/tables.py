@@ -425,6 +425,14 @@ def onekernel_xla() -> str:
 
 # ---- The G1 -------------------------------------------------------------------------------------
 
+ROBOT_NAMES = {
+    "g1": "G1, 12 joints",
+    "g1_29dof": "G1, 29 joints",
+    "go2": "Go2",
+    "h1": "H1",
+    "h1_2": "H1-2",
+}
+WALK_ORDER = list(ROBOT_NAMES)
 WALK_HEADER = ["minutes since the start", "steps", "falls", "velocity error", "yaw error", "drift"]
 
 
@@ -452,27 +460,37 @@ def walk_rows(label: str, curve: list[dict]) -> list[list[str]]:
     ]
 
 
-def g1_time() -> str:
+def walk_time() -> str:
+    """Of each robot and seed: when a policy first passes, and when all do."""
+    names = names_like("time_to_walk_*")
     rows = []
-    for row in load("time_to_walk")["rows"]:
-        rows += walk_rows(f"seed {row['seed']}", row["curve"])
-    return markdown(["", "", *WALK_HEADER], rows) + sources(["time_to_walk"], SIMPLIFIED_G1)
+    for name in sorted(names, key=lambda name: WALK_ORDER.index(load(name)["args"]["robot"])):
+        for row in load(name)["rows"]:
+            points = walk_milestones(row["curve"])
+            label = ROBOT_NAMES[load(name)["args"]["robot"]]
+            minutes = [
+                f"{point['seconds'] / 60:.1f}" if point else MISSING for point in points.values()
+            ]
+            last = points["last policy"]
+            rows.append([label, str(row["seed"]), *minutes, *walk_cells(last)[1:]])
+    header = ["robot", "seed", "first that passes, minutes", "from which on all pass", "last policy"]
+    return markdown(header + WALK_HEADER[1:], rows) + sources(names)
 
 
 def g1_test() -> str:
     """The test of docs/g1_policy.npz."""
-    result = load("g1_full_physics")
+    row = load("time_to_walk_g1")["rows"][0]
     columns = ["falls", "error", "yaw", "sway", "slip", "jerk", "power", "drift"]
-    test = result["evaluation"]
     rows = [
-        [command, *(three_digits(row[column]) for column in columns)]
-        for command, row in test["table"].items()
+        [command, *(three_digits(cells[column]) for column in columns)]
+        for command, cells in row["final_table"].items()
     ]
-    marks = [three_digits(test[key]) for key in ("error", "yaw", "drift")]
-    verdict = "PASS" if test["passed"] else "FAIL"
+    final = row["final"]
+    marks = [three_digits(final[key]) for key in ("error", "yaw", "drift")]
+    verdict = "PASS" if final["passed"] else "FAIL"
     told = "\n{}: {} falls, velocity error {} m/s, yaw error {} rad/s, standing drift {} m.\n"
-    verdict = told.format(verdict, test["falls"], *marks)
-    return markdown(["command", *columns], rows) + verdict + sources(["g1_full_physics"])
+    verdict = told.format(verdict, final["falls"], *marks)
+    return markdown(["command", *columns], rows) + verdict + sources(["time_to_walk_g1"])
 
 
 def g1_ablations() -> str:
@@ -731,7 +749,7 @@ TABLES = {
         onekernel_compiling,
         dense,
         onekernel_xla,
-        g1_time,
+        walk_time,
         g1_test,
         g1_ablations,
         sac_peers,

@@ -1,7 +1,7 @@
 """Minutes, from the start of the process, until a robot's policy passes its test in C MuJoCo.
 
-    python benchmarks/time_to_walk.py --robots g1 --seeds 1 2 3 4 5
-    python benchmarks/time_to_walk.py --ablations --seeds 1 2 3 --name g1_ablations
+    python benchmarks/time_to_walk.py --robot go2 --seeds 1 2 3 4 5
+    python benchmarks/time_to_walk.py --robot g1 --ablations --seeds 1 2 3 --name g1_ablations
 
 Each training is a process of its own that starts with an empty compile cache (--compile-cache: with
 the user's). Its policies are copied while it trains, and put to the script's own test when it has
@@ -10,8 +10,8 @@ file, `first_pass` is the first policy that passes, `all_pass` the first one fro
 
 With --ablations each training lacks one trick, and the last policies alone are tested.
 
-Writes benchmarks/results/NAME.json, NAME being time_to_walk by default, and the last policy of each
-robot's first seed to the folder --policies.
+Writes benchmarks/results/NAME.json, NAME being time_to_walk_ROBOT by default, and the last policy of
+the first seed to --policy.
 """
 
 import contextlib
@@ -52,13 +52,13 @@ RESULTS = ("passed", "falls", "error", "yaw", "drift")
 
 @dataclasses.dataclass
 class Args:
-    robots: tuple[str, ...] = ("g1",)
+    robot: str = "g1"
     seeds: tuple[int, ...] = (1,)
     checkpoint_every: float = 0.06  # share of the training between two policies
     flags: str = ""  # further flags for ppo_mjx_unitree.py
     ablations: bool = False  # all variants, of which the last policies alone are tested
-    name: str = "time_to_walk"  # of the JSON file
-    policies: str | None = None  # folder that the last policies are copied to
+    name: str | None = None  # of the JSON file
+    policy: str | None = None  # where the last policy of the first seed is copied to
     compile_cache: bool = False  # take compiled programs from the cache, and keep them
     smoke: bool = False  # one short run of each variant
 
@@ -89,11 +89,9 @@ def judge(robot: str, file: Path) -> dict:
         return unitree.judge(unitree.ROBOTS[robot], dict(arrays))
 
 
-def train(
-    args: Args, robot: str, variant: str, seed: int, folder: Path
-) -> tuple[list[dict], dict, float]:
+def train(args: Args, variant: str, seed: int, folder: Path) -> tuple[list[dict], dict, float]:
     """What `watch` returns of one training."""
-    command = [sys.executable, __file__, "--child", robot, variant, "--seed", str(seed)]
+    command = [sys.executable, __file__, "--child", args.robot, variant, "--seed", str(seed)]
     command += ["--runs-dir", str(folder / "runs")]
     command += ["--checkpoint-every", str(args.checkpoint_every), *VARIANTS[variant][0]]
     command += ["--compile-cache" if args.compile_cache else "--no-compile-cache"]
@@ -110,17 +108,17 @@ def milestones(curve: list[dict]) -> dict[str, dict | None]:
     }
 
 
-def measure(args: Args, robot: str, variant: str, seed: int) -> dict:
+def measure(args: Args, variant: str, seed: int) -> dict:
     """One training with its tests: a row of the result."""
     with tempfile.TemporaryDirectory() as folder:
-        curve, run, seconds = train(args, robot, variant, seed, Path(folder))
+        curve, run, seconds = train(args, variant, seed, Path(folder))
         if args.ablations:
             curve = curve[-1:]
         with ProcessPoolExecutor(common.count_cores()) as pool:
             files = [policy["file"] for policy in curve]
-            results = list(pool.map(judge, [robot] * len(files), files))
-        if args.policies and seed == args.seeds[0]:
-            shutil.copy(files[-1], Path(args.policies) / f"{robot}_policy.npz")
+            results = list(pool.map(judge, [args.robot] * len(files), files))
+        if args.policy and seed == args.seeds[0]:
+            shutil.copy(files[-1], args.policy)
 
     batch = run["args"]["num_envs"] * run["args"]["num_steps"]
     for policy, result in zip(curve, results, strict=True):
@@ -128,7 +126,6 @@ def measure(args: Args, robot: str, variant: str, seed: int) -> dict:
         policy |= {key: result[key] for key in RESULTS}
         policy.pop("file")
     return {
-        "robot": robot,
         "variant": variant,
         "seed": seed,
         "process_s": round(seconds, 1),
@@ -161,20 +158,21 @@ def main(args: Args) -> None:
         short = {"seeds": (1,), "flags": "--total-timesteps 30000", "checkpoint_every": 1.0}
         args = dataclasses.replace(args, **short)
     rows = []
-    for robot in args.robots:
-        for seed in args.seeds:
-            for variant in VARIANTS if args.ablations else ["as it is"]:
-                row = measure(args, robot, variant, seed)
-                rows.append(row)
-                shown = {key: row[key] for key in row if key not in ("curve", "final_table", "run")}
-                print(json.dumps(shown), flush=True)
+    for seed in args.seeds:
+        for variant in VARIANTS if args.ablations else ["as it is"]:
+            row = measure(args, variant, seed)
+            rows.append(row)
+            shown = {key: row[key] for key in row if key not in ("curve", "final_table", "run")}
+            print(json.dumps(shown), flush=True)
 
-                summary = {}
-                for key in dict.fromkeys((row["robot"], row["variant"]) for row in rows):
-                    mine = [row for row in rows if (row["robot"], row["variant"]) == key]
-                    summary[", ".join(key)] = summarise(mine)
-                result = {"summary": summary, "rows": rows}
-                common.write(args.name, args, result, args.smoke, rows[0]["run"]["devices"])
+            variants = dict.fromkeys(row["variant"] for row in rows)
+            summary = {
+                variant: summarise([row for row in rows if row["variant"] == variant])
+                for variant in variants
+            }
+            name = args.name or f"time_to_walk_{args.robot}"
+            result = {"summary": summary, "rows": rows}
+            common.write(name, args, result, args.smoke, rows[0]["run"]["devices"])
     print(json.dumps(summary, indent=2))
 
 
