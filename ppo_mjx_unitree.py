@@ -710,7 +710,8 @@ class Controller(NamedTuple):
         """
         torque = stiffness * self.stiffness * (target - qpos[7:])
         torque = torque - damping * self.damping * qvel[6:]
-        return xp.clip(strength * torque, -self.max_torque, self.max_torque)
+        # On single robots numpy.clip takes three times as long.
+        return xp.minimum(xp.maximum(strength * torque, -self.max_torque), self.max_torque)
 
 
 def make_controller(robot: Robot) -> Controller:
@@ -1792,11 +1793,11 @@ def stepping_action(robot: Robot, obs: jax.Array) -> jax.Array:
 
 
 def imitation_weight(args: Args, robot: Robot, iteration: jax.Array, obs: dict) -> jax.Array:
-    """How much each sample is drawn to the stepping motion: [...] in 0 to 1.
+    """How much each sample is drawn to the stepping motion: [...] from 0 on.
 
     All at first, then less and less; and later, once more, those that are told to stand and move
-    slower than 0.25 m/s: a faster one was pushed and has to step. obs: of actor and critic,
-    [..., O].
+    slower than 0.25 m/s: a faster one was pushed and has to step. These are few, and weigh more.
+    obs: of actor and critic, [..., O].
     """
     command = obs["actor"][..., part_slices(robot, seen_parts(robot, "actor"))["command"]]
     where = part_slices(robot, seen_parts(robot, "critic"))["velocity"]
@@ -1806,7 +1807,7 @@ def imitation_weight(args: Args, robot: Robot, iteration: jax.Array, obs: dict) 
     progress = iteration / float(args.num_iterations)  # float: int32 would overflow
     still = stands(command) & slow & (progress >= args.standing_after)
     fading = jnp.maximum(1 - progress / args.imitation_until, 0.0)
-    return jnp.where(still, 1.0, fading)
+    return jnp.where(still, 3.0, fading)
 
 
 def ppo_loss(

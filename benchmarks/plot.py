@@ -4,7 +4,7 @@
 
 curves.png, and curves_3d.png of Ant and Humanoid: return in Gymnasium against steps and against seconds, mean and range
 over the seeds, with the peers' marks (JSON files of the same names). g1_curves.png: what the G1's test says of its
-policies while it learns (time_to_walk.json). validate_curves.png: training on MJX and on C MuJoCo (validate.json). A
+policies while it learns (time_to_walk_g1.json). validate_curves.png: training on MJX and on C MuJoCo (validate.json). A
 figure whose JSON is missing is left out.
 """
 
@@ -42,7 +42,7 @@ def save(figure, file: Path) -> None:
 
 def plot_g1(args: Args) -> None:
     """Each mark of the test against minutes; robots that have fallen have no errors, so the first points may lack."""
-    rows = json.loads((args.results / "time_to_walk.json").read_text())["rows"]
+    rows = json.loads((args.results / "time_to_walk_g1.json").read_text())["rows"]
     figure, axes = plt.subplots(1, len(G1_MARKS), figsize=(12, 3))
     for axis, (key, (label, mark)) in zip(axes, G1_MARKS.items(), strict=True):
         for row in rows:
@@ -124,7 +124,7 @@ def binned(curve: list[dict], width: float) -> tuple[list, list]:
 
 
 FIGURES = {"curves.json": plot_learning, "curves_3d.json": partial(plot_learning, name="curves_3d"),
-           "time_to_walk.json": plot_g1, "validate.json": plot_validation}  # fmt: skip
+           "time_to_walk_g1.json": plot_g1, "validate.json": plot_validation}  # fmt: skip
 
 
 def main(args: Args) -> None:

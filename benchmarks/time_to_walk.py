@@ -4,8 +4,8 @@
     python benchmarks/time_to_walk.py --robot g1 --ablations --seeds 1 2 3 --name g1_ablations
 
 Each training is a process of its own that starts with an empty compile cache (--compile-cache: with
-the user's). Its policies are copied while it trains, and put to the script's own test when it has
-ended. `first_update_s` are the seconds until the first iteration's metrics are in TensorBoard's
+the user's). Its policies are copied while it trains. When it has ended, those of its second half
+are put to the script's own test. `first_update_s` are the seconds until the first iteration's metrics are in TensorBoard's
 file, `first_pass` is the first policy that passes, `all_pass` the first one from which on all pass.
 
 With --ablations each training lacks one trick, and the last policies alone are tested.
@@ -55,6 +55,7 @@ class Args:
     robot: str = "g1"
     seeds: tuple[int, ...] = (1,)
     checkpoint_every: float = 0.06  # share of the training between two policies
+    test_from: float = 0.5  # share of the training from which on policies are tested
     flags: str = ""  # further flags for ppo_mjx_unitree.py
     ablations: bool = False  # all variants, of which the last policies alone are tested
     name: str | None = None  # of the JSON file
@@ -112,8 +113,8 @@ def measure(args: Args, variant: str, seed: int) -> dict:
     """One training with its tests: a row of the result."""
     with tempfile.TemporaryDirectory() as folder:
         curve, run, seconds = train(args, variant, seed, Path(folder))
-        if args.ablations:
-            curve = curve[-1:]
+        first = len(curve) - 1 if args.ablations else round(args.test_from * len(curve))
+        curve = curve[first:]
         with ProcessPoolExecutor(common.count_cores()) as pool:
             files = [policy["file"] for policy in curve]
             results = list(pool.map(judge, [args.robot] * len(files), files))

@@ -1027,7 +1027,7 @@ def test_loss_by_hand(imitation_coef, iteration):
         stepping[i, leg] = (sweep * ahead + 0.3 * math.sin(math.pi * max(0, phase - 0.6) / 0.4)) / 0.5 if i == 2 else 0
     weight = np.full((3, 1), max(0.0, 1 - iteration * 10 / 40))
     if iteration == 7:
-        weight[1] = 1  # for standing, after 70 steps
+        weight[1] = 3  # for standing, after 70 steps
     policy_loss = -(2.0 * 1.2 + -1.0 * 0.8 + 0.5 * 1.1) / 3  # ratios 1.5, 0.6 and 1.1, clipped where that is worse
     entropy = np.log(std * math.sqrt(2 * math.pi * math.e)).sum()
     expected = {
