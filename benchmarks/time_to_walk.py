@@ -5,8 +5,9 @@
 
 Each training is a process of its own that starts with an empty compile cache (--compile-cache: with
 the user's). Its policies are copied while it trains. When it has ended, those of its second half
-are put to the script's own test. `first_update_s` are the seconds until the first iteration's metrics are in TensorBoard's
-file, `first_pass` is the first policy that passes, `all_pass` the first one from which on all pass.
+are put to the script's own test. `first_update_s` are the seconds until the first iteration's
+metrics are in TensorBoard's file, `first_pass` is the first policy that passes, `all_pass` the
+first one from which on all pass.
 
 With --ablations each training lacks one trick, and the last policies alone are tested.
 

@@ -363,8 +363,9 @@ def advanced(env, moments):
 
 @pytest.fixture(scope="module")
 def moments(step, starts):
-    """One moment of each of WORLDS random episodes, and actions: (states, actions)."""
-    random, states, actions = np.random.default_rng(0), [starts], []
+    """One moment of each of WORLDS random episodes, and actions: (states, actions). In none of them is a sphere so near
+    to the floor that rounding decides whether it touches."""
+    random, states, actions = np.random.default_rng(1), [starts], []
     for _ in range(30):
         actions.append(random.uniform(-1, 1, (WORLDS, 12)).astype(np.float32))
         states.append(step(states[-1], actions[-1]))
@@ -510,7 +511,8 @@ def test_worlds_move_alone_as_they_do_together(step, advanced, moments):
 def test_twin_is_the_environment(env, step, starts):
     """tools/replay_nan.py's C MuJoCo takes the way of the world that it follows, draws and pushes included."""
     keys = jax.random.split(jax.random.key(1), 4000)
-    pushed = np.flatnonzero(np.asarray(run(jax.vmap(lambda key: env.push({"key": key, "level": 1.0})), keys)).any(axis=1))
+    pushes = run(jax.vmap(lambda key: env.push({"key": key, "level": 1.0})), keys)
+    pushed = np.flatnonzero(np.asarray(pushes).any(axis=1))
     state, random = with_info(starts, key=keys[pushed[:WORLDS]]), np.random.default_rng(0)
     twins = [unitree.Twin(env, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(WORLDS)]
     for i, twin in enumerate(twins):
@@ -747,7 +749,9 @@ def test_chances_follow_the_settings(args, commands, pushes):
     env, keys, command = make(Toy, args), jax.random.split(jax.random.key(0), 20_000), jnp.array([9.0, 9.0, 9.0])
     if not commands:
         command = jnp.zeros(3)
-    pushed, drawn = run(jax.vmap(lambda key: (env.push({"key": key, "level": 1.0}), env.next_command(key, command))), keys)
+    def draw(key):
+        return env.push({"key": key, "level": 1.0}), env.next_command(key, command)
+    pushed, drawn = run(jax.vmap(draw), keys)
     assert (np.asarray(pushed) != 0).all(axis=1).mean() == pytest.approx(pushes, abs=0.015)
     assert (np.asarray(drawn) != command).any(axis=1).mean() == pytest.approx(commands, abs=0.015)
 
@@ -788,7 +792,8 @@ def test_domains_cover_their_ranges():
         some, none = draw(0.5)[name], draw(0.0)[name]
         np.testing.assert_allclose(none, value, rtol=1e-6)
         spread = np.ptp(np.asarray(draw(1.0)[name]))
-        assert name == "payload" or np.ptp(np.asarray(some)) == pytest.approx(0.5 * spread, abs=0.5 * (name == "delay"))
+        assert name == "payload" or np.ptp(np.asarray(some)) == pytest.approx(
+            0.5 * spread, rel=1e-4, abs=0.5 * (name == "delay"))
     assert 0.35 < (np.asarray(draw(0.5)["payload"]) == 0).mean() < 0.65
     env = make(Toy, NOTHING)
     domain = reset_worlds(env, 50).info["domain"]
@@ -1027,7 +1032,7 @@ def test_loss_by_hand(imitation_coef, iteration):
         stepping[i, leg] = (sweep * ahead + 0.3 * math.sin(math.pi * max(0, phase - 0.6) / 0.4)) / 0.5 if i == 2 else 0
     weight = np.full((3, 1), max(0.0, 1 - iteration * 10 / 40))
     if iteration == 7:
-        weight[1] = 3  # for standing, after 70 steps
+        weight[1] = 1  # for standing, after 70 steps
     policy_loss = -(2.0 * 1.2 + -1.0 * 0.8 + 0.5 * 1.1) / 3  # ratios 1.5, 0.6 and 1.1, clipped where that is worse
     entropy = np.log(std * math.sqrt(2 * math.pi * math.e)).sum()
     expected = {
@@ -1282,8 +1287,8 @@ BAD_CALLS = [
     "--robot r2d2", "--num-envs 0", "--num-devices 1000", "--num-minibatches 7", "--total-timesteps 100", "--gamma nan",
     "--decimation 0", "--command-x 1.0 0.5", "--command-x 1.0", "--friction 0 1", "--added-mass -20 0",
     "--action-delay 1.5", "--standing -0.1", "--obs-noise -1", "--push-every 0", "--command-every nan",
-    "--desired-kl -1", "--desired-kl 0", "--imitation-coef -1", "--hidden-sizes 0", "--init-log-std 1e6", "--no-such-flag",
-    "stray",
+    "--desired-kl -1", "--desired-kl 0", "--imitation-coef -1", "--hidden-sizes 0", "--init-log-std 1e6",
+    "--no-such-flag", "stray",
     "--resume missing", "--evaluate missing", "--evaluate garbage", "--resume started --gamma 0.5",
     "--runs-dir a_file/below", "--track"]
 
