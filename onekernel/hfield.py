@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from mujoco import mjx
-from mujoco.mjx._src import collision_driver, math, types
+from mujoco.mjx._src import collision_driver, types
 
 HFIELD_SPHERE = (types.GeomType.HFIELD, types.GeomType.SPHERE)
 MJX_HFIELD_SPHERE = collision_driver._COLLISION_FUNC[HFIELD_SPHERE]
@@ -24,9 +24,10 @@ MJX_HFIELD_SPHERE = collision_driver._COLLISION_FUNC[HFIELD_SPHERE]
 # Contacts of a sphere with the ground, of the MJX_HFIELD_SPHERE.ncon that MJX has room for. Two are
 # for a step's tread and riser; a third would be for a corner of three walls.
 CONTACTS = 2
-# Another contact counts if it stands out of the first one's tangent plane by this, in radii.
-STANDS_OUT = 0.01
+# Another contact counts if it stands out of the tangent plane of the one before by this, in radii.
+STANDS_OUT = 0.1
 NOTHING = 1e3  # m and m²: further than any contact
+TOO_NEAR = 1e-7  # m, from the centre to the surface: rounding decides where that is
 
 
 class Grid(NamedTuple):
@@ -72,7 +73,8 @@ def ground_height(heights: jax.Array, half: np.ndarray, places: jax.Array) -> ja
     column, row = jnp.moveaxis(first.astype(jnp.int32), -1, 0)
 
     def corner(right: int, up: int) -> jax.Array:
-        return heights[row + up, column + right]
+        found = heights.at[row + up, column + right]
+        return found.get(mode="clip", wrap_negative_indices=False)
 
     low = corner(0, 0)
     high = corner(1, 1)
@@ -86,9 +88,11 @@ def ground_height(heights: jax.Array, half: np.ndarray, places: jax.Array) -> ja
 # A vertex of the grid and its eight neighbours, by rows from the one of lowest x and y: the vertex
 # itself is number 4.
 VERTICES = np.array([(x, y) for y in (-1, 0, 1) for x in (-1, 0, 1)])  # [9, 2] cells
-FIRST_CORNERS = np.array([0, 1, 3, 4])[:, None]  # of the four cells
-# [8, 3], counterclockwise as seen from above.
-TRIANGLES = np.concatenate([FIRST_CORNERS + [0, 1, 4], FIRST_CORNERS + [0, 4, 3]])
+# [8, 3], counterclockwise as seen from above. Those around the vertex begin with it: its place is
+# 0, and so nothing is left of what is multiplied by it.
+TRIANGLES = np.array(
+    [(4, 0, 1), (4, 3, 0), (4, 1, 5), (4, 7, 3), (4, 5, 8), (4, 8, 7), (1, 2, 5), (3, 7, 6)]
+)
 # [8, 2], those between the triangles; the outer ones are out of reach.
 EDGES = np.array([(4, 1), (4, 3), (4, 5), (4, 7), (0, 4), (4, 8), (3, 7), (1, 5)])
 
@@ -98,7 +102,6 @@ class Points(NamedTuple):
 
     square: jax.Array  # [N] m², of the distance to the sphere's centre; negative if that is below
     place: jax.Array  # [N, 3] m
-    up: jax.Array  # [N, 3] from there to the centre, of any length but 0
 
 
 def on_faces(corners: jax.Array, centre: jax.Array) -> Points:
@@ -120,7 +123,6 @@ def on_faces(corners: jax.Array, centre: jax.Array) -> Points:
     return Points(
         square=jnp.where(within, jnp.abs(rise) * share, NOTHING),
         place=centre - share[:, None] * normal,
-        up=normal,
     )
 
 
@@ -129,8 +131,7 @@ def on_edges(starts: jax.Array, ends: jax.Array, centre: jax.Array) -> Points:
     along = ends - starts
     share = ((centre - starts) * along).sum(axis=1) / jnp.square(along).sum(axis=1)
     place = starts + jnp.clip(share, 0, 1)[:, None] * along
-    up = centre - place
-    return Points(square=jnp.square(up).sum(axis=1), place=place, up=up)
+    return Points(square=jnp.square(centre - place).sum(axis=1), place=place)
 
 
 def nearest(points: Points) -> Points:
@@ -143,7 +144,6 @@ def nearest(points: Points) -> Points:
         points = Points(
             square=jnp.where(closer, second.square, first.square),
             place=jnp.where(closer[:, None], second.place, first.place),
-            up=jnp.where(closer[:, None], second.up, first.up),
         )
     return Points(*(field[0] for field in points))
 
@@ -158,33 +158,46 @@ def touch(grid: Grid, centre: jax.Array, radius: jax.Array):
     Returns dist [CONTACTS] m, pos [CONTACTS, 3] m and normal [CONTACTS, 3].
     """
     rows, columns = grid.heights.shape
+    off = (jnp.abs(centre[:2]) > grid.half).any()
     vertex = jnp.round((centre[:2] + grid.half) / grid.cell)
     vertex = jnp.clip(vertex, 1, np.array([columns - 2, rows - 2]))
     column, row = vertex.astype(jnp.int32)
-    around = jax.lax.dynamic_slice(grid.heights, (row - 1, column - 1), (3, 3))
-    # From the vertex, so that no digits are lost at the far end of a large field.
-    origin = jnp.append(vertex * grid.cell - grid.half, 0.0)
-    centre_here = centre - origin
+    around = grid.top * jax.lax.dynamic_slice(grid.heights, (row - 1, column - 1), (3, 3))
+    # All is seen from the vertex, so that no digits are lost at the far end of a large field.
+    origin = jnp.append(vertex * grid.cell - grid.half, around[1, 1])
+    centre = centre - origin
     flat = jnp.asarray(VERTICES * grid.cell, around.dtype)
-    vertices = jnp.concatenate([flat, grid.top * around.reshape(9, 1)], axis=1)
+    rise = (around - around[1, 1]).reshape(9, 1)
+    vertices = jnp.concatenate([flat, rise], axis=1)
 
-    faces = on_faces(vertices[TRIANGLES], centre_here)
-    edges = on_edges(vertices[EDGES[:, 0]], vertices[EDGES[:, 1]], centre_here)
+    faces = on_faces(vertices[TRIANGLES], centre)
+    edges = on_edges(vertices[EDGES[:, 0]], vertices[EDGES[:, 1]], centre)
     points = Points(*map(jnp.concatenate, zip(faces, edges, strict=True)))
-    off = (jnp.abs(centre[:2]) > grid.half).any()
     points = points._replace(square=jnp.where(off, NOTHING, points.square))
 
     contacts = []
     for _ in range(CONTACTS):
         best = nearest(points)
-        size = jnp.sqrt(jnp.square(best.up).sum())
-        normal = jnp.where(size > 0, best.up / size, jnp.array([0.0, 0.0, 1.0]))
         distance = jnp.sign(best.square) * jnp.sqrt(jnp.abs(best.square))
-        between = centre_here - normal * (radius + distance) / 2
+        # A centre on the surface has no direction to it; the ground is taken to be level there.
+        level = jnp.abs(distance) < TOO_NEAR
+        normal = (centre - best.place) / jnp.where(level, 1.0, distance)
+        normal = jnp.where(level, jnp.array([0.0, 0.0, 1.0]), normal)
+        between = centre - normal * (radius + distance) / 2
         contacts.append((distance - radius, between + origin, normal))
         stands_out = ((points.place - best.place) * normal).sum(axis=1) > STANDS_OUT * radius
         points = points._replace(square=jnp.where(stands_out, points.square, NOTHING))
     return tuple(map(jnp.stack, zip(*contacts, strict=True)))
+
+
+def frame_of(normal: jax.Array) -> jax.Array:
+    """MJX's make_frame for a normal [3] of length 1: [3, 3], whose rows are the axes."""
+    axis = jnp.where(
+        jnp.abs(normal[1]) < 0.5, jnp.array([0.0, 1.0, 0.0]), jnp.array([0.0, 0.0, 1.0])
+    )
+    along = axis - normal * (normal * axis).sum()
+    along = along * (1 / jnp.sqrt(jnp.square(along).sum()))
+    return jnp.stack([normal, along, jnp.cross(normal, along)])
 
 
 def hfield_sphere(model: mjx.Model, data: mjx.Data, key, geoms: jax.Array):
@@ -213,7 +226,7 @@ def hfield_sphere(model: mjx.Model, data: mjx.Data, key, geoms: jax.Array):
         centre = turn.T @ (data.geom_xpos[sphere] - data.geom_xpos[field])
         dist, pos, normal = touch(grid, centre, model.geom_size[sphere, 0])
         pos = pos @ turn.T + data.geom_xpos[field]
-        frame = jax.vmap(math.make_frame)(normal @ turn.T)
+        frame = jax.vmap(frame_of)(normal @ turn.T)
         far = jnp.full(spare, NOTHING)
         return (
             jnp.concatenate([dist, far]),

@@ -195,31 +195,39 @@ def make_step():
     return accelerate
 
 
-def draw_states(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """qpos and qvel of a sledge just above each of these heights [N, ...]."""
-    _, data = on_ground(SLEDGE, tiles[0])
+def draw_states(model, data, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """qpos and qvel of sledges of which one sphere or more dips into the ground, by up to 3 mm."""
     turn = data.geom_xmat[0].reshape(3, 3)
+    up = turn[:, 2]
     qpos = []
-    for heights in tiles:
-        place = random.uniform(-2.0, 2.0, (1, 2))
-        height = heights_below(heights, place)[0] + random.uniform(0.0, 0.05)
+    for _ in range(count):
+        place = turn @ [*random.uniform(-2.0, 2.0, 2), 0.0]
         attitude = [1, 0.04, 0.04, 1] * random.standard_normal(4)
-        attitude /= np.linalg.norm(attitude)
-        position = turn @ [*place[0], height] + data.geom_xpos[0]
-        qpos.append([*position, *attitude, 0.1 * random.standard_normal()])
-    return np.float32(qpos), np.float32(0.3 * random.standard_normal((len(tiles), 7)))
+        data.qpos[:] = [*place, *attitude / np.linalg.norm(attitude), random.uniform(-0.1, 0.1)]
+        mujoco.mj_kinematics(model, data)
+        depths = []
+        for centre in data.geom_xpos[1:]:
+            hit = mujoco.mj_rayHfield(model, data, 0, centre + 5.0 * up, -up, None)
+            depths.append(5.0 + RADIUS - hit)
+        data.qpos[:3] += up * (max(depths) - random.uniform(0.0, 0.003))
+        qpos.append(data.qpos.copy())
+    return np.float32(qpos), np.float32(0.3 * random.standard_normal((count, model.nv)))
 
 
 def test_each_world_stands_on_its_tile_of_one_table():
     """Accelerations are C MuJoCo's, wherever C has no more contacts than we; nothing is copied."""
     accelerate = make_step()
-    chosen = np.arange(300) % len(TILES)
-    qpos, qvel = draw_states(TILES[chosen])
+    originals = [on_ground(SLEDGE, heights) for heights in TILES]
+    states = [draw_states(*original, 40) for original in originals]
+    qpos, qvel = map(np.concatenate, zip(*states, strict=True))
+    chosen = np.repeat(np.arange(len(TILES)), 40)
     worlds = jax.jit(jax.vmap(accelerate, in_axes=(None, 0, 0, 0)))
     ours = np.asarray(worlds(TILES / TOP, chosen, qpos, qvel))
+
     compared = np.zeros(len(TILES), int)
     for world, tile in enumerate(chosen):
-        model, data = on_ground(SLEDGE, TILES[tile])
+        model, data = originals[tile]
+        mujoco.mj_resetData(model, data)
         data.qpos[:] = qpos[world]
         data.qvel[:] = qvel[world]
         mujoco.mj_forward(model, data)
