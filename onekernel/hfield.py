@@ -1,9 +1,9 @@
 """Spheres on a heightfield for `onekernel.mjx`, and the height of the ground at a place.
 
-MJX takes a sphere and a heightfield for a sphere and some eight prisms, with all their faces. For a
-robot with spheres under its feet that is twice the work of all the rest of its physics. This
-file looks at the surface alone: a sphere that is small beside the field's cells reaches no further than
-eight triangles and the eight edges between them, and nine heights are all that it needs.
+MJX takes a sphere and a heightfield for a sphere and eight prisms or more, with all their faces.
+For a robot with spheres under its feet that is twice the work of all the rest of its physics. This
+file looks at the surface alone: a sphere that is small beside the field's cells reaches no further
+than eight triangles and the eight edges between them, and nine heights are all that it needs.
 
 The heights may be an argument of a compiled function. A table of more than 4096 heights stays where
 it is, one for all worlds if they share it, and the kernel reads the nine that it wants: so new
@@ -203,15 +203,18 @@ def frame_of(normal: jax.Array) -> jax.Array:
 def hfield_sphere(model: mjx.Model, data: mjx.Data, key, geoms: jax.Array):
     """For MJX as its collision function of a heightfield and a sphere.
 
-    C MuJoCo makes a contact of every triangle under a sphere. Those at an edge in the middle of flat
-    or convex ground are no obstacles of their own; they are left out here. The others
-    have C's distances, places and frames, but at most CONTACTS of them. These differ, too:
+    C MuJoCo makes a contact of every triangle that a sphere reaches. Beside the deepest one, those
+    of flat or convex ground are no obstacles of their own: what does not stand out of its tangent
+    plane is left out here. The others have C's distances, places and frames. Limits:
 
+    - a sphere has CONTACTS contacts at most, the deepest;
+    - where spheres sink in by a good part of their radius, C's further contacts carry much of the
+      weight, and motion differs: at 0.5 mm of 5 by a millimetre after 0.5 s, at 10 mm of 22 by
+      decimetres;
     - a sphere whose centre is below the ground is pushed out of the triangle that it is under, not
-      sideways into the next one;
-    - a sphere is off the field as soon as its centre is.
-
-    Spheres that are wider than a cell go to MJX's own function.
+      sideways into the next one as in C;
+    - a sphere is off the field as soon as its centre is;
+    - a sphere that is wider than a cell goes to MJX's own function.
 
     geoms: [G, 2], of heightfields and spheres. Returns dist [4 G], pos [4 G, 3], frame [4 G, 3, 3];
     those that MJX has room for and this function no need of are far away.
