@@ -41,7 +41,7 @@ class Grid(NamedTuple):
 
 
 def make_grid(heights: jax.Array, half: np.ndarray, top: float = 1.0) -> Grid:
-    """heights: [rows, columns]; half: [2] m, and top: m, the first three of MuJoCo's hfield_size."""
+    """heights: [rows, columns]. half [2] m and top m: the first three of MuJoCo's hfield_size."""
     rows, columns = heights.shape
     cell = 2 * half / np.array([columns - 1, rows - 1])
     return Grid(heights=heights, top=top, cell=cell, half=half)

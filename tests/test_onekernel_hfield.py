@@ -111,7 +111,7 @@ def touch_all(heights: np.ndarray, centres: np.ndarray) -> list[np.ndarray]:
 
 
 def c_contacts(model, data, centre) -> list[tuple[float, np.ndarray, np.ndarray]]:
-    """Distance, place and normal of each contact in C MuJoCo, in the field's frame, deepest first."""
+    """Distance, place and normal of C MuJoCo's contacts, in the field's frame, deepest first."""
     data.qpos[:3] = centre + data.geom_xpos[0]
     mujoco.mj_kinematics(model, data)
     mujoco.mj_collision(model, data)
