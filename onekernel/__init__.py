@@ -9,8 +9,8 @@ held meanwhile), graph.py is what they become, codegen.py writes it down for LLV
 sine and the like; layout.py, staging.py, slots.py: what lies where in memory; parts.py: large
 kernels in pieces), cpu.py, machine_code.py and cuda.py make it machine code that XLA can call
 (ffi.py), cache.py and fingerprint.py remember it, api.py is `compile`. mjx.py is a lean constraint
-solver for MuJoCo XLA. dense.py stands apart: `dot_general`, products of small matrices for the
-layers of networks on CPUs."""
+solver for MuJoCo XLA, hfield.py spheres on uneven ground. dense.py stands apart: `dot_general`,
+products of small matrices for the layers of networks on CPUs."""
 
 from onekernel.api import Fallback, compile
 from onekernel.dense import dot_general

@@ -18,10 +18,10 @@ place:
 - the solver stops when it is done by a criterion that float32 can meet, mostly after one or two
   steps.
 
-The results are MJX's to rounding, with one exception: `plane_capsule` follows C MuJoCo where MJX
-does not. All of it is plain JAX and also right under jax.jit and jax.vmap alone, but not faster
-than MJX. MJX itself is not changed: `lean` replaces some of its functions while a function of MJX
-is traced.
+The results are MJX's to rounding, with two exceptions: `plane_capsule` and, in hfield.py,
+`hfield_sphere` follow C MuJoCo where MJX does not. All of it is plain JAX and also right under
+jax.jit and jax.vmap alone, but not faster than MJX. MJX itself is not changed: `lean` replaces some
+of its functions while a function of MJX is traced.
 
 Names: n degrees of freedom (nv), k rows of constraints (nefc). M: mass matrix (qM), J: the rows'
 Jacobian (efc_J), all in SI units.
@@ -47,6 +47,8 @@ from mujoco.mjx._src import (
     support,
     types,
 )
+
+from onekernel import hfield
 
 # What `lean` replaces, and calls where it does not know better.
 MJX_SOLVE = solver.solve
@@ -318,6 +320,7 @@ COLLISIONS = {
     if not NO_SPHERE_AROUND & set(kinds)
 }
 COLLISIONS[PLANE_CAPSULE] = plane_capsule
+COLLISIONS[hfield.HFIELD_SPHERE] = hfield.hfield_sphere
 
 
 # Rows of constraints ------------------------------------------------------------------------------
