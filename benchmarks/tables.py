@@ -479,18 +479,17 @@ def walk_time() -> str:
 
 def g1_test() -> str:
     """The test of docs/g1_policy.npz."""
-    row = load("time_to_walk_g1")["rows"][0]
+    test = load("g1_policy")["evaluation"]
     columns = ["falls", "error", "yaw", "sway", "slip", "jerk", "power", "drift"]
     rows = [
         [command, *(three_digits(cells[column]) for column in columns)]
-        for command, cells in row["final_table"].items()
+        for command, cells in test["table"].items()
     ]
-    final = row["final"]
-    marks = [three_digits(final[key]) for key in ("error", "yaw", "drift")]
-    verdict = "PASS" if final["passed"] else "FAIL"
+    marks = [three_digits(test[key]) for key in ("error", "yaw", "drift")]
+    verdict = "PASS" if test["passed"] else "FAIL"
     told = "\n{}: {} falls, velocity error {} m/s, yaw error {} rad/s, standing drift {} m.\n"
-    verdict = told.format(verdict, final["falls"], *marks)
-    return markdown(["command", *columns], rows) + verdict + sources(["time_to_walk_g1"])
+    verdict = told.format(verdict, test["falls"], *marks)
+    return markdown(["command", *columns], rows) + verdict + sources(["g1_policy"])
 
 
 def g1_ablations() -> str:

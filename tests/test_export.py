@@ -105,7 +105,8 @@ def untrained(robot: unitree.Robot) -> dict[str, np.ndarray]:
     for i in range(3):
         policy[f"w{i}"] = random.normal(0, widths[i] ** -0.5, widths[i : i + 2])
         policy[f"b{i}"] = random.normal(0, 0.1, widths[i + 1])
-    return {name: array.astype(np.float32) for name, array in policy.items()}
+    policy = {name: array.astype(np.float32) for name, array in policy.items()}
+    return policy | unitree.mirror_rules(robot)
 
 
 def make_run(folder: Path, name: str) -> dict[str, np.ndarray]:
@@ -352,7 +353,7 @@ def test_only_onnx_where_the_rest_is_not_possible(tmp_path, monkeypatch, capsys,
 
 def test_what_unitrees_loop_cannot_give(monkeypatch):
     """Another gait period, and a sense that they do not have."""
-    assert [name for name in unitree.ROBOTS if export.why_not(unitree, name)] == ["go2"]
+    assert [name for name in unitree.ROBOTS if export.why_not(unitree, name)] == ["go2", "go2_no_clock"]
     slow = dataclasses.replace(unitree.ROBOTS["g1"], gait_period=0.9)
     monkeypatch.setitem(unitree.ROBOTS, "g1", slow)
     assert "0.9 s" in export.why_not(unitree, "g1")

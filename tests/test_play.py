@@ -80,7 +80,7 @@ def make_walker(folder, robot: str = "g1") -> play.Player:
     row = unitree.ROBOTS[robot]
     parts = unitree.seen_parts(row, "actor")
     size = sum(unitree.part_width(row, part) for part in parts.values())
-    write_run(folder, unitree, args, make_policy(size, len(row.acted)))
+    write_run(folder, unitree, args, make_policy(size, len(row.acted)) | unitree.mirror_rules(row))
     return play.Player(unitree, folder, 0)
 
 
@@ -152,7 +152,8 @@ def test_loop(player, monkeypatch, capsys):
         viewer.opt.flags[mujoco.mjtVisFlag.mjVIS_CONTACTPOINT] ^= 1
 
     def write(bias: float, age: int):
-        np.savez(file, **make_policy(*player.policy["w0"].shape, bias))
+        rules = unitree.mirror_rules(unitree.ROBOTS["g1"])
+        np.savez(file, **make_policy(*player.policy["w0"].shape, bias), **rules)
         os.utime(file, ns=(0, age))
 
     def break_file():

@@ -185,7 +185,7 @@ class Player:
         self.reset()
         try:
             self.act()
-        except ValueError as error:
+        except (KeyError, ValueError) as error:  # an array lacks, or has another shape
             fail(f"{self.policy_file.file} does not fit the script or the robot ({error!s:.200})")
 
     def swap_policy(self) -> bool:
