@@ -57,8 +57,8 @@ run() {
         piece "ppo_$task" python benchmarks/time_to_return.py --env-ids "$task" --seeds 1 --name "ppo_$task" \
           --total-timesteps 8000000 --flags="--num-envs 2048 --num-steps 16" "${smoke[@]}"
       done ;;
-    g1) piece g1 python benchmarks/time_to_walk.py --name g1 --total-timesteps 45000000 --checkpoint-every 120 \
-          --flags="--num-envs 2048" "${smoke[@]}" ;;
+    g1) piece g1 python benchmarks/time_to_walk.py --robot g1 --name g1 \
+          --flags="--num-envs 2048 --total-timesteps 45000000" "${smoke[@]}" ;;
     reproducibility) piece reproducibility python benchmarks/reproducibility.py "${smoke[@]}" ;;
     validate) piece validate python benchmarks/validate.py "${smoke[@]}" ;;
     sac) piece sac python benchmarks/sac_throughput.py "${smoke[@]}" ;;

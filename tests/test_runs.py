@@ -297,19 +297,19 @@ def test_training_saves_and_evaluates_by_its_cadence(run_dir, monkeypatch):
 
 
 def test_imitation_is_a_share_of_the_training():
-    """By default it falls to 0 over 600,000 steps of 15 million, and comes again at 6 million."""
+    """By default it falls to 0 over 1.5 of 15 million steps, and comes again at 4.5 million."""
     robot = unitree.ROBOTS["g1"]
     obs = {"actor": jnp.zeros(300), "critic": jnp.zeros(300)}  # longer than they are
     walking = obs | {"actor": jnp.ones(300)}
     for factor in (1, 4):
         args = unitree.Args(total_timesteps=factor * 15_000_000)
         share = args.steps_per_iteration / factor
-        for steps, standing in [(0, 1.0), (300_000, 0.5), (600_000, 0.0), (6_000_000, 1.0)]:
+        for steps, standing in [(0, 1.0), (750_000, 0.5), (1_500_000, 0.0), (4_500_000, 1.0)]:
             iteration = jnp.int32(math.ceil(steps / share))
             weight = unitree.imitation_weight(args, robot, iteration, obs)  # it stands, as told
             assert weight == pytest.approx(standing, abs=0.01)
             weight = unitree.imitation_weight(args, robot, iteration, walking)
-            assert weight == pytest.approx(max(1 - steps / 600_000, 0), abs=0.01)
+            assert weight == pytest.approx(max(1 - steps / 1_500_000, 0), abs=0.01)
 
 
 # ---- Evaluation
