@@ -630,7 +630,7 @@ ROBOTS = {
         total_timesteps=6_000_000,
     ),
     # As at Unitree's it has no clock and finds its gait by itself; unlike there, the actor does not
-    # see the base's velocity, which a robot cannot measure. It takes many times as many steps.
+    # see the base's velocity, which a robot cannot measure. No training of it has walked yet.
     "go2_no_clock": Robot(
         mjcf="go2.xml",
         joints=GO2_JOINTS,
@@ -710,7 +710,6 @@ class Controller(NamedTuple):
         """
         torque = stiffness * self.stiffness * (target - qpos[7:])
         torque = torque - damping * self.damping * qvel[6:]
-        # numpy.clip is slow on so few numbers.
         return xp.minimum(xp.maximum(strength * torque, -self.max_torque), self.max_torque)
 
 
@@ -917,10 +916,9 @@ def mirror_observation(robot: Robot, obs, xp=jnp, who="actor"):
 def in_mirror(robot: Robot, command, elapsed):
     """Whether the networks see the world in a mirror, and their actions are mirrored: bool [...].
 
-    A robot is its own mirror image, and a mirror shows its gait half a period later. Who looks into
-    the mirror in the second half of each period always sees the first half, and what the networks
-    learn for one leg holds for the other: they have half as much to learn, and are symmetric
-    whatever they have learnt. Without a clock they see no commands to the right.
+    A robot is its own mirror image, and a mirror shows its gait half a period later. In the second
+    half of each period the networks look into the mirror, so they always see a first half, and what
+    they learn for one leg holds for the other. Without a clock they see no turns to the right.
     command: [..., 3]; elapsed: [...] control steps.
     """
     if robot.clock:
@@ -2022,7 +2020,7 @@ def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
     }
 
 
-WELL_TRACKED = 0.42  # share of the reward for the velocity; who stands whatever is told gets less
+WELL_TRACKED = 0.42  # share of the reward for the velocity; a G1 that falls each second has 0.3
 
 
 def next_level(args: Args, robot: Robot, level: jax.Array, reward: jax.Array) -> jax.Array:
