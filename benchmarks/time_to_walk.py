@@ -4,10 +4,10 @@
     python benchmarks/time_to_walk.py --robot g1 --ablations --seeds 1 2 3 --name g1_ablations
 
 Each training is a process of its own that starts with an empty compile cache (--compile-cache: with
-the user's). Its policies are copied while it trains. When it has ended, those of its second half
-are put to the script's own test. `first_update_s` are the seconds until the first iteration's
-metrics are in TensorBoard's file, `first_pass` is the first policy that passes, `all_pass` the
-first one from which on all pass.
+the user's). Its policies are copied while it trains. When all trainings have ended, the policies of
+their later parts (--test-from) are put to the script's own test. `first_update_s` are the seconds
+until the first iteration's metrics are in TensorBoard's file, `first_pass` is the first policy that
+passes, `all_pass` the first one from which on all pass. So only the trainings need a quiet machine.
 
 With --ablations each training lacks one trick, and the last policies alone are tested.
 
@@ -55,7 +55,7 @@ RESULTS = ("passed", "falls", "error", "yaw", "drift")
 class Args:
     robot: str = "g1"
     seeds: tuple[int, ...] = (1,)
-    checkpoint_every: float = 0.06  # share of the training between two policies
+    checkpoint_every: float = 0.1  # share of the training between two policies
     test_from: float = 0.5  # share of the training from which on policies are tested
     flags: str = ""  # further flags for ppo_mjx_unitree.py
     ablations: bool = False  # all variants, of which the last policies alone are tested
@@ -110,17 +110,16 @@ def milestones(curve: list[dict]) -> dict[str, dict | None]:
     }
 
 
-def measure(args: Args, variant: str, seed: int) -> dict:
-    """One training with its tests: a row of the result."""
-    with tempfile.TemporaryDirectory() as folder:
-        curve, run, seconds = train(args, variant, seed, Path(folder))
-        first = len(curve) - 1 if args.ablations else round(args.test_from * len(curve))
-        curve = curve[first:]
-        with ProcessPoolExecutor(common.count_cores()) as pool:
-            files = [policy["file"] for policy in curve]
-            results = list(pool.map(judge, [args.robot] * len(files), files))
-        if args.policy and seed == args.seeds[0]:
-            shutil.copy(files[-1], args.policy)
+def test(args: Args, seed: int, training: tuple[list[dict], dict, float]) -> dict:
+    """The tests of one training's policies, as `train` returns it: a row of the result."""
+    curve, run, seconds = training
+    first = len(curve) - 1 if args.ablations else round(args.test_from * len(curve))
+    curve = curve[first:]
+    with ProcessPoolExecutor(common.count_cores()) as pool:
+        files = [policy["file"] for policy in curve]
+        results = list(pool.map(judge, [args.robot] * len(files), files))
+    if args.policy and seed == args.seeds[0]:
+        shutil.copy(files[-1], args.policy)
 
     batch = run["args"]["num_envs"] * run["args"]["num_steps"]
     for policy, result in zip(curve, results, strict=True):
@@ -128,7 +127,6 @@ def measure(args: Args, variant: str, seed: int) -> dict:
         policy |= {key: result[key] for key in RESULTS}
         policy.pop("file")
     return {
-        "variant": variant,
         "seed": seed,
         "process_s": round(seconds, 1),
         "first_update_s": run["first_update_s"],
@@ -160,9 +158,17 @@ def main(args: Args) -> None:
         short = {"seeds": (1,), "flags": "--total-timesteps 30000", "checkpoint_every": 1.0}
         args = dataclasses.replace(args, **short)
     rows = []
-    for seed in args.seeds:
-        for variant in VARIANTS if args.ablations else ["as it is"]:
-            row = measure(args, variant, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        trainings = {}
+        for seed in args.seeds:
+            for variant in VARIANTS if args.ablations else ["as it is"]:
+                own = Path(folder, f"{seed}_{len(trainings)}")
+                own.mkdir()
+                trainings[seed, variant] = train(args, variant, seed, own)
+                print(f"{variant}, seed {seed}: {trainings[seed, variant][2]:.0f} s", flush=True)
+
+        for (seed, variant), training in trainings.items():
+            row = {"variant": variant} | test(args, seed, training)
             rows.append(row)
             shown = {key: row[key] for key in row if key not in ("curve", "final_table", "run")}
             print(json.dumps(shown), flush=True)

@@ -250,7 +250,7 @@ def motion_of(robot: unitree.Robot, **changes) -> unitree.Motion:
         gravity=np.array([0, 0, -1.0]), angles=robot.joint_array("default"), speeds=zeros, accelerations=zeros,
         torque=zeros, action=np.zeros(len(robot.acted)), action_before=np.zeros(len(robot.acted)),
         foot_height=np.zeros(feet), foot_velocity=np.zeros((feet, 3)), contact=np.full(feet, True),
-        stance=np.full(feet, True), flight=np.zeros(feet))
+        stance=np.full(feet, True), flight=np.zeros(feet), clearance=np.zeros(feet))
     return unitree.Motion(**{name: jnp.asarray(value) for name, value in (still | changes).items()})
 
 
@@ -284,7 +284,8 @@ def test_flight_is_counted_from_the_last_contact():
     info = {"command": jnp.ones(3), "action": jnp.zeros(12), "elapsed": jnp.array(7),
             "airborne": jnp.array([3, 0, 5, 0])}
     readings = {"contact": jnp.array([True, True, False, False]), "torque": jnp.zeros(12),
-                "foot_height": jnp.zeros(4), "foot_velocity": jnp.zeros((4, 3))}
+                "foot_height": jnp.zeros(4), "foot_velocity": jnp.zeros((4, 3)),
+                "clearance": jnp.zeros(4)}
     data = unitree.Physics(qpos=jnp.zeros(19).at[3].set(1), qvel=jnp.zeros(18), qacc_warmstart=jnp.zeros(18))
     motion = unitree.Env.describe_motion(env, info, data, data, jnp.zeros(12), readings)
     np.testing.assert_allclose(motion.flight, [0.08, 0, 0, 0])
