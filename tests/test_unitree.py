@@ -726,7 +726,7 @@ def path(env, state, steps: int):
     return jax.tree.map(as_numpy, run(lambda state: jax.lax.scan(step, state, length=steps)[1], state))
 
 def test_commands_and_pushes_come_by_chance():
-    """Another command every 5 s and a push of at most 0.5 m/s along each axis every 4 s on average, each control step
+    """Another command every 5 s and a push of at most 0.8 m/s along each axis every 4 s on average, each control step
     as likely as any other, so that they meet all phases of the gait. The old command is what a step is rewarded for."""
     env, steps, worlds = make(Toy, USUAL), 400, 200
     start = reset_worlds(env, worlds)
@@ -743,7 +743,7 @@ def test_commands_and_pushes_come_by_chance():
         assert phases.min() > 0 and phases.max() < 4 * count / 40
         assert (moved.sum(axis=1) < 0.1 * worlds).all()  # no step takes all worlds at once
     assert (kicked[..., 0] != 0).sum() == (kicked[..., 1] != 0).sum() and not kicked[:, :, 2:].any()
-    assert 0.45 < np.abs(kicked).max() <= 0.5 + 1e-6
+    assert 0.7 < np.abs(kicked).max() <= 0.8 + 1e-6
     seen = np.where(np.asarray(states.info["elapsed"])[..., None] % 40 >= 20, [1, -1, -1], 1)  # in the mirror
     np.testing.assert_allclose(states.obs["critic"][:, :, 9:12], seen * command[1:] * [2, 2, 0.25], rtol=1e-6)
     velocity = [rotation(quat).T @ v for quat, v in zip(
@@ -1050,7 +1050,7 @@ def test_loss_by_hand(imitation_coef, iteration):
         policy_loss - 0.01 * entropy + 0.5 * expected["losses/value_loss"]
         + imitation_coef * expected["losses/imitation_loss"])
     assert metrics.keys() == expected.keys()
-    assert (expected["losses/imitation_loss"] > 0.01) == (iteration != 6)
+    assert expected["losses/imitation_loss"] > 0.01
     for name, number in expected.items():
         np.testing.assert_allclose(metrics[name], number, rtol=1e-3, err_msg=name)
     assert loss == metrics["losses/loss"]
