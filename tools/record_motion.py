@@ -1,0 +1,130 @@
+"""Record a reference for amp_mjx_unitree.py: a trained policy walks through its commands.
+
+    python tools/record_motion.py runs/NAME
+    python tools/record_motion.py runs/NAME --out my_walk.npz --seconds 4 --smooth 0.03
+
+The policy of the run walks in C MuJoCo, as in its script's test: the same model, controller and
+start. Without a break it is given one command after the other: to stand, each of the command's
+axes at its ends and halfway, and random mixtures. Commands and turns to the left suffice, for the
+training adds the mirror image of all that it reads.
+
+The poses are smoothed over time, since a policy's jitter is no style, and written as an npz of qpos
+[T, nq] (position, quaternion w x y z, joint angles) and dt. By default the file is
+robots/motions/ROBOT.npz, from which the training of this robot takes its reference.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the accelerator's memory is for training
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+from tools.play import fail, find_script
+from tools.show_motion import load_amp
+
+FIRST = 1.0  # s, from the start to the first pose that is kept
+CALM = 3.0  # standard deviations, after which the smoothing stops
+
+
+def list_commands(ranges: np.ndarray, mixtures: int, seed: int) -> np.ndarray:
+    """Commands [n, 3] that cover their ranges [3, 2], none to the right; the first is to stand."""
+    ranges = np.array(ranges)
+    ranges[1:, 0] = 0.0  # the mirror shows the other side
+    single = [
+        axis * share * end
+        for axis, ends in zip(np.eye(3), ranges, strict=True)
+        for end in ends
+        for share in (0.5, 1.0)
+        if end
+    ]
+    mixed = np.random.default_rng(seed).uniform(*ranges.T, size=(mixtures, 3))
+    return np.concatenate([np.zeros((1, 3)), single, mixed])
+
+
+def walk(
+    script: ModuleType, original, policy: dict, commands: np.ndarray, seconds: float
+) -> np.ndarray:
+    """The poses [T, 7 + J] of a policy that follows each command for some seconds.
+
+    original: the script's CMujocoEnv.
+    """
+    steps = round(seconds / script.CONTROL_DT)
+    memory = script.initial_memory()
+    original.reset(0)
+    poses = []
+    for command in commands:
+        for _ in range(steps):
+            memory, action = script.act(policy, memory, original.observe(command))
+            if original.step(action)["fallen"]:
+                fail(f"the policy fell at the command {command.round(2).tolist()}: train it better")
+            poses.append(original.data.qpos.copy())
+    return np.array(poses)[round(FIRST / script.CONTROL_DT) :]
+
+
+def smooth(poses: np.ndarray, deviation: float) -> np.ndarray:
+    """Poses [T, 7 + J], each a mean of those around it with a Gaussian's weights.
+
+    deviation: the Gaussian's, in frames; 0 changes nothing.
+    """
+    if not deviation:
+        return poses
+    reach = int(np.ceil(CALM * deviation))
+    weights = np.exp(-0.5 * np.square(np.arange(-reach, reach + 1) / deviation))
+    padded = np.pad(poses, ((reach, reach), (0, 0)), mode="edge")
+    columns = [np.convolve(column, weights / weights.sum(), "valid") for column in padded.T]
+    result = np.stack(columns, axis=1)
+    # In C MuJoCo a quaternion does not jump to its negative, and neighbours are close: so the mean
+    # needs no more than its norm set right.
+    result[:, 3:7] /= np.linalg.norm(result[:, 3:7], axis=1, keepdims=True)
+    return result
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path, help="run folder")
+    parser.add_argument("--out", type=Path, metavar="FILE.npz", help="the file to write")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each command")
+    parser.add_argument("--mixtures", type=int, default=8, help="random commands after the others")
+    parser.add_argument("--smooth", type=float, default=0.02, help="the Gaussian's deviation, s")
+    parser.add_argument("--seed", type=int, default=0, help="of the random commands")
+    parser.add_argument("--script", type=Path, help="the script that made the run")
+    flags = parser.parse_args(argv)
+    for name, least, most in (("seconds", 0.1, 600), ("mixtures", 0, 1000), ("smooth", 0, 1)):
+        value = getattr(flags, name)
+        if not least <= value <= most:
+            fail(f"--{name} {value}: not between {least} and {most}")
+
+    script = find_script(flags.run_dir, flags.script)
+    args = script.read_run(flags.run_dir)
+    out = flags.out or script.MODELS / "motions" / f"{args.robot}.npz"
+    if out.suffix != ".npz":
+        fail(f"--out {out}: the name has to end in .npz")
+    try:
+        with np.load(flags.run_dir / "policy.npz", allow_pickle=False) as arrays:
+            policy = dict(arrays)
+    except Exception as error:  # there is no end to what may be wrong with a file
+        fail(f"{flags.run_dir}: no policy ({type(error).__name__}: {error!s:.200})")
+
+    ranges = np.array([args.command_x, args.command_y, args.command_yaw])
+    commands = list_commands(ranges, flags.mixtures, flags.seed)
+    robot = script.ROBOTS[args.robot]
+    poses = walk(script, script.CMujocoEnv(robot), policy, commands, flags.seconds)
+    poses = smooth(poses, flags.smooth / script.CONTROL_DT)
+
+    amp = load_amp()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Single precision and compressed, as it ships with the project.
+    np.savez_compressed(out, qpos=poses.astype(np.float32), dt=np.float32(script.CONTROL_DT))
+    print(f"{out}: {len(commands)} commands, {out.stat().st_size / 1e3:.0f} kB")
+    if args.robot in amp.ROBOTS:
+        print(amp.describe_clip(amp.ROBOTS[args.robot], poses))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
