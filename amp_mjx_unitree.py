@@ -696,6 +696,11 @@ SEEN = {
 }
 
 
+def seen_parts(robot: Robot, who: str) -> dict[str, Part]:
+    """What the actor or the critic sees of this robot, by the parts' names."""
+    return SEEN[who]
+
+
 def cross_product(a, b, xp=jnp):
     """Of vectors [..., 3]. On single vectors numpy.cross takes more than twice as long."""
     a1, a2, a3 = a[..., 0], a[..., 1], a[..., 2]
@@ -736,7 +741,7 @@ def sense(robot: Robot, qpos, qvel, command, action, xp=jnp) -> dict[str, Any]:
 
 
 def observe(parts: dict[str, Part], senses: dict[str, Any], xp=jnp):
-    """What the actor or the critic sees, without noise: [..., O]. parts: a row of SEEN."""
+    """What the actor or the critic sees, without noise: [..., O]. parts: by `seen_parts`."""
     scaled = [senses[name] * np.array(part.scale) for name, part in parts.items()]
     return xp.concatenate(scaled, axis=-1)
 
@@ -793,7 +798,7 @@ def mirror_actions(robot: Robot, actions, xp=jnp):
 
 def mirror_observation(robot: Robot, obs, xp=jnp, who="actor"):
     """What the actor or the critic sees, [..., O], as a mirror shows it."""
-    parts = SEEN[who]
+    parts = seen_parts(robot, who)
     mirrored = []
     for name, where in part_slices(robot, parts).items():
         part = obs[..., where]
@@ -1024,7 +1029,8 @@ class Env:
         self.args = args
         self.robot = ROBOTS[args.robot]
         self.action_size = len(self.robot.acted)
-        self.noise = args.obs_noise * noise_widths(self.robot, SEEN["actor"])  # [O]
+        self.seen = {who: seen_parts(self.robot, who) for who in SEEN}
+        self.noise = args.obs_noise * noise_widths(self.robot, self.seen["actor"])  # [O]
         self.controller = make_controller(self.robot)
 
         dt = CONTROL_DT / args.decimation
@@ -1090,7 +1096,7 @@ class Env:
         """
         robot = self.robot
         senses = sense(robot, data.qpos, data.qvel, command, action)
-        obs = {who: observe(parts, senses) for who, parts in SEEN.items()}
+        obs = {who: observe(parts, senses) for who, parts in self.seen.items()}
         noise = jax.random.uniform(key, obs["actor"].shape, minval=-1.0, maxval=1.0)
         obs["actor"] += level * self.noise * noise
 
@@ -2390,11 +2396,12 @@ def mirror_rules(args: Args, robot: Robot) -> dict[str, np.ndarray]:
     mirror_obs: [O, O] and mirror_action: [A, A], by which observation and action are multiplied
     there.
     """
-    where = part_slices(robot, SEEN["actor"])
+    parts = seen_parts(robot, "actor")
+    where = part_slices(robot, parts)
     size = max(columns.stop for columns in where.values())
     mirror_when = np.zeros(size, np.float32)
     if args.mirror:
-        scale = np.array(SEEN["actor"]["command"].scale)
+        scale = np.array(parts["command"].scale)
         mirror_when[where["command"]] = np.array([0.0, -1e-3, -1.0]) / scale
     return {
         "mirror_when": mirror_when,
@@ -2460,7 +2467,7 @@ class CMujocoEnv:
         data = self.data
         command = np.array(command)
         senses = sense(self.robot, data.qpos, data.qvel, command, self.action, np)
-        return observe(SEEN["actor"], senses, np)
+        return observe(seen_parts(self.robot, "actor"), senses, np)
 
     def step(self, action) -> dict[str, Any]:
         """One control step. Returns what the test measures."""

@@ -231,7 +231,7 @@ def why_not(script: ModuleType, name: str) -> str | None:
     unknown = script.seen_parts(robot, "actor").keys() - set(UNITREE_PARTS)
     if unknown:
         return f"Unitree's scripts do not tell a policy its {', '.join(sorted(unknown))}"
-    if robot.clock and robot.gait_period != UNITREE_PERIOD:
+    if "clock" in script.seen_parts(robot, "actor") and robot.gait_period != UNITREE_PERIOD:
         return f"its gait takes {robot.gait_period} s, and Unitree's clock {UNITREE_PERIOD} s"
     return None
 

@@ -1,0 +1,747 @@
+"""The motion prior: motions by hand, their formats and what is refused, how the reference is drawn,
+the discriminator by hand, whole runs on a robot without physics, and one step of a real one."""
+
+import dataclasses
+import functools
+import json
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from quick import QUICK
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import amp_mjx_unitree as amp
+import ppo_mjx_unitree
+from tools import export, record_motion, show_motion
+
+G1 = amp.ROBOTS["g1"]
+GO2 = amp.ROBOTS["go2"]
+DT = amp.CONTROL_DT
+SMALL = amp.Args(
+    robot="g1",
+    num_envs=16,
+    num_steps=6,
+    num_minibatches=2,
+    total_timesteps=4 * 96,
+    hidden_sizes=(16,),
+    disc_hidden_sizes=(8,),
+    disc_batch_size=32,
+    replay_size=32,
+    replay_added=16,
+)
+
+
+def run(function, *inputs):
+    """Compile and call it."""
+    return jax.jit(function).lower(*inputs).compile(QUICK)(*inputs)
+
+
+def as_numpy(leaf) -> np.ndarray:
+    """A copy, as the array itself may be donated."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.array(jax.random.key_data(leaf) if is_key else leaf)
+
+
+def stand(robot: amp.Robot, frames: int) -> np.ndarray:
+    """Poses of a robot that stands in the default pose: [T, 7 + J]."""
+    base = [0, 0, robot.model.qpos0[2], 1, 0, 0, 0]
+    return np.tile(np.concatenate([base, robot.joint_array("default")]), (frames, 1))
+
+
+def yaw_quat(angle) -> np.ndarray:
+    """Of turns about z: [..., 4]."""
+    angle = np.asarray(angle)
+    zero = np.zeros_like(angle)
+    return np.stack([np.cos(angle / 2), zero, zero, np.sin(angle / 2)], axis=-1)
+
+
+def random_poses(robot: amp.Robot, frames: int, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    poses = random.standard_normal((frames, 7 + len(robot.joints)))
+    poses[:, 3:7] /= np.linalg.norm(poses[:, 3:7], axis=1, keepdims=True)
+    return poses
+
+
+def write(file: Path, qpos: np.ndarray, dt: float = DT) -> str:
+    np.savez(file, qpos=qpos, dt=dt)
+    return str(file)
+
+
+def load(*files: str, **settings) -> amp.Motions:
+    return amp.load_motions(dataclasses.replace(SMALL, motion=files, **settings))
+
+
+def parts(robot: amp.Robot, frame: np.ndarray) -> dict[str, np.ndarray]:
+    """A frame [..., K] by its parts."""
+    joints = len(robot.joints)
+    widths = [1, 3, 3, 3, joints, joints, 3 * len(robot.feet)]
+    assert frame.shape[-1] == sum(widths)
+    names = ("height", "gravity", "velocity", "rates", "angles", "speeds", "feet")
+    return dict(zip(names, np.split(frame, np.cumsum(widths)[:-1], axis=-1), strict=True))
+
+
+# ---- Velocities ----------------------------------------------------------------------------------
+def test_velocity_is_the_inverse_of_integration():
+    """MuJoCo comes back to where the velocity has been taken from, also over more than half a turn
+    of the quaternion; in float32 to its rounding."""
+    before, after = random_poses(G1, 200), random_poses(G1, 200, seed=1)
+    after[:100, 3:7] = before[:100, 3:7] + 1e-4 * after[:100, 3:7]  # small turns
+    after[:, 3:7] /= np.linalg.norm(after[:, 3:7], axis=1, keepdims=True)
+    after[::2, 3:7] *= -1
+    velocity = amp.velocity_between(before, after, 0.1, np)
+    expected = np.zeros(18)
+    for i in range(200):
+        mujoco.mj_differentiatePos(G1.model, expected, 0.1, before[i], after[i])
+        np.testing.assert_allclose(velocity[i], expected, rtol=1e-6, atol=1e-6)
+    assert np.abs(velocity[:, 3:6]).max() > 20  # nearly half a turn in 0.1 s
+    single = run(partial(amp.velocity_between, dt=0.1), np.float32(before), np.float32(after))
+    np.testing.assert_allclose(single, velocity, atol=2e-3)
+    still = run(partial(amp.velocity_between, dt=0.1), np.float32(before), np.float32(before))
+    np.testing.assert_allclose(still, 0, atol=1e-4)
+
+
+def test_a_glide_at_constant_velocity(tmp_path):
+    """A robot that looks to the left, along y, and glides along x goes to its right."""
+    poses = stand(G1, 20)
+    time = DT * np.arange(20)
+    poses[:, 0] += 0.7 * time
+    poses[:, 3:7] = yaw_quat(math.pi / 2)
+    poses[:, 7 + 3] += 0.5 * time  # a knee
+    motions = load(write(tmp_path / "glide.npz", poses), mirror=False)
+    assert motions.length.tolist() == [19] and motions.frame.dtype == np.float32
+    seen = parts(G1, motions.frame)
+    np.testing.assert_allclose(seen["velocity"], np.tile([0, -0.7, 0], (19, 1)), atol=1e-5)
+    np.testing.assert_allclose(seen["rates"], 0, atol=1e-6)
+    np.testing.assert_allclose(seen["gravity"], np.tile([0, 0, -1], (19, 1)), atol=1e-6)
+    np.testing.assert_allclose(seen["height"], G1.model.qpos0[2], atol=1e-6)
+    np.testing.assert_allclose(seen["speeds"], np.tile(0.5 * np.eye(12)[3], (19, 1)), atol=1e-4)
+    np.testing.assert_allclose(seen["angles"], poses[1:, 7:], atol=1e-6)
+    np.testing.assert_allclose(motions.qvel[:, :3], np.tile([0.7, 0, 0], (19, 1)), atol=1e-5)
+
+
+def test_a_turn_on_the_spot(tmp_path):
+    """Pure yaw: the rate about z, no velocity; the feet stay where they are in the base's frame."""
+    poses = stand(G1, 30)
+    poses[:, 3:7] = yaw_quat(1.2 * DT * np.arange(30))
+    motions = load(write(tmp_path / "turn.npz", poses), mirror=False)
+    seen = parts(G1, motions.frame)
+    np.testing.assert_allclose(seen["rates"], np.tile([0, 0, 1.2], (29, 1)), atol=1e-5)
+    np.testing.assert_allclose(seen["velocity"], 0, atol=1e-6)
+    np.testing.assert_allclose(np.ptp(seen["feet"], axis=0), 0, atol=1e-6)
+    left, right = seen["feet"][0].reshape(2, 3)
+    assert left[1] > 0.05 and right[1] < -0.05 and left[2] == pytest.approx(right[2])
+    assert -0.8 < left[2] < -0.6
+
+
+# ---- Formats -------------------------------------------------------------------------------------
+def test_npz_comes_back(tmp_path):
+    """At the control rate, poses are what was written; with times in place of dt as well."""
+    poses = random_poses(G1, 15)
+    for name, when in {"dt": DT, "times": DT * np.arange(15)}.items():
+        np.savez(tmp_path / "clip.npz", qpos=poses, **{name: when})
+        clip = amp.read_motion(G1, tmp_path / "clip.npz")
+        assert clip.dt == pytest.approx(DT)
+        np.testing.assert_allclose(amp.resample(G1, clip), poses, atol=1e-9)
+
+
+def test_csv(tmp_path):
+    """30 frames a second, x y z w, and of the 29 joints those that the robot has."""
+    robot = amp.ROBOTS["g1_29dof"]
+    poses = stand(robot, 31)
+    poses[:, 7:] = np.arange(29) / 100
+    poses[:, 3:7] = yaw_quat(1.5 * np.arange(31) / 30)
+    rows = np.concatenate([poses[:, :3], poses[:, [4, 5, 6, 3]], poses[:, 7:]], axis=1)
+    np.savetxt(tmp_path / "clip.csv", rows, delimiter=",")
+
+    resampled = amp.resample(robot, amp.read_motion(robot, tmp_path / "clip.csv"))
+    assert len(resampled) == 51  # of the first second, both ends included
+    np.testing.assert_allclose(resampled[:, 7:], poses[:1, 7:].repeat(51, axis=0), atol=1e-9)
+    turned = yaw_quat(1.5 * DT * np.arange(51))
+    np.testing.assert_allclose(resampled[:, 3:7], turned, atol=1e-9)  # also between the frames
+
+    legs = amp.read_motion(G1, tmp_path / "clip.csv")
+    np.testing.assert_allclose(legs.qpos[0, 7:], np.arange(12) / 100, atol=1e-9)
+
+
+def write_json(file: Path, frames, duration=0.04) -> Path:
+    file.write_text(json.dumps({"FrameDuration": duration, "Frames": frames}))
+    return file
+
+
+def test_json(tmp_path):
+    """Laikago's axes, signs and zeros; the lowest foot is on the floor."""
+    legs = [0.02, 0.2, -0.9, 0.03, 0.3, -0.8, 0.0, 0.2, -0.9, 0.0, 0.3, -0.8]  # FR, FL, RR, RL
+    upright = np.array([0.5, 0.5, 0.5, 0.5])  # w x y z, as Laikago stands
+    quat = np.zeros(4)
+    mujoco.mju_mulQuat(quat, yaw_quat(0.3), upright)
+    x, y, z, w = quat[1], quat[2], quat[3], quat[0]
+    frames = [[0.1 * i, 0, 0.4, x, y, z, w, *legs] for i in range(10)]
+    clip = amp.read_motion(GO2, write_json(tmp_path / "clip.txt", frames))
+    assert clip.dt == 0.04
+    np.testing.assert_allclose(clip.qpos[0, 3:7], yaw_quat(0.3), atol=1e-9)
+    front_left, front_right = clip.qpos[0, 7:13].reshape(2, 3)
+    np.testing.assert_allclose(front_left, [0.03, 0.9, -1.46], atol=1e-9)
+    np.testing.assert_allclose(front_right, [-0.02, 0.8, -1.56], atol=1e-9)
+    np.testing.assert_allclose(np.diff(clip.qpos[:, 0]), 0.1 * 0.426 / 0.5, atol=1e-6)
+    _, soles = amp.trace_feet(GO2, clip.qpos)
+    assert soles.min() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("robot", [G1, amp.ROBOTS["g1_29dof"], GO2])
+def test_mirror_is_an_involution(robot):
+    """Twice in the mirror is as before, and once not; a foot's image is the other foot's."""
+    poses = random_poses(robot, 20)
+    mirrored = amp.mirror_poses(robot, poses)
+    np.testing.assert_allclose(amp.mirror_poses(robot, mirrored), poses)
+    assert np.abs(mirrored - poses).max() > 0.1
+    feet, heights = amp.trace_feet(robot, poses)
+    image, image_heights = amp.trace_feet(robot, mirrored)
+    other = [robot.feet.index(name) for name in map(other_side, robot.feet)]
+    np.testing.assert_allclose(image, feet[:, other] * [1, -1, 1], atol=2e-3)
+    np.testing.assert_allclose(image_heights.min(-1), heights[:, other].min(-1), atol=2e-3)
+    speeds = amp.velocity_between(poses[:-1], poses[1:], 1.0, np)
+    images = amp.velocity_between(mirrored[:-1], mirrored[1:], 1.0, np)
+    np.testing.assert_allclose(images[:, :6], speeds[:, :6] * [1, -1, 1, -1, 1, -1], atol=1e-9)
+
+
+def other_side(name: str) -> str:
+    side = amp.side_of(name)
+    return amp.OTHER_SIDE[side] + name.removeprefix(side)
+
+
+def test_what_is_wrong_with_a_clip():
+    """Slipping feet, feet in the floor, joints beyond their limits and falls are measured."""
+    good = stand(G1, 20)
+    clean = amp.check_clip(G1, good)
+    assert clean == pytest.approx(dict.fromkeys(clean, 0.0), abs=1e-4)
+    slides, sunk, bent, falls = good.copy(), good.copy(), good.copy(), good.copy()
+    slides[:, 1] += 0.3 * DT * np.arange(20)
+    sunk[7, 2] -= 0.02
+    bent[3, 7 + 3] = G1.limits[3, 1] + 0.25
+    falls[:5, 2] = 0.3
+    assert amp.check_clip(G1, slides)["slip"] == pytest.approx(0.3, abs=1e-3)
+    assert amp.check_clip(G1, sunk)["penetration"] == pytest.approx(0.02, abs=1e-4)
+    assert amp.check_clip(G1, bent)["beyond"] == pytest.approx(0.25, abs=1e-6)
+    assert amp.check_clip(G1, falls)["fallen"] == 0.25
+    flying = slides + np.eye(19)[2]
+    assert amp.check_clip(G1, flying)["slip"] == 0
+
+
+# ---- The reference on the device -----------------------------------------------------------------
+def labelled(lengths: list[int], chance: list[float]) -> amp.Motions:
+    """Clips whose frames are (number of the clip, number of the frame)."""
+    frames = [[(clip, i) for i in range(length)] for clip, length in enumerate(lengths)]
+    frame = jnp.float32(np.concatenate(frames))
+    return amp.Motions(
+        qpos=frame,
+        qvel=frame,
+        frame=frame,
+        first=jnp.int32(np.cumsum([0, *lengths[:-1]])),
+        length=jnp.int32(lengths),
+        chance=jnp.float32(chance),
+    )
+
+
+@pytest.mark.parametrize("num_frames", [2, 4])
+def test_windows_follow_the_weights_and_stay_in_their_clip(num_frames):
+    """Clips are drawn by their chances, their windows alike, and no window crosses a border."""
+    args = dataclasses.replace(SMALL, num_frames=num_frames)
+    motions = labelled([10, 5, 300], [0.6, 0.9, 1.0])
+
+    def draw(key):
+        return amp.window_at(args, motions, amp.draw_moment(args, motions, key))
+
+    windows = np.asarray(run(jax.vmap(draw), jax.random.split(jax.random.key(0), 20_000)))
+    assert windows.shape == (20_000, num_frames, 2)
+    clips, numbers = windows[..., 0], windows[..., 1]
+    assert (clips == clips[:, :1]).all()
+    assert (np.diff(numbers, axis=1) == 1).all()
+    shares = np.bincount(clips[:, 0].astype(int)) / 20_000
+    np.testing.assert_allclose(shares, [0.6, 0.3, 0.1], atol=0.015)
+    for clip, length in enumerate((10, 5)):
+        last = numbers[clips[:, 0] == clip][:, -1].astype(int)
+        counts = np.bincount(last, minlength=length)[num_frames - 1 :]
+        assert len(counts) == length - num_frames + 1
+        np.testing.assert_allclose(counts / counts.mean(), 1, atol=0.15)
+
+
+def test_weights_of_files(tmp_path):
+    """A file's weight is its clip's and the image's, half each; by default it is the length."""
+    files = [write(tmp_path / f"{n}.npz", stand(G1, n)) for n in (11, 31)]
+    by_length = load(*files)
+    assert by_length.length.tolist() == [10, 10, 30, 30]
+    assert by_length.first.tolist() == [0, 10, 20, 50]
+    np.testing.assert_allclose(by_length.chance, np.cumsum([11, 11, 31, 31]) / 84, rtol=1e-6)
+    weighted = load(*files, motion_weights=(3.0, 1.0))
+    np.testing.assert_allclose(weighted.chance, [0.375, 0.75, 0.875, 1.0])
+    plain = load(*files, motion_weights=(3.0, 1.0), mirror=False)
+    np.testing.assert_allclose(plain.chance, [0.75, 1.0])
+
+
+# ---- The discriminator ---------------------------------------------------------------------------
+def on_one_device(function, make_mesh):
+    """The function with a mesh's axis of one device around it."""
+    mesh = make_mesh(1)
+    return jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+
+
+def make_learner(args: amp.Args, size: int) -> amp.Learner:
+    """One with a discriminator alone, for frames of `size` numbers that are normalised already."""
+    window = jnp.zeros(args.num_frames * size)
+    discriminator = amp.make_discriminator(args).init(jax.random.key(0), window)
+    vector, _ = jax.flatten_util.ravel_pytree(discriminator)
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(amp.Learner))
+    return amp.Learner(
+        **fields
+        | {
+            "discriminator": discriminator,
+            "disc_opt_state": amp.make_optimizer(args).init(vector),
+            "frame_stats": amp.start_stats((size,)),
+            "iteration": jnp.int32(0),
+        }
+    )
+
+
+@pytest.mark.parametrize("loss", ["least_squares", "bce"])
+def test_two_gaussians_are_told_apart(loss, make_mesh):
+    """After some steps, samples of the reference and of the robots are known by their means, and
+    the reward prefers the reference's."""
+    args = dataclasses.replace(
+        SMALL, disc_loss=loss, disc_updates=300, disc_learning_rate=1e-2, disc_batch_size=128
+    )
+    random = np.random.default_rng(0)
+    real = (random.standard_normal((500, 3)) + 1.5).astype(np.float32)
+    fake = (random.standard_normal((400, 2, 3)) - 1.5).astype(np.float32)
+    motions = labelled([500], [1.0]).replace(frame=jnp.asarray(real))
+    learner = make_learner(args, 3)
+
+    def learn(learner, fake):
+        replay = jnp.zeros((args.replay_size, 2, 3))
+        key = jax.random.key(1)
+        return amp.update_discriminator(args, motions, learner, key, replay, fake)
+
+    learner, replay, metrics = run(on_one_device(learn, make_mesh), learner, fake)
+    windows = np.stack([real[:-1], real[1:]], axis=1)
+    good = np.asarray(run(partial(amp.style_reward, args), learner, windows))
+    bad = np.asarray(run(partial(amp.style_reward, args), learner, fake))
+    assert good.mean() > bad.mean() + 0.3
+    assert metrics["charts/accuracy_real"] > 0.85 and metrics["charts/accuracy_fake"] > 0.85
+    assert metrics["charts/skipped_updates"] == 0 and metrics["losses/gradient_penalty"] > 0
+    assert (np.asarray(replay[:16]) < 0).any() and not np.asarray(replay[16:]).any()
+
+
+@pytest.mark.parametrize("loss", ["least_squares", "bce"])
+def test_loss_by_hand(loss):
+    """Error, penalty and decay of a small network, in NumPy."""
+    args = dataclasses.replace(SMALL, disc_loss=loss, grad_penalty=7.0, head_decay=0.3)
+    random = np.random.default_rng(0)
+    w0, b0 = random.standard_normal((6, 8)), random.standard_normal(8)
+    w1, b1 = random.standard_normal((8, 1)), random.standard_normal(1)
+    layers = {"Dense_0": {"kernel": w0, "bias": b0}, "Dense_1": {"kernel": w1, "bias": b1}}
+    discriminator = jax.tree.map(jnp.float32, {"params": layers})
+    real, fake = random.standard_normal((2, 5, 2, 3))
+
+    def outputs(window):
+        x = window.reshape(-1, 6) @ w0 + b0
+        return (np.where(x > 0, x, np.expm1(x)) @ w1 + b1)[:, 0]
+
+    x = real.reshape(-1, 6) @ w0 + b0
+    slope = (np.where(x > 0, 1, np.exp(x)) * w1[:, 0]) @ w0.T  # [5, 6]
+    penalty = np.square(slope).sum(axis=1).mean()
+    if loss == "bce":
+        error = np.log1p(np.exp(-outputs(real))).mean() + np.log1p(np.exp(outputs(fake))).mean()
+    else:
+        error = np.square(outputs(real) - 1).mean() + np.square(outputs(fake) + 1).mean()
+    expected = 0.5 * error + 3.5 * penalty + 0.3 * np.square(w1).sum()
+
+    inputs = (discriminator, jnp.float32(real), jnp.float32(fake))
+    total, metrics = run(partial(amp.discriminator_loss, args), *inputs)
+    assert metrics["losses/gradient_penalty"] == pytest.approx(penalty, rel=1e-4)
+    assert total == pytest.approx(expected, rel=1e-4)
+    assert metrics["charts/accuracy_real"] == pytest.approx((outputs(real) > 0).mean())
+    assert metrics["charts/accuracy_fake"] == pytest.approx((outputs(fake) < 0).mean())
+
+
+@pytest.mark.parametrize(
+    ("loss", "known"),
+    [
+        ("least_squares", {-1e6: 0, -1: 0, 0: 0.75, 1: 1, 1e6: 1}),
+        ("bce", {-1e6: 0, 0: 0.5, math.log(3): 1, 1e6: 1}),
+    ],
+)
+def test_style_reward_is_between_0_and_1(monkeypatch, loss, known):
+    """It rises with the discriminator's output, from 0 to 1."""
+    monkeypatch.setattr(amp, "judge_windows", lambda args, discriminator, window: window[..., 0, 0])
+    monkeypatch.setattr(amp, "normalize", lambda stats, window: window)
+    args = dataclasses.replace(SMALL, disc_loss=loss)
+    learner = make_learner(args, 1)
+    outputs = np.concatenate([[*known], np.linspace(-20, 20, 401)]).astype(np.float32)
+    reward = np.asarray(amp.style_reward(args, learner, outputs[:, None, None]))
+    np.testing.assert_allclose(reward[: len(known)], [*known.values()], atol=1e-6)
+    rising = reward[len(known) :]
+    assert (np.diff(rising) >= 0).all() and rising.min() >= 0 and rising.max() <= 1
+
+
+def test_replay_keeps_the_newest(make_mesh):
+    """Blocks fill it one after the other; then the oldest gives way."""
+    args = dataclasses.replace(SMALL, replay_size=48, replay_added=16)
+
+    def add(iteration, replay, fresh):
+        return amp.add_to_replay(args, iteration, jax.random.key(0), replay, fresh)
+
+    replay = jnp.zeros((48, 1, 1))
+    program = jax.jit(on_one_device(add, make_mesh))
+    for iteration in range(5):
+        fresh = jnp.full((30, 1, 1), iteration + 1.0)
+        replay, filled = program(jnp.int32(iteration), replay, fresh)
+        assert filled == min(16 * (iteration + 1), 48)
+    np.testing.assert_array_equal(np.ravel(replay), np.repeat([4.0, 5.0, 3.0], 16))
+
+
+# ---- Episodes ------------------------------------------------------------------------------------
+class Toy(amp.Env):
+    """A robot without physics: its base glides, its joints go where they are sent."""
+
+    def advance(self, data, action, action_before, domain):
+        qpos = data.qpos.at[:3].add(DT * data.qvel[:3])
+        speeds = 5.0 * (self.robot.targets(action) - qpos[7:])
+        qpos = qpos.at[7:].add(DT * speeds)
+        return data.replace(qpos=qpos, qvel=data.qvel.at[6:].set(speeds)), action
+
+
+@functools.cache
+def make(kind, args: amp.Args):
+    return kind(args)
+
+
+@pytest.fixture(scope="module")
+def walk_file(tmp_path_factory) -> str:
+    """A short motion by hand, to the left: the legs swing, and a knee more than the other."""
+    poses = stand(G1, 60)
+    time = DT * np.arange(60)
+    poses[:, 1] += 0.4 * time
+    poses[:, 2] += 0.03
+    for joint, phase in ((0, 0.0), (6, math.pi)):
+        poses[:, 7 + joint] += 0.3 * np.sin(8 * time + phase)
+    poses[:, 7 + 3] += 0.2
+    return write(tmp_path_factory.mktemp("motions") / "walk.npz", poses)
+
+
+@pytest.fixture(scope="module")
+def motions(walk_file) -> amp.Motions:
+    return jax.tree.map(jnp.asarray, load(walk_file))
+
+
+def test_frames_of_robot_and_reference_are_the_same(motions):
+    """MJX makes of a pose and its velocity what the reader has made of them in C MuJoCo."""
+    env = make(Toy, SMALL)
+    frames = run(jax.vmap(env.frame), motions.qpos[::10], motions.qvel[::10])
+    np.testing.assert_allclose(frames, motions.frame[::10], atol=2e-5)
+
+
+def test_episodes_start_in_the_reference(motions):
+    """Where they are to, with the window that leads there; the others in the default pose."""
+    args = dataclasses.replace(SMALL, num_frames=3, reference_starts=0.3)
+    env = make(Toy, args)
+
+    def reset(keys):
+        return amp.reset_worlds(args, env, motions, keys, 0.5)
+
+    state = run(reset, jax.random.split(jax.random.key(0), 400))
+    qpos, window = np.asarray(state.data.qpos), np.asarray(state.info["window"])
+    reference = np.isclose(qpos[:, 2:3], np.asarray(motions.qpos)[:, 2]).all(axis=1)
+    assert reference.mean() == pytest.approx(0.3, abs=0.08)
+    assert not qpos[:, :2].any()
+    assert (qpos[~reference, 2] == np.float32(G1.start_height)).all()
+    for place in np.flatnonzero(reference)[:20]:
+        (moment,) = np.flatnonzero((motions.frame == window[place, -1]).all(axis=1))
+        np.testing.assert_array_equal(window[place], motions.frame[moment - 2 : moment + 1])
+        np.testing.assert_array_equal(qpos[place, 2:], motions.qpos[moment, 2:])
+        np.testing.assert_array_equal(state.data.qvel[place], motions.qvel[moment])
+    assert (window[~reference] == window[~reference][:, :1]).all()
+    assert np.asarray(state.info["level"]).min() == 0.5
+
+
+@pytest.fixture(scope="module")
+def rolled(motions, make_mesh):
+    """The start of a run and its first rollout, of worlds of which one is about to break."""
+    args = dataclasses.replace(SMALL, task_share=0.3, num_frames=3)
+    env = make(Toy, args)
+
+    def roll(key):
+        state = amp.init_train_state(args, env, motions, key)
+        data = state.worlds.env_state.data
+        data = data.replace(qvel=data.qvel.at[5, 0].set(jnp.nan))
+        env_state = state.worlds.env_state.replace(data=data)
+        worlds = state.worlds.replace(env_state=env_state)
+        return state, amp.rollout(args, env, motions, state.learner, worlds)
+
+    state, (_, steps) = jax.tree.map(as_numpy, run(roll, jax.random.key(0)))
+    return env, state, steps
+
+
+def test_reward_is_mixed(rolled):
+    """By the share of the task; a world that breaks earns nothing."""
+    env, state, steps = rolled
+    task = steps.end.env_state.metrics["reward_task"]
+    assert 0 <= task.min() and task.max() <= 1 and steps.style.min() >= 0 and steps.style.max() <= 1
+    mixed = 0.3 * task + 0.7 * steps.style
+    np.testing.assert_allclose(steps.reward, np.where(steps.valid, mixed, 0), atol=1e-6)
+    assert (~steps.valid).sum() == 1 and not steps.valid[0, 5]
+    assert steps.style.std() > 0 and task.std() > 0
+    window = steps.end.env_state.info["window"]
+    style = run(partial(amp.style_reward, env.args), state.learner, window)
+    np.testing.assert_allclose(style, steps.style, atol=1e-5)
+
+
+def test_windows_slide(rolled):
+    """Each step adds the frame of where it ends; one that breaks leaves the window as it was."""
+    env, _, steps = rolled
+    before, after = steps.start.info["window"], steps.end.env_state.info["window"]
+    np.testing.assert_array_equal(after[0, 5], before[0, 5])
+    slid = steps.valid
+    np.testing.assert_array_equal(after[slid][:, :-1], before[slid][:, 1:])
+    assert np.isfinite(after).all()
+    newest = parts(G1, after[slid][:, -1])
+    end, start = steps.end.env_state.data, steps.start.data
+    np.testing.assert_allclose(newest["height"][:, 0], end.qpos[slid][:, 2], atol=1e-6)
+    np.testing.assert_allclose(newest["angles"], end.qpos[slid][:, 7:], atol=1e-6)
+    speeds = (end.qpos - start.qpos)[slid][:, 7:] / DT
+    np.testing.assert_allclose(newest["speeds"], speeds, atol=1e-3)
+
+
+def test_policy_is_its_own_mirror_image():
+    """A command to the right is the left one's image; without the mirror it is not."""
+    random = np.random.default_rng(0)
+    env = make(Toy, SMALL)
+    size = 9 + 3 * 12
+    layers = {"w0": random.standard_normal((size, 5)), "b0": random.standard_normal(5)}
+    layers |= {"w1": random.standard_normal((5, 12)), "b1": random.standard_normal(12)}
+    stats = {"obs_mean": np.zeros(size), "obs_var": np.ones(size)}
+    obs = random.standard_normal((40, size)).astype(np.float32)
+    obs[:, 8] = np.where(np.arange(40) < 20, 0.0, obs[:, 8])  # without a turn, y decides
+    image = amp.mirror_observation(G1, obs, np)
+    for mirror in (True, False):
+        args = dataclasses.replace(SMALL, mirror=mirror)
+        policy = stats | layers | amp.mirror_rules(args, env.robot)
+        _, action = amp.act(policy, (), obs)
+        _, image_action = amp.act(policy, (), image)
+        same = np.allclose(amp.mirror_actions(G1, image_action, np), action, atol=1e-4)
+        assert same == mirror
+        command = obs[:, 6:9] / np.array([2, 2, 0.25])
+        shown = np.asarray(amp.in_mirror(args, command))
+        np.testing.assert_array_equal(shown, (obs @ policy["mirror_when"]) > 0)
+        assert shown.mean() == pytest.approx(0.5 * mirror, abs=0.2)
+
+
+def test_export_knows_the_policy():
+    """Unitree's scripts can run it: of what they tell a policy, the clock counts for nothing."""
+    assert export.why_not(amp, "g1") is None and export.why_not(amp, "g1_29dof") is None
+    translation = export.translate(amp, G1)
+    assert translation.obs.shape == (47, 45) and not translation.obs[45:].any()
+    np.testing.assert_allclose(translation.obs.sum(axis=0), 1)
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------
+def watched_train(args: amp.Args, run_dir: Path | None = None):
+    """The run's folder, its last state."""
+    states = []
+    real_save = amp.save
+
+    def save(args, run_dir, state, policy):
+        states.append(jax.tree.map(as_numpy, state))
+        real_save(args, run_dir, state, policy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amp, "save", save)
+        patch.setattr(amp, "Env", lambda args: make(Toy, dataclasses.replace(args, resume=None)))
+        patch.setattr(amp, "judge", lambda *_: {"passed": False})
+        run_dir, _ = amp.train(args, run_dir)
+    return run_dir, states[-1]
+
+
+@pytest.fixture(scope="module")
+def trained(make_mesh, walk_file, tmp_path_factory):
+    """A run on two devices, with a checkpoint after each of its four iterations."""
+    make_mesh(2)
+    runs = str(tmp_path_factory.mktemp("runs"))
+    args = dataclasses.replace(
+        SMALL, motion=(walk_file,), num_devices=2, checkpoint_every=1, runs_dir=runs
+    )
+    return watched_train(args)
+
+
+def test_training_logs_and_learns(trained):
+    """All tags are there, rewards are in their range, and everything has changed and is finite."""
+    run_dir, state = trained
+    log = EventAccumulator(str(run_dir))
+    log.Reload()
+    tags = set(log.Tags()["scalars"])
+    wanted = {"reward/task", "reward/style", "losses/discriminator_loss", "losses/kl"}
+    wanted |= {"losses/gradient_penalty", "charts/accuracy_real", "charts/accuracy_fake"}
+    assert wanted <= tags
+    for tag in ("reward/task", "reward/style", "charts/accuracy_real", "charts/accuracy_fake"):
+        assert all(0 <= event.value <= 1 for event in log.Scalars(tag))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    learner = state.learner
+    assert learner.iteration == 4 and learner.disc_opt_state.inner_state.count == 4 * 8
+    assert learner.frame_stats.count == pytest.approx(4 * 2 * 96, rel=1e-3)
+    assert state.replay.shape == (32, 2, 37) and (state.replay != 0).any(axis=(1, 2)).all()
+    run = json.loads((run_dir / "run.json").read_text())
+    assert len(run["motions"]) == 16
+
+
+def test_resumed_is_uninterrupted(trained, tmp_path, capsys):
+    """From the first checkpoint left, the run ends in the same state to the bit: discriminator, its
+    optimiser, its statistics and the replay, too. A reference that has changed is told."""
+    run_dir, state = trained
+    copy = Path(shutil.copytree(run_dir, tmp_path / "copy"))
+    assert [int(file.stem) for file in amp.checkpoints(copy)] == [4, 3, 2]
+    for file in amp.checkpoints(copy)[:2]:
+        file.unlink()
+    run = json.loads((copy / "run.json").read_text())
+    run["motions"] = "another one"
+    (copy / "run.json").write_text(json.dumps(run))
+    _, resumed = watched_train(amp.read_run(copy), copy)
+    assert "the reference has changed" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, state, resumed)
+
+
+# ---- Bad calls -----------------------------------------------------------------------------------
+def bad_files(folder: Path) -> None:
+    """Files that are no motions of the G1, by what is wrong with them."""
+    good = stand(G1, 20)
+    write(folder / "joints.npz", good[:, :-1])
+    write(folder / "short.npz", good[:3])
+    write(folder / "nan.npz", np.where(good == good[0, 7], np.nan, good))
+    write(folder / "quat.npz", good * 0.5)
+    write(folder / "dt.npz", good, dt=-0.02)
+    np.savez(folder / "lacks.npz", poses=good)
+    np.savez(folder / "uneven.npz", qpos=good, times=np.geomspace(1, 2, 20))
+    (folder / "garbage.npz").write_bytes(b"garbage")
+    (folder / "garbage.csv").write_text("a,b,c\n")
+    np.savetxt(folder / "columns.csv", good, delimiter=",")
+    write_json(folder / "legs.txt", [[0.0] * 19] * 20)
+    (folder / "keys.json").write_text("{}")
+    (folder / "list.json").write_text("[1, 2]")
+    (folder / "motion.bvh").touch()
+    (folder / "folder.npz").mkdir()
+
+
+FILES = (
+    *("joints.npz", "short.npz", "nan.npz", "quat.npz", "dt.npz", "lacks.npz", "uneven.npz"),
+    *("garbage.npz", "garbage.csv", "columns.csv", "legs.txt", "keys.json", "list.json"),
+    *("motion.bvh", "folder.npz", "missing.npz"),
+)
+FLAGS = (
+    *("--robot h1", "--num-frames 1", "--num-frames 5", "--task-share 1.5", "--disc-loss wgan"),
+    *("--motion-weights 1", "--motion a.npz --motion-weights 1 2"),
+    "--motion a.npz --motion-weights 0",
+    *("--disc-batch-size 7", "--replay-added 1000", "--disc-hidden-sizes 0", "--grad-penalty -1"),
+    *("--reference-starts 2", "--disc-updates 0"),
+)
+
+
+def refused(capsys, call: list[str], main=amp.main) -> str:
+    """The line with which a call ends, by exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(call)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_bad_files_end_with_one_line(tmp_path, monkeypatch, capsys):
+    """The line names the file; nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    bad_files(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    for name in FILES:
+        error = refused(capsys, ["--robot", "g1", "--motion", name])
+        assert "--motion" in error and name in error and len(error) > 30, error
+    assert set(tmp_path.rglob("*")) == before
+    assert "h1" not in refused(capsys, ["motion.bvh", "--robot", "g1"], show_motion.main)
+
+
+@pytest.mark.parametrize("call", FLAGS)
+def test_bad_flags_end_with_one_line(capsys, call):
+    error = refused(capsys, call.split())
+    flag = call.split()[-2] if call.count("--") == 1 else "--motion-weights"
+    assert flag in error or flag.removeprefix("--") in error
+
+
+def test_missing_reference_is_one_line(tmp_path, monkeypatch, capsys):
+    """A robot without a reference of its own says how to get one."""
+    for file in amp.MODELS.glob("*.xml"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(amp, "MODELS", tmp_path)
+    error = refused(capsys, [])
+    assert str(tmp_path / "motions" / "g1_29dof.npz") in error and "record_motion.py" in error
+
+
+# ---- Tools ---------------------------------------------------------------------------------------
+def test_recorded_commands_cover_their_ranges():
+    """To stand first; ends of each axis; none to the right, whose image the mirror adds."""
+    ranges = np.array([[-0.6, 1.0], [-0.4, 0.4], [-0.8, 0.8]])
+    commands = record_motion.list_commands(ranges, 50, seed=0)
+    assert not commands[0].any() and len(commands) == 1 + 4 + 2 + 2 + 50
+    assert (commands[:, 1:] >= 0).all()
+    np.testing.assert_allclose(commands.max(axis=0), [1.0, 0.4, 0.8])
+    assert commands[:, 0].min() == pytest.approx(-0.6)
+
+
+def test_smoothing():
+    """Jitter goes, a steady motion stays, quaternions keep their norm."""
+    poses = stand(G1, 50)
+    poses[:, 0] = np.arange(50)
+    poses[:, 3:7] = yaw_quat(0.05 * np.arange(50))
+    np.testing.assert_array_equal(record_motion.smooth(poses, 0.0), poses)
+    jitter = poses.copy()
+    jitter[:, 9] += 0.1 * (-1.0) ** np.arange(50)
+    calm = record_motion.smooth(jitter, 2.0)
+    assert np.abs(calm[:, 9] - poses[:, 9]).max() < 0.02
+    np.testing.assert_allclose(calm[10:-10, :7], poses[10:-10, :7], atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(calm[:, 3:7], axis=1), 1)
+
+
+def test_a_policy_is_recorded(tmp_path, capsys):
+    """From a run folder to a file that the script reads. A policy that falls is refused."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    shutil.copy(amp.MODELS.parent / "docs" / "g1_policy.npz", run_dir / "policy.npz")
+    plain = amp.MODELS.parent / "ppo_mjx_unitree.py"
+    settings = dataclasses.asdict(ppo_mjx_unitree.Args())
+    (run_dir / "run.json").write_text(json.dumps({"script": plain.name, "args": settings}))
+    out = tmp_path / "out.npz"
+    call = [str(run_dir), "--out", str(out), "--seconds", "1.2", "--mixtures", "0"]
+    record_motion.main(call)
+    assert "0% fallen" in capsys.readouterr().out
+    poses = amp.resample(G1, amp.read_motion(G1, out))
+    assert len(poses) == 9 * 60 - 50 and out.stat().st_size < 100_000
+    assert amp.check_clip(G1, poses)["slip"] < 0.3
+    assert np.ptp(poses[:, 0]) > 0.2 and poses[:, 2].min() > 0.7
+
+    policy = dict(np.load(run_dir / "policy.npz"))
+    policy["b2"] = policy["b2"] + 5.0
+    np.savez(run_dir / "policy.npz", **policy)
+    assert "fell" in refused(capsys, call, record_motion.main)
+
+
+def test_default_references_are_motions():
+    """Each that ships is read, does not fall, and neither slips nor sinks much."""
+    files = sorted((amp.MODELS / "motions").glob("*.npz"))
+    assert files
+    for file in files:
+        robot = amp.ROBOTS[file.stem]
+        found = amp.check_clip(robot, amp.resample(robot, amp.read_motion(robot, file)))
+        assert found["fallen"] == 0 and found["slip"] < 0.3 and found["penetration"] < 0.02
+        assert found["beyond"] < 0.05 and file.stat().st_size < 1_000_000
