@@ -2213,7 +2213,8 @@ def to_table(rows, columns: int) -> np.ndarray:
 
 def read_csv(robot: Robot, file: Path) -> Clip:
     """Unitree's format of LAFAN1: 30 frames a second; position, quaternion x y z w, 29 joints."""
-    table = to_table(np.loadtxt(file, delimiter=",", ndmin=2), 7 + len(CSV_JOINTS))
+    rows = [line.split(",") for line in file.read_text().splitlines() if line.strip()]
+    table = to_table(rows, 7 + len(CSV_JOINTS))
     base = table[:, [0, 1, 2, 6, 3, 4, 5]]
     angles = own_joints(robot, CSV_JOINTS, table[:, 7:])
     return Clip(qpos=np.concatenate([base, angles], axis=1), dt=CSV_DT)
@@ -2276,10 +2277,11 @@ def read_motion(robot: Robot, file: Path) -> Clip:
     return clip
 
 
-def resample(robot: Robot, clip: Clip, dt: float = CONTROL_DT) -> np.ndarray:
-    """The poses every dt s: [T, 7 + J]. Between two frames joints and base move evenly."""
+def resample(robot: Robot, clip: Clip) -> np.ndarray:
+    """The poses at the control rate: [T, 7 + J]. Between two frames joints and base move evenly."""
     last = len(clip.qpos) - 1
-    times = np.arange(math.floor(last * clip.dt / dt + 1e-6) + 1) * (dt / clip.dt)  # in frames
+    steps = math.floor(last * clip.dt / CONTROL_DT + 1e-3)
+    times = np.arange(steps + 1) * (CONTROL_DT / clip.dt)  # in frames
     before = np.minimum(np.floor(times + 1e-6).astype(int), last - 1)
     velocity = velocity_between(clip.qpos[:-1], clip.qpos[1:], 1.0, np)
     poses = clip.qpos[before]

@@ -594,7 +594,7 @@ def test_training_logs_and_learns(trained):
     learner = state.learner
     assert learner.iteration == 4 and learner.disc_opt_state.inner_state.count == 4 * 8
     assert learner.frame_stats.count == pytest.approx(4 * 2 * 96, rel=1e-3)
-    assert state.replay.shape == (32, 2, 37) and (state.replay != 0).any(axis=(1, 2)).all()
+    assert state.replay.shape == (32, 2, 40) and (state.replay != 0).any(axis=(1, 2)).all()
     run = json.loads((run_dir / "run.json").read_text())
     assert len(run["motions"]) == 16
 
@@ -628,6 +628,7 @@ def bad_files(folder: Path) -> None:
     np.savez(folder / "uneven.npz", qpos=good, times=np.geomspace(1, 2, 20))
     (folder / "garbage.npz").write_bytes(b"garbage")
     (folder / "garbage.csv").write_text("a,b,c\n")
+    (folder / "empty.csv").touch()
     np.savetxt(folder / "columns.csv", good, delimiter=",")
     write_json(folder / "legs.txt", [[0.0] * 19] * 20)
     (folder / "keys.json").write_text("{}")
@@ -638,7 +639,15 @@ def bad_files(folder: Path) -> None:
 
 FILES = (
     *("joints.npz", "short.npz", "nan.npz", "quat.npz", "dt.npz", "lacks.npz", "uneven.npz"),
-    *("garbage.npz", "garbage.csv", "columns.csv", "legs.txt", "keys.json", "list.json"),
+    *(
+        "garbage.npz",
+        "garbage.csv",
+        "empty.csv",
+        "columns.csv",
+        "legs.txt",
+        "keys.json",
+        "list.json",
+    ),
     *("motion.bvh", "folder.npz", "missing.npz"),
 )
 FLAGS = (
@@ -708,7 +717,7 @@ def test_smoothing():
     jitter = poses.copy()
     jitter[:, 9] += 0.1 * (-1.0) ** np.arange(50)
     calm = record_motion.smooth(jitter, 2.0)
-    assert np.abs(calm[:, 9] - poses[:, 9]).max() < 0.02
+    assert np.abs(calm[10:-10, 9] - poses[10:-10, 9]).max() < 0.01
     np.testing.assert_allclose(calm[10:-10, :7], poses[10:-10, :7], atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(calm[:, 3:7], axis=1), 1)
 

@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
     amp = load_amp()
     out.parent.mkdir(parents=True, exist_ok=True)
     # Single precision and compressed, as it ships with the project.
-    np.savez_compressed(out, qpos=poses.astype(np.float32), dt=np.float32(script.CONTROL_DT))
+    np.savez_compressed(out, qpos=poses.astype(np.float32), dt=script.CONTROL_DT)
     print(f"{out}: {len(commands)} commands, {out.stat().st_size / 1e3:.0f} kB")
     if args.robot in amp.ROBOTS:
         print(amp.describe_clip(amp.ROBOTS[args.robot], poses))
