@@ -2369,7 +2369,7 @@ def load_motions(args: Args) -> Motions:
         images = [poses, mirror_poses(robot, poses)] if args.mirror else [poses]
         weight = args.motion_weights[number] if args.motion_weights else len(poses)
         clips += images
-        weights += [weight / len(images)] * len(images)
+        weights += [weight] * len(images)
 
     # A clip's first pose only tells the velocity of its second one.
     qpos = [poses[1:] for poses in clips]
