@@ -182,7 +182,7 @@ class Args:
     """share of the commands that are to stand still"""
     obs_noise: NonNegative = 1.0
     """factor of the noise on the actor's observation"""
-    push_speed: NonNegative = 0.5
+    push_speed: NonNegative = 0.8
     """largest sudden change of the base's horizontal velocity, m/s along each axis"""
     push_every: Seconds = 4.0
     """mean seconds between pushes; each control step has the same chance of one"""
@@ -234,7 +234,7 @@ class Args:
     """how many of each iteration's windows are kept"""
 
     # The algorithm, with CleanRL's names
-    total_timesteps: Annotated[int, Range(1, 2**62)] = 12_000_000
+    total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
     """environment steps, over all worlds"""
     learning_rate: NonNegative = 3e-3
     """Adam's step size at the start"""
