@@ -876,7 +876,6 @@ class Motions:
     qpos: jax.Array  # [L, 7 + J]
     qvel: jax.Array  # [L, 6 + J]
     frame: jax.Array  # [L, K]
-    command: jax.Array  # [L, 3] that the motion follows, m/s, m/s, rad/s
     first: jax.Array  # [C] int32, number of each clip's first frame
     length: jax.Array  # [C] int32, frames in it
     chance: jax.Array  # [C] that one of the clips up to this one is drawn
@@ -1131,17 +1130,16 @@ class Env:
         qvel = jnp.concatenate([velocity, jnp.zeros_like(angles)])
         frame = self.frame(qpos, qvel)
         window = jnp.broadcast_to(frame, (self.args.num_frames, *frame.shape))
-        command = self.draw_command(command_key)
         if start is not None:
             chosen = start["chosen"]
             qpos = jnp.where(chosen, start["qpos"].at[:2].set(0.0), qpos)
             qvel = jnp.where(chosen, start["qvel"], qvel)
             window = jnp.where(chosen, start["window"], window)
-            command = jnp.where(chosen, start["command"], command)
         data = Physics(qpos=qpos, qvel=qvel, qacc_warmstart=jnp.zeros_like(qvel))
 
         zero = jnp.zeros(())
         no = jnp.array(False)
+        command = self.draw_command(command_key)
         names = [f"reward_{name}" for name in ("task", *self.robot.weights)]
         return State(
             data=data,
@@ -1538,17 +1536,13 @@ def start_worlds(env_state: State, keys: jax.Array, times_broken: jax.Array) -> 
 
 
 def draw_start(args: Args, motions: Motions, key: jax.Array) -> dict[str, jax.Array]:
-    """A moment of the reference, and whether an episode begins there, for Env.reset.
-
-    Its command is the one that the reference follows, so that to go on like that is right.
-    """
+    """A moment of the reference, and whether an episode begins there, for Env.reset."""
     moment_key, choice_key = jax.random.split(key)
     moment = draw_moment(args, motions, moment_key)
     return {
         "chosen": jax.random.uniform(choice_key) < args.reference_starts,
         "qpos": motions.qpos[moment],
         "qvel": motions.qvel[moment],
-        "command": motions.command[moment],
         "window": window_at(args, motions, moment),
     }
 
@@ -2353,25 +2347,6 @@ def describe_clip(robot: Robot, qpos: np.ndarray) -> str:
     )
 
 
-def followed_command(args: Args, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
-    """What command a motion follows: [T, 3]; m/s, m/s, rad/s.
-
-    The mean over the gait period around each moment, within the commands' ranges; as a command,
-    slow parts of it are 0. qpos: [T, 7 + J]; qvel: [T, 6 + J].
-    """
-    velocity = to_base_frame(qpos[:, 3:7], qvel[:, :3], np)
-    velocity = np.append(velocity[:, :2], qvel[:, 5:6], axis=1)
-    period = min(ROBOTS[args.robot].gait_ticks, len(qpos))
-    moments = np.convolve(np.ones(len(qpos)), np.ones(period), "same")
-    sums = [np.convolve(column, np.ones(period), "same") for column in velocity.T]
-    low, high = np.array([args.command_x, args.command_y, args.command_yaw]).T
-    command = np.clip(np.stack(sums, axis=1) / moments[:, None], low, high)
-
-    speed = np.linalg.norm(command[:, :2], axis=1)
-    slow = np.stack([speed, speed, np.abs(command[:, 2])], axis=1) < MIN_COMMAND
-    return np.where(slow, 0.0, command)
-
-
 def motion_files(args: Args) -> list[Path]:
     """The files of the reference."""
     if args.motion:
@@ -2403,14 +2378,12 @@ def load_motions(args: Args) -> Motions:
         describe_frame(poses, speeds, trace_feet(robot, poses)[0], np)
         for poses, speeds in zip(qpos, qvel, strict=True)
     ]
-    commands = [followed_command(args, *clip) for clip in zip(qpos, qvel, strict=True)]
     length = np.array([len(poses) for poses in qpos], np.int32)
     chance = np.cumsum(weights) / np.sum(weights)
     return Motions(
         qpos=np.concatenate(qpos).astype(np.float32),
         qvel=np.concatenate(qvel).astype(np.float32),
         frame=np.concatenate(frames).astype(np.float32),
-        command=np.concatenate(commands).astype(np.float32),
         first=np.cumsum(length, dtype=np.int32) - length,
         length=length,
         chance=chance.astype(np.float32),

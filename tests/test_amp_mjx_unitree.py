@@ -141,29 +141,6 @@ def test_a_turn_on_the_spot(tmp_path):
     assert -0.8 < left[2] < -0.6
 
 
-def test_command_that_a_motion_follows(tmp_path):
-    """Its mean velocity in the base's frame, within the ranges; to stand where it is slow."""
-    poses = stand(G1, 150)
-    time = DT * np.arange(150)
-    poses[:, 3:7] = yaw_quat(0.5 * time)
-    poses[:, 0] = np.sin(0.5 * time)  # a circle of radius 2 m, at 1 m/s
-    poses[:, 1] = 1 - np.cos(0.5 * time)
-    poses[:, :2] *= 2
-    sway = poses[:, :2] + 0.02 * np.sin(2 * math.pi * time / 0.8)[:, None]  # with each step
-    circle = np.concatenate([sway, poses[:, 2:]], axis=1)
-    slow = poses.copy()
-    slow[:, :2] *= 0.1
-    motions = load(write(tmp_path / "circle.npz", circle), write(tmp_path / "slow.npz", slow))
-    commands = np.split(motions.command, np.cumsum(motions.length)[:-1])
-    for command, expected in zip(
-        commands, [[1, 0, 0.5], [1, 0, -0.5], [0, 0, 0.5], [0, 0, -0.5]], strict=True
-    ):
-        expected = np.tile(expected, (109, 1))
-        np.testing.assert_allclose(command[20:-20], expected, atol=0.02)
-    narrow = load(str(tmp_path / "circle.npz"), command_x=(0.0, 0.3), command_yaw=(0.0, 0.0))
-    np.testing.assert_allclose(narrow.command[20:-170], np.tile([0.3, 0, 0], (108, 1)), atol=0.02)
-
-
 # ---- Formats -------------------------------------------------------------------------------------
 def test_npz_comes_back(tmp_path):
     """At the control rate, poses are what was written; with times in place of dt as well."""
@@ -267,7 +244,6 @@ def labelled(lengths: list[int], chance: list[float]) -> amp.Motions:
         qpos=frame,
         qvel=frame,
         frame=frame,
-        command=frame,
         first=jnp.int32(np.cumsum([0, *lengths[:-1]])),
         length=jnp.int32(lengths),
         chance=jnp.float32(chance),
@@ -490,7 +466,6 @@ def test_episodes_start_in_the_reference(motions):
         np.testing.assert_array_equal(window[place], motions.frame[moment - 2 : moment + 1])
         np.testing.assert_array_equal(qpos[place, 2:], motions.qpos[moment, 2:])
         np.testing.assert_array_equal(state.data.qvel[place], motions.qvel[moment])
-        np.testing.assert_array_equal(state.info["command"][place], motions.command[moment])
     assert (window[~reference] == window[~reference][:, :1]).all()
     assert np.asarray(state.info["level"]).min() == 0.5
 
