@@ -17,7 +17,7 @@
 """PPO for Unitree's legged robots on slopes, stairs and blocks, on MuJoCo XLA (MJX): one file, one
 compiled program.
 
-    python ppo_mjx_unitree_rough.py                      teach the G1 to walk there; tensorboard --logdir runs
+    python ppo_mjx_unitree_rough.py                      teach the G1; tensorboard --logdir runs
     python ppo_mjx_unitree_rough.py --resume runs/NAME   continue a stopped run, bit for bit
     python ppo_mjx_unitree_rough.py --evaluate runs/NAME test its policy on such ground in C MuJoCo
     python ppo_mjx_unitree_rough.py --smoke              check the installation on this machine
@@ -283,10 +283,12 @@ def slope(key, difficulty, sign):
 
 def noise(key, amplitude):
     """A height each 0.2 m, a multiple of 5 mm, and straight lines between them."""
-    size = (SIZE + 1) // 2
+    size = SIZE // 2 + 1
     coarse = jax.random.uniform(key, (size, size), minval=-amplitude, maxval=amplitude)
     coarse = jnp.round(coarse / 0.005) * 0.005
-    fine = jax.image.resize(coarse, (2 * size, 2 * size), "linear")[:SIZE, :SIZE]
+    distance = np.abs(np.arange(SIZE)[:, None] / 2 - np.arange(size))
+    share = np.maximum(1 - distance, 0.0)  # [SIZE, size], of the coarse heights in the fine ones
+    fine = jnp.linalg.multi_dot([share, coarse, share.T], precision="highest")
     return jnp.where(OUT > LEVEL_HALF, fine, 0.0)
 
 
@@ -391,7 +393,10 @@ UNDER = (np.abs(SCAN) < 0.3).all(axis=1)  # [W]: those that count as under the r
 
 
 def scan_ground(tile: jax.Array, qpos: jax.Array) -> jax.Array:
-    """The heights of the ground around a robot, in the frame of its heading: [W] m. qpos: [7 + J]"""
+    """The heights of the ground around a robot, in the frame of its heading: [W] m.
+
+    tile: [G]; qpos: [7 + J]
+    """
     w, x, y, z = qpos[3:7]
     ahead = jnp.array([1 - 2 * (y * y + z * z), 2 * (x * y + w * z)])
     ahead = ahead / jnp.linalg.norm(ahead)
@@ -1221,8 +1226,8 @@ class State:
     # key: of the commands, pushes and noise; command: [3]; action: [A], the last one, in no mirror;
     # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
     # domain, level: see Env.draw_domain; airborne: [F] steps since each foot was on the floor, only where
-    # the robot's reward asks for it; ground_level, ground_kind: int32, of its tile; walked: m along the
-    # command since the reset, and asked: m that the command asked for, see `next_ground_level`
+    # the robot's reward asks for it; ground_level, ground_kind: int32, of its tile; walked: m along
+    # the command since the reset; asked: m that the command asked for, see `next_ground_level`
 
 
 # shared: physics
@@ -1358,7 +1363,7 @@ class Env:
         level: jax.Array,
         scan: jax.Array,
     ) -> dict[str, jax.Array]:
-        """The actor's [O], with noise, and the critic's [O + 3 + W]; in the mirror, see `in_mirror`.
+        """The actor's [O], with noise, and the critic's [O + 3 + W]; in the mirror: `in_mirror`.
 
         elapsed: [] control steps; level: [] share of the noise; scan: [W] m
         """
@@ -1376,9 +1381,9 @@ class Env:
         }
 
     def reset(self, key: jax.Array, level=1.0, ground_level=0, ground_kind=0, ground=None) -> State:
-        """A new episode near the middle of a tile, near the default pose, with any heading, and with
-        another body and command.
+        """A new episode near the middle of a tile, near the default pose, with any heading.
 
+        Body and command are other ones.
         key: one PRNG key; level: [] share of what is random in body, observation and pushes;
         ground_level, ground_kind: [] numbers of the tile's; ground: the table of all tiles.
         """
