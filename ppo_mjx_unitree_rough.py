@@ -38,9 +38,9 @@ After it come 13 evaluation, 14 log and files, 15 command line, 16 main.
 
 Shapes: T = num_steps, N = worlds on this device, B = T * N, M = num_minibatches, O = observation
 size, J = number of joints, A = action size = number of joints that are not held, F = number of
-feet, S = spheres under a foot, G = numbers of a tile of ground, W = places that the critic's scan
-looks at. A record describes one world; its fields are [T, N, ...] in a
-rollout, [B, ...] in a batch and [B / M, ...] in a minibatch.
+feet, S = spheres under a foot, G = heights of a tile of ground, W = heights that the critic sees.
+A record describes one world; its fields are [T, N, ...] in a rollout, [B, ...] in a batch and
+[B / M, ...] in a minibatch.
 
 Robots, observation, gains and rewards follow unitreerobotics/unitree_rl_gym (276801e); names follow
 CleanRL; the ground follows legged_gym (8fa29ac). All metrics and flags are explained in
@@ -256,7 +256,7 @@ class Args:
 
 # ---- 2. Ground and robots (SI units and radians) -------------------------------------------------
 # A tile is 8 x 8 m of ground of one kind and level, the place of one episode of one world. Its
-# origin is its middle, where the ground is level and robots start. Kinds and numbers are
+# origin is its middle, where the ground is flat and robots start. Kinds and numbers are
 # legged_gym's, but for "noise", which is Isaac Lab's.
 LEVELS = 10
 CELL = 0.1  # m
@@ -264,12 +264,12 @@ HALF = 4.0  # m, half of a tile's width
 SIZE = round(2 * HALF / CELL) + 1  # of the table of a tile's heights, along x and y
 BOTTOM = -2.5  # m; the table holds heights above it
 TOP = 5.0  # m above BOTTOM, as shares of which MuJoCo takes heights
-LEVEL_HALF = 1.0  # m, half of the width of the level place in the middle: of stairs and blocks 1.5
+FLAT_HALF = 1.0  # m, half of the width of the flat place in the middle; of stairs and blocks 1.5
 START_HALF = 0.5  # m: robots start so far from the middle, along x and y
 BORDER = 3.5  # m from the middle: who goes further has left the tile
 
-X, Y = np.meshgrid(np.linspace(-HALF, HALF, SIZE), np.linspace(-HALF, HALF, SIZE))  # rows along y
-OUT = np.maximum(np.abs(X), np.abs(Y))  # m from the middle, in squares: [SIZE, SIZE]
+AWAY = np.abs(np.linspace(-HALF, HALF, SIZE))  # m from the middle, along x or y
+OUT = np.maximum.outer(AWAY, AWAY)  # m from the middle, by squares: [SIZE, SIZE]
 
 
 def slope(key, difficulty, sign):
@@ -278,7 +278,7 @@ def slope(key, difficulty, sign):
     This and the following functions return a tile's heights [SIZE, SIZE] in m. key: what is random
     follows from it; difficulty: [] from 0 to 1; sign: 1 to go up from the middle, -1 down.
     """
-    return sign * 0.4 * difficulty * np.maximum(OUT - LEVEL_HALF, 0.0)
+    return sign * 0.4 * difficulty * np.maximum(OUT - FLAT_HALF, 0.0)
 
 
 def noise(key, amplitude):
@@ -289,7 +289,7 @@ def noise(key, amplitude):
     distance = np.abs(np.arange(SIZE)[:, None] / 2 - np.arange(size))
     share = np.maximum(1 - distance, 0.0)  # [SIZE, size], of the coarse heights in the fine ones
     fine = jnp.linalg.multi_dot([share, coarse, share.T], precision="highest")
-    return jnp.where(OUT > LEVEL_HALF, fine, 0.0)
+    return jnp.where(OUT > FLAT_HALF, fine, 0.0)
 
 
 def rough_slope(key, difficulty):
@@ -359,7 +359,7 @@ def tile_number(level, kind):
     return level * len(KINDS) + kind
 
 
-LEVEL_GROUND = np.full(SIZE * SIZE, -BOTTOM / TOP, np.float32)  # a tile of height 0
+FLAT_GROUND = np.full(SIZE * SIZE, -BOTTOM / TOP, np.float32)  # a tile of height 0
 
 
 def ground_height(tile: jax.Array, places: jax.Array) -> jax.Array:
@@ -475,7 +475,7 @@ class Robot:
     joints: dict[str, Joint]  # by their names in the file, in the order of actions
     feet: tuple[str, ...]  # bodies
     weights: dict[str, float]  # of the reward's terms, per second: see section 4
-    test_commands: dict[str, tuple[float, float, float]]  # by name; see section 13
+    test_commands: dict[str, tuple[float, float, float]]  # by name, for tools/play.py
 
     # Heights are those above the ground.
     start_height: float  # m, of the base, at resets
@@ -832,7 +832,7 @@ def default_args(robot: str) -> Args:
 
 
 def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
-    """The robot's model, for C MuJoCo, on level ground.
+    """The robot's model, for C MuJoCo, on flat ground.
 
     dt: s, of a physics step; visuals: with the shapes that only a picture needs.
     """
@@ -840,7 +840,7 @@ def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
     spec.option.timestep = dt
     size = [HALF, HALF, TOP, 0.1]
     # The compiler wants heights, and stretches them to the range from 0 to 1.
-    spec.add_hfield(name="ground", nrow=SIZE, ncol=SIZE, size=size, userdata=LEVEL_GROUND)
+    spec.add_hfield(name="ground", nrow=SIZE, ncol=SIZE, size=size, userdata=FLAT_GROUND)
     floor = spec.geom("floor")
     floor.type = mujoco.mjtGeom.mjGEOM_HFIELD
     floor.hfieldname = "ground"
@@ -858,7 +858,7 @@ def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
             actuator.inheritrange = 0
             actuator.ctrlrange = actuator.forcerange
     model = spec.compile()
-    model.hfield_data[:] = LEVEL_GROUND
+    model.hfield_data[:] = FLAT_GROUND
 
     moved = [model.joint(joint).name for joint in model.actuator_trnid[:, 0]]
     message = f"{robot.mjcf}: its motors move {moved}, but ROBOTS has {list(robot.joints)}"
@@ -944,7 +944,7 @@ class Part:
     width: int | Literal["joints", "actions", "scan"]  # how many numbers
     scale: float | tuple[float, ...]  # from SI units to the networks' input
     noise: float  # half the width of the uniform noise on the scaled numbers
-    # Signs that a mirror at y = 0 gives them; None: it does to them what it does to joints.
+    # Signs that a mirror at y = 0 gives them; None: it changes their places as well.
     mirror: tuple[int, ...] | None
     for_actor: bool = True  # whether the actor sees it; the critic sees all, without noise
 
@@ -1276,7 +1276,6 @@ class Env:
     Both take the table of all tiles, [LEVELS * kinds, G], the same for all worlds (in_axes None): a
     kernel reads what it needs of it, and new ground takes no compiling. Left out, it is the run's.
 
-
     A world that is not finite, or faster than MAX_SPEED, is broken: its step ends the episode,
     earns nothing and is not learnt from, and its observation stays as it was.
     """
@@ -1394,7 +1393,7 @@ class Env:
 
         default = self.controller.default
         angles = default * jax.random.uniform(angle_key, default.shape, minval=0.5, maxval=1.5)
-        # There the ground is level and at height 0, further than feet reach.
+        # There the ground is flat and at height 0, further than feet reach.
         place = jax.random.uniform(base_keys[0], (2,), minval=-START_HALF, maxval=START_HALF)
         heading = jax.random.uniform(base_keys[1], minval=-math.pi, maxval=math.pi)
         height = jnp.array([self.robot.start_height])
@@ -1471,9 +1470,8 @@ class Env:
             cvel = full.cvel[self.feet]
             arm = position - full.subtree_com[1]
             contact = full._impl.contact
-            touching = (contact.dist < 0)[:, None, None] & (
-                contact.geom[:, 1, None, None] == self.soles
-            )
+            of_sole = contact.geom[:, 1, None, None] == self.soles  # [contacts, F, S]
+            touching = (contact.dist < 0)[:, None, None] & of_sole
             readings = {
                 "torque": torque,
                 "foot_position": position,
@@ -2469,7 +2467,7 @@ class CMujocoEnv:
 
     SUBSTEPS = 10
 
-    def __init__(self, robot: Robot, tile: np.ndarray = LEVEL_GROUND):
+    def __init__(self, robot: Robot, tile: np.ndarray = FLAT_GROUND):
         self.robot = robot
         self.model = load_model(robot, CONTROL_DT / self.SUBSTEPS)
         self.model.hfield_data[:] = tile
@@ -2545,6 +2543,8 @@ TEST_LEVELS = (0, 3, 6, 9)
 TEST_STARTS = 10  # on each kind of ground, of headings that divide the circle
 TEST_COMMAND = (0.5, 0.0, 0.0)
 TEST_STEPS = 600  # control steps, at most; the border is 7 to 9 s away
+STUCK_STEPS = 200  # who is not STUCK_DISTANCE away by then will not get there in time
+STUCK_DISTANCE = 0.5  # m
 PASS_LEVELS = (0, 3)
 PUSH_SPEED = 0.5  # m/s, of tools/play.py
 
@@ -2563,7 +2563,9 @@ def drive(original: CMujocoEnv, policy: dict, start: int) -> dict[str, float]:
         rows.append(original.step(action))
         if rows[-1]["fallen"]:
             return {"falls": 1}
-        if rows[-1]["left"]:
+        distance = np.linalg.norm(rows[-1]["position"])
+        stuck = len(rows) == STUCK_STEPS and distance < STUCK_DISTANCE
+        if rows[-1]["left"] or stuck:
             break
 
     trace = {name: np.array([row[name] for row in rows]) for name in rows[0]}
