@@ -256,17 +256,17 @@ def follow(env, start, action) -> tuple[np.ndarray, np.ndarray, bool, bool]:
         patch.setattr(mujoco, "mj_step", step)
         twin.step(action)
     single = all(len(set(geoms)) == len(geoms) for geoms in contacts)
-    return twin.data.qpos, twin.data.qvel, len(contacts[-1]) > 0, single
+    return twin.data.qpos, twin.data.qvel, any(contacts), single
 
 
 def test_step_is_c_mujocos(env, step, monkeypatch):
     """A control step on the same ground ends where C MuJoCo's does, to what float32 allows, where C has one contact a
-    sphere. Elsewhere C has further ones, of triangles beside the deepest, and its soles are harder: it is near."""
+    sphere at most. Elsewhere C has further ones, of triangles beside the deepest, and harder soles: it is near."""
     monkeypatch.setattr(env, "ground", GROUND)
     random = np.random.default_rng(2)
     near, exact, standing = [], [], 0
     for seed in range(5):
-        states = land(env, step, seed, steps=6 + 2 * seed)
+        states = land(env, step, seed, steps=4 + seed)
         action = random.uniform(-0.5, 0.5, (WORLDS, 12)).astype(np.float32)
         new = step(states, action)
         for world in range(WORLDS):
@@ -276,10 +276,9 @@ def test_step_is_c_mujocos(env, step, monkeypatch):
             (exact if single else near).append((error[:6].max(), error.max()))
             standing += touching and single
     near, exact = np.array(near), np.array(exact)
-    print(np.median(near, axis=0), near.max(axis=0), np.sort(exact[:, 1]), standing)
-    assert len(exact) > 5 and standing > 4
-    assert exact.max() < 5e-3
-    assert np.median(near[:, 0]) < 0.1 and near[:, 0].max() < 1.0
+    assert len(exact) > 10 and standing > 0 and len(near) > 20
+    assert exact.max() < 1e-3
+    assert np.median(near[:, 0]) < 0.05 and near[:, 0].max() < 0.3  # m/s and rad/s, of the base
 
 
 def test_ground_of_height_0_is_the_flat_scripts_floor(env, step, monkeypatch):
@@ -329,28 +328,29 @@ def test_ground_of_height_0_is_the_flat_scripts_floor(env, step, monkeypatch):
 
 
 def test_falls_are_measured_above_the_ground(env, step):
-    """High up and deep down, a robot has fallen when its base is near the ground under it, and not before."""
-    number = rough.tile_number(9, KINDS.index("stairs up"))
-    levels, kinds = np.full(WORLDS, 9), np.repeat([KINDS.index("stairs up"), KINDS.index("stairs down")], WORLDS // 2)
-    state = reset(env, levels, kinds, level=0.0)
+    """High up and deep down, a robot has fallen when its base is near the ground under it, and not before. In free
+    fall with its legs up, nothing touches the ground."""
+    up, down = KINDS.index("stairs up"), KINDS.index("stairs down")
+    state = reset(env, np.full(WORLDS, 9), np.repeat([up, down], WORLDS // 2), level=0.0)
+    legs = np.tile([0.0, 3.4, -0.85], 4)
     qpos = np.array(state.data.qpos)
     qpos[:, :2] = [3.0, 0.5]
     qpos[:, 3:7] = [1, 0, 0, 0]
-    qpos[:, 7:] = ROBOT.joint_array("default")
-    scan = rough.scan_ground(jnp.asarray(GROUND[number]), jnp.asarray(qpos[0]))
+    qpos[:, 7:] = legs
+    scan = rough.scan_ground(jnp.asarray(tile_of(9, "stairs up")), jnp.asarray(qpos[0]))
     under = float(rough.under_robot(scan))
     assert 1.1 < under < 1.5
-    above = np.tile([0.1, 0.14, 0.17, 0.2, 0.6, 0.6, 0.6, 0.6], 2)
-    qpos[:, 2] = under * np.repeat([1, -1], WORLDS // 2) + above
+    above = np.tile([0.05, 0.1, 0.14, 0.16, 0.2, 0.3, 0.6, 0.9], 2)
+    ground = under * np.repeat([1, -1], WORLDS // 2)
+    qpos[:, 2] = ground + above
+    np.testing.assert_array_equal(rough.has_fallen(ROBOT, qpos, ground, np), above < ROBOT.min_height)
+
     data = state.data.replace(qpos=jnp.asarray(qpos), qvel=jnp.zeros_like(state.data.qvel))
-    fallen = rough.has_fallen(ROBOT, qpos, np.repeat([under, -under], WORLDS // 2), np)
-    np.testing.assert_array_equal(fallen, above < ROBOT.min_height)
-    new = step(state.replace(data=data), np.zeros((WORLDS, 12)))
-    moved = np.asarray(new.data.qpos)[:, 2] - qpos[:, 2]
-    free = above > 0.5  # in the air: the soles do not push the base up
-    assert (np.asarray(new.done)[free] == 0).all() and np.abs(moved[free]).max() < 0.05
-    height = ROBOT.weights.get("height")
-    assert height is None  # of the Go2's reward no term looks at the height
+    hold = (legs - ROBOT.joint_array("default")) / ROBOT.action_scale
+    new = step(state.replace(data=data), np.tile(hold, (WORLDS, 1)))
+    assert np.abs(np.asarray(new.data.qpos)[:, 2] - qpos[:, 2]).max() < 0.005
+    np.testing.assert_array_equal(new.done, above < ROBOT.min_height)
+    assert not np.asarray(new.info["broken"]).any()
 
 
 def test_who_leaves_the_tile_is_at_a_time_limit(env, step):
