@@ -180,7 +180,7 @@ class Args:
     """share of the commands that are to stand still"""
     obs_noise: NonNegative = 1.0
     """factor of the noise on the actor's observation"""
-    push_speed: NonNegative = 0.5
+    push_speed: NonNegative = 0.8
     """largest sudden change of the base's horizontal velocity, m/s along each axis"""
     push_every: Seconds = 4.0
     """mean seconds between pushes; each control step has the same chance of one"""
@@ -200,7 +200,7 @@ class Args:
     """share of the training over which all of this grows, as far as commands are followed; 0: none"""
 
     # The algorithm, with CleanRL's names
-    total_timesteps: Annotated[int, Range(1, 2**62)] = 12_000_000
+    total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
     """environment steps, over all worlds"""
     learning_rate: NonNegative = 3e-3
     """Adam's step size at the start"""
@@ -225,11 +225,9 @@ class Args:
     vf_coef: NonNegative = 1.0
     """weight of the value loss"""
     imitation_coef: NonNegative = 0.5
-    """weight, at the start, of the loss that draws the actor to a simple stepping motion"""
+    """weight of the loss that draws the actor to a simple stepping motion, or to stand"""
     imitation_until: Annotated[float, Range(1e-9, 1)] = 0.1
-    """share of the training over which the imitation loss fades out"""
-    standing_after: Fraction = 0.3
-    """share of the training after which the same loss draws robots told to stand to their pose"""
+    """share of the training over which it fades out, except for robots that stand as told"""
     max_grad_norm: NonNegative = 1.0
     """gradients are scaled down to this norm"""
     desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.05
@@ -574,6 +572,7 @@ BIPED_WEIGHTS = {
     "action_change": -0.01,
     "joint_limits": -5.0,
     "upright_joints": -1.0,
+    "lifted_standing": -30.0,
 }
 BIPED_COMMANDS = {
     "stand": (0.0, 0.0, 0.0),
@@ -1136,6 +1135,7 @@ class Motion:
     action: jax.Array  # [A]
     action_before: jax.Array  # [A]
     foot_height: jax.Array  # [F] m, of the feet's bodies above the ground under them
+    clearance: jax.Array  # [F] m, of the soles over the ground; 0 on it
     foot_velocity: jax.Array  # [F, 3] m/s
     contact: jax.Array  # [F] bool
     flight: jax.Array  # [F] s that a foot which lands now has been in the air; 0 for the others
@@ -1157,7 +1157,7 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
     lowest = robot.limits @ [0.95, 0.05]  # of the central 90% of each joint's range
     highest = robot.limits @ [0.05, 0.95]
     beyond = jnp.maximum(m.angles - highest, 0.0).sum() + jnp.maximum(lowest - m.angles, 0.0).sum()
-    in_the_air = ~m.contact
+    swings = ~m.contact & ~stands(m.command)
     velocity_error = jnp.square(m.command[:2] - m.velocity[:2]).sum()
     yaw_error = jnp.square(m.command[2] - m.rates[2])
     walks = jnp.linalg.norm(m.command[:2]) > 0.1  # m/s
@@ -1170,7 +1170,7 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
         "alive": jnp.ones(()),
         # Feet that are where the clock wants them, less the others.
         "gait": (2.0 * (m.contact == m.stance) - 1).sum(),
-        "swing_height": (in_the_air * jnp.square(m.foot_height - robot.swing_height)).sum(),
+        "swing_height": (swings * jnp.square(m.foot_height - robot.swing_height)).sum(),
         "stance_slip": (m.contact * jnp.square(m.foot_velocity).sum(axis=-1)).sum(),
         "vertical_velocity": jnp.square(m.velocity[2]),
         "roll_pitch_rate": jnp.square(m.rates[:2]).sum(),
@@ -1183,6 +1183,8 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
         "joint_limits": beyond,
         "upright_joints": jnp.square(robot.joint_array("upright") * m.angles).sum(),
         "posture": bent.sum(),
+        # It grows with the height, so that lower steps are a way to none.
+        "lifted_standing": stands(m.command) * m.clearance.sum(),
         # Of each landing, the time in the air beyond half a second.
         "air_time": walks * jnp.where(m.flight > 0, m.flight - 0.5, 0.0).sum(),
     }
@@ -1296,6 +1298,7 @@ class Env:
         self.payloads = draw_payloads(args, load_model(self.robot, dt, visuals=False))
         model = load_model(self.robot, dt, visuals=False)
         self.feet, self.soles = find_feet(self.robot, model)
+        self.sole_radius = float(model.geom_size[self.soles[0, 0], 0])
 
         device = jax.local_devices()[0]
         self.model = mjx.put_model(model, device, impl="jax")
@@ -1475,6 +1478,7 @@ class Env:
             readings = {
                 "torque": torque,
                 "foot_position": position,
+                "sole_position": full.geom_xpos[self.soles],
                 "foot_velocity": cvel[:, 3:] + jnp.cross(cvel[:, :3], arm),
                 "contact": touching.any(axis=(0, 2)),
             }
@@ -1483,8 +1487,12 @@ class Env:
 
         data, readings = jax.lax.scan(substep, data, jnp.arange(self.args.decimation))
         readings = jax.tree.map(lambda values: values[-1], readings)
-        position = readings.pop("foot_position")
-        readings["foot_height"] = position[:, 2] - ground_height(tile, position[:, :2])
+        foot = readings.pop("foot_position")
+        sole = readings.pop("sole_position")  # [F, S, 3]
+        over = sole[..., 2] - ground_height(tile, sole[..., :2]) - self.sole_radius
+        clearance = jnp.maximum(over.min(axis=-1), 0.0)
+        readings["foot_height"] = foot[:, 2] - ground_height(tile, foot[:, :2])
+        readings["clearance"] = jnp.where(readings["contact"], 0.0, clearance)
         return data, readings
 
     def push(self, info: dict) -> jax.Array:
@@ -2089,9 +2097,8 @@ def stepping_action(robot: Robot, obs: jax.Array) -> jax.Array:
 def imitation_weight(args: Args, robot: Robot, iteration: jax.Array, obs: dict) -> jax.Array:
     """How much each sample is drawn to the stepping motion: [...] in 0 to 1.
 
-    All at first, then less and less; and later, once more, those that are told to stand and move
-    slower than 0.25 m/s: a faster one was pushed and has to step. obs: of actor and critic,
-    [..., O].
+    All at first, then less and less, except those that are told to stand and move slower than
+    0.25 m/s: a faster one was pushed and has to step. obs: of actor and critic, [..., O].
     """
     command = obs["actor"][..., part_slices(robot, seen_parts(robot, "actor"))["command"]]
     where = part_slices(robot, seen_parts(robot, "critic"))["velocity"]
@@ -2099,9 +2106,8 @@ def imitation_weight(args: Args, robot: Robot, iteration: jax.Array, obs: dict) 
     slow = jnp.linalg.norm(velocity, axis=-1) < 0.25 * OBSERVATION["velocity"].scale
 
     progress = iteration / float(args.num_iterations)  # float: int32 would overflow
-    still = stands(command) & slow & (progress >= args.standing_after)
     fading = jnp.maximum(1 - progress / args.imitation_until, 0.0)
-    return jnp.where(still, 1.0, fading)
+    return jnp.where(stands(command) & slow, 1.0, fading)
 
 
 def ppo_loss(

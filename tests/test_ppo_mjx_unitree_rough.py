@@ -402,6 +402,7 @@ class Glider(rough.Env):
             "torque": jnp.zeros(12),
             "contact": jnp.full(4, True),
             "foot_height": jnp.zeros(4),
+            "clearance": jnp.zeros(4),
             "foot_velocity": jnp.zeros((4, 3)),
         }
         return data.replace(qpos=qpos, qvel=qvel), readings
