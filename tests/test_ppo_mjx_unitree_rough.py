@@ -363,6 +363,22 @@ def test_who_leaves_the_tile_is_at_a_time_limit(env, step):
     assert not np.asarray(new.done)[:4].any()
 
 
+def test_only_what_is_walked_outside_the_middle_counts(env, step):
+    """Command and progress are summed up beyond 1 m from the middle along either axis, and not before."""
+    state = reset(env, np.zeros(WORLDS, int), np.zeros(WORLDS, int), level=0.0)
+    qpos, qvel = np.array(state.data.qpos), np.array(state.data.qvel)
+    qpos[:4, :2] = [[0.9, 0.0], [0.5, -0.9], [1.1, 0.0], [0.3, -1.1]]
+    qpos[:, 3:7] = [1, 0, 0, 0]
+    qvel[:] = 0
+    qvel[:, 0] = 0.5
+    info = state.info | {"command": jnp.tile(jnp.array([0.4, 0.0, 0.0]), (WORLDS, 1))}
+    data = state.data.replace(qpos=jnp.asarray(qpos), qvel=jnp.asarray(qvel))
+    new = step(state.replace(data=data, info=info), np.zeros((WORLDS, 12)))
+    np.testing.assert_allclose(new.info["asked"][:4], [0, 0, 0.008, 0.008], atol=1e-6)
+    walked = np.asarray(new.info["walked"])
+    assert not walked[:2].any() and (walked[2:4] > 0.005).all()
+
+
 def test_promotion_and_demotion_by_hand():
     """Level, walked and asked (m), fell -> level, where the random level is 6."""
     episodes = [
@@ -445,6 +461,7 @@ def compile_glider(env, mesh):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rough, "kernel", lambda function: function)
         patch.setattr(rough, "LEAST_ASKED", 0.2)
+        patch.setattr(rough, "JUDGED_FROM", -1.0)
         init = init.lower(jax.random.key(1)).compile(QUICK)
         state = init(jax.random.key(1))
         iterate = rough.train_iteration.lower(GLIDE, env, mesh, state).compile(QUICK)
