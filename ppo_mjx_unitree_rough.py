@@ -176,7 +176,7 @@ class Args:
     """range of the commanded turn counterclockwise, rad/s"""
     command_every: Seconds = 5.0
     """mean seconds between commands; each control step has the same chance of a new one"""
-    standing: Fraction = 0.15
+    standing: Fraction = 0.2
     """share of the commands that are to stand still"""
     obs_noise: NonNegative = 1.0
     """factor of the noise on the actor's observation"""
@@ -200,7 +200,7 @@ class Args:
     """share of the training over which all of this grows, as far as commands are followed; 0: none"""
 
     # The algorithm, with CleanRL's names
-    total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
+    total_timesteps: Annotated[int, Range(1, 2**62)] = 18_000_000
     """environment steps, over all worlds"""
     learning_rate: NonNegative = 3e-3
     """Adam's step size at the start"""
@@ -501,6 +501,7 @@ class Robot:
     command_y: tuple[float, float] = Args.command_y
     command_yaw: tuple[float, float] = Args.command_yaw
     added_mass: tuple[float, float] = Args.added_mass
+    standing: float = Args.standing
     imitation_coef: float = Args.imitation_coef
     ent_coef: float = Args.ent_coef
     total_timesteps: int = Args.total_timesteps
@@ -573,7 +574,7 @@ BIPED_WEIGHTS = {
     "action_change": -0.01,
     "joint_limits": -5.0,
     "upright_joints": -1.0,
-    "lifted_standing": -30.0,
+    "lifted_standing": -40.0,
 }
 BIPED_COMMANDS = {
     "stand": (0.0, 0.0, 0.0),
@@ -793,6 +794,7 @@ ROBOTS = {
         # Straight enough to come out of the flat middle.
         command_y=(-0.5, 0.5),
         command_yaw=(-0.6, 0.6),
+        standing=0.15,
         added_mass=(-1.0, 1.0),
         total_timesteps=16_000_000,
     ),
@@ -817,6 +819,7 @@ ROBOTS = {
         command_x=(-1.0, 1.0),
         command_y=(-1.0, 1.0),
         command_yaw=(-1.0, 1.0),
+        standing=0.15,
         added_mass=(-1.0, 1.0),
         imitation_coef=0.0,
     ),
