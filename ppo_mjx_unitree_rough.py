@@ -364,7 +364,8 @@ FLAT_GROUND = np.full(SIZE * SIZE, -BOTTOM / TOP, np.float32)  # a tile of heigh
 def ground_height(tile: jax.Array, places: jax.Array) -> jax.Array:
     """The height of the ground, as C MuJoCo has it: [...] m. Beyond the border it goes on.
 
-    Each cell is two triangles, divided from its corner of lowest x and y to the opposite one.
+    Each cell is two triangles, divided from its corner of lowest x and y to the opposite one. It is
+    onekernel.hfield's function of that name, here because the file works without onekernel, too.
     tile: [G], a row of `make_ground`; places: [..., 2] m
     """
     steps = jnp.clip((places + HALF) / CELL, 0, SIZE - 1)
