@@ -225,9 +225,9 @@ class Args:
     vf_coef: NonNegative = 1.0
     """weight of the value loss"""
     imitation_coef: NonNegative = 0.5
-    """weight of the loss that draws the actor to a simple stepping motion, or to stand"""
+    """weight at the start of the loss that draws the actor to a simple stepping motion"""
     imitation_until: Annotated[float, Range(1e-9, 1)] = 0.1
-    """share of the training over which it fades out, except for robots that stand as told"""
+    """share of the training over which that weight falls to 0"""
     max_grad_norm: NonNegative = 1.0
     """gradients are scaled down to this norm"""
     desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.05
@@ -1167,6 +1167,7 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
     yaw_error = jnp.square(m.command[2] - m.rates[2])
     walks = jnp.linalg.norm(m.command[:2]) > 0.1  # m/s
     bent = robot.joint_array("posture") * jnp.square(m.angles - robot.joint_array("default"))
+    slow = jnp.linalg.norm(m.velocity[:2]) < 0.25  # m/s: a faster one that is to stand was pushed
 
     width = jnp.where(stands(m.command), STANDING_WIDTH, TRACKING_WIDTH)
     terms = {
@@ -1188,8 +1189,8 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
         "joint_limits": beyond,
         "upright_joints": jnp.square(robot.joint_array("upright") * m.angles).sum(),
         "posture": bent.sum(),
-        # It grows with the height, so that lower steps are a way to none.
-        "lifted_standing": stands(m.command) * m.clearance.sum(),
+        # It grows with the height, so that lower steps are a way to none. Who was pushed may step.
+        "lifted_standing": (stands(m.command) & slow) * m.clearance.sum(),
         # Of each landing, the time in the air beyond half a second.
         "air_time": walks * jnp.where(m.flight > 0, m.flight - 0.5, 0.0).sum(),
     }
@@ -2102,20 +2103,10 @@ def stepping_action(robot: Robot, obs: jax.Array) -> jax.Array:
     return (up[..., legs] * lift + sweep) / reach
 
 
-def imitation_weight(args: Args, robot: Robot, iteration: jax.Array, obs: dict) -> jax.Array:
-    """How much each sample is drawn to the stepping motion: [...] in 0 to 1.
-
-    All at first, then less and less, except those that are told to stand and move slower than
-    0.25 m/s: a faster one was pushed and has to step. obs: of actor and critic, [..., O].
-    """
-    command = obs["actor"][..., part_slices(robot, seen_parts(robot, "actor"))["command"]]
-    where = part_slices(robot, seen_parts(robot, "critic"))["velocity"]
-    velocity = obs["critic"][..., where][..., :2]
-    slow = jnp.linalg.norm(velocity, axis=-1) < 0.25 * OBSERVATION["velocity"].scale
-
+def imitation_weight(args: Args, iteration: jax.Array) -> jax.Array:
+    """How much the actor is drawn to the stepping motion: [] in 0 to 1, all at first, then less."""
     progress = iteration / float(args.num_iterations)  # float: int32 would overflow
-    fading = jnp.maximum(1 - progress / args.imitation_until, 0.0)
-    return jnp.where(stands(command) & slow, 1.0, fading)
+    return jnp.maximum(1 - progress / args.imitation_until, 0.0)
 
 
 def ppo_loss(
@@ -2146,9 +2137,9 @@ def ppo_loss(
 
     imitation_loss = jnp.zeros(())
     if robot.clock:  # without one, there is no motion to imitate
-        weight = imitation_weight(args, robot, learner.iteration, mb.obs)
+        weight = imitation_weight(args, learner.iteration)
         error = policy.mean - stepping_action(robot, mb.obs["actor"])
-        imitation_loss = mean_valid(weight * jnp.square(error).mean(axis=-1))
+        imitation_loss = weight * mean_valid(jnp.square(error).mean(axis=-1))
 
     entropy = policy.entropy()
     loss = (

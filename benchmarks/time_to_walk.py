@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import shutil
 import statistics
@@ -140,7 +141,7 @@ def test(args: Args, seed: int, training: tuple[list[dict], dict, float]) -> dic
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Medians over the seeds; seconds are infinite where a training never passed."""
+    """Medians over the seeds; None for seconds where too few of the trainings passed."""
 
     def seconds(row: dict, milestone: str) -> float:
         return row[milestone]["seconds"] if row[milestone] else float("inf")
@@ -148,7 +149,8 @@ def summarise(rows: list[dict]) -> dict:
     summary = {key: statistics.median(row["final"][key] for row in rows) for key in RESULTS[1:]}
     summary["first_update_s"] = statistics.median(row["first_update_s"] for row in rows)
     for milestone in ("first_pass", "all_pass"):
-        summary[f"{milestone}_s"] = statistics.median(seconds(row, milestone) for row in rows)
+        median = statistics.median(seconds(row, milestone) for row in rows)
+        summary[f"{milestone}_s"] = median if math.isfinite(median) else None
     summary["passed at the end"] = sum(row["final"]["passed"] for row in rows)
     return summary
 

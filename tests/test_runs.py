@@ -297,20 +297,13 @@ def test_training_saves_and_evaluates_by_its_cadence(run_dir, monkeypatch):
 
 
 def test_imitation_is_a_share_of_the_training():
-    """By default it falls to 0 over 1.8 of 18 million steps, but not for robots that stand as told."""
-    robot = unitree.ROBOTS["g1"]
-    standing = {"actor": jnp.zeros(300), "critic": jnp.zeros(300)}  # longer than they are
-    walking = standing | {"actor": jnp.ones(300)}
-    pushed = standing | {"critic": jnp.ones(300)}
+    """By default it falls to 0 over 1.8 of 18 million steps."""
     for factor in (1, 4):
         args = unitree.Args(total_timesteps=factor * 18_000_000)
         share = args.steps_per_iteration / factor
         for steps in (0, 900_000, 1_800_000, 4_500_000):
-            iteration = jnp.int32(math.ceil(steps / share))
-            assert unitree.imitation_weight(args, robot, iteration, standing) == 1
-            for obs in (walking, pushed):
-                weight = unitree.imitation_weight(args, robot, iteration, obs)
-                assert weight == pytest.approx(max(1 - steps / 1_800_000, 0), abs=0.01)
+            weight = unitree.imitation_weight(args, jnp.int32(math.ceil(steps / share)))
+            assert weight == pytest.approx(max(1 - steps / 1_800_000, 0), abs=0.01)
 
 
 # ---- Evaluation

@@ -1010,7 +1010,6 @@ def test_loss_by_hand(imitation_coef, iteration):
     params = learner.params | {"log_std": jnp.array([-0.4, -0.6])}
     actor_obs, critic_obs = random.standard_normal((3, 17)), random.standard_normal((3, 20))
     actor_obs[:2, 6:9] = 0  # the command to stand
-    critic_obs[:2, :2] = [[0.4, 0.4], [0.3, -0.3]]  # twice the speed: the first was pushed
     mean, value = by_hand(params["actor"], learner.obs_stats["actor"], actor_obs), by_hand(
         params["critic"], learner.obs_stats["critic"], critic_obs)[:, 0]
     std, old_std = np.exp([-0.4, -0.6]), np.exp([-0.5, -0.3])
@@ -1038,8 +1037,7 @@ def test_loss_by_hand(imitation_coef, iteration):
         ahead = math.cos(math.pi * phase / 0.6) if phase < 0.6 else -math.cos(math.pi * (phase - 0.6) / 0.4)
         sweep = actor_obs[i, 6:9] @ [0.1 / 2, 0.2 / 2, 0.4 / 0.25]
         stepping[i, leg] = (sweep * ahead + 0.3 * math.sin(math.pi * max(0, phase - 0.6) / 0.4)) / 0.5 if i == 2 else 0
-    weight = np.full((3, 1), max(0.0, 1 - iteration * 10 / 40))
-    weight[1] = 1  # it stands, as told
+    weight = max(0.0, 1 - iteration * 10 / 40)
     policy_loss = -(2.0 * 1.2 + -1.0 * 0.8 + 0.5 * 1.1) / 3  # ratios 1.5, 0.6 and 1.1, clipped where that is worse
     entropy = np.log(std * math.sqrt(2 * math.pi * math.e)).sum()
     expected = {
@@ -1050,7 +1048,7 @@ def test_loss_by_hand(imitation_coef, iteration):
         policy_loss - 0.01 * entropy + 0.5 * expected["losses/value_loss"]
         + imitation_coef * expected["losses/imitation_loss"])
     assert metrics.keys() == expected.keys()
-    assert expected["losses/imitation_loss"] > 0.01
+    assert (expected["losses/imitation_loss"] > 0.01) == (iteration < 4)
     for name, number in expected.items():
         np.testing.assert_allclose(metrics[name], number, rtol=1e-3, err_msg=name)
     assert loss == metrics["losses/loss"]
