@@ -320,10 +320,13 @@ def test_rewards_at_their_best():
         assert term == pytest.approx(best.get(name, 0), abs=1e-6), name
 
 def test_who_is_told_to_stand_pays_for_lifted_feet():
-    """By their height, and not for missing the height of a swing."""
-    terms = unitree.unweighted_terms(ROBOT, motion(command=[0.0] * 3, clearance=[0.015, 0.01]))
+    """By their height, and not for missing the height of a swing; but not after a push."""
+    lifted = motion(command=[0.0] * 3, velocity=[0.2, 0.1, 0.0], clearance=[0.015, 0.01])
+    terms = unitree.unweighted_terms(ROBOT, lifted)
     assert terms["lifted_standing"] == pytest.approx(0.025) and ROBOT.weights["lifted_standing"] < 0
     assert terms["swing_height"] == 0
+    pushed = lifted.replace(velocity=jnp.array([0.2, 0.2, 0.0]))
+    assert unitree.unweighted_terms(ROBOT, pushed)["lifted_standing"] == 0
 
 # ---- Physics: the environment's step, compiled once for all tests, with the model as an argument
 
