@@ -10,6 +10,8 @@ until the first iteration's metrics are in TensorBoard's file, `first_pass` is t
 passes, `all_pass` the first one from which on all pass. So only the trainings need a quiet machine.
 
 With --ablations each training lacks one trick, and the last policies alone are tested.
+With --keep FOLDER the trainings stay there; another call tests them again, from an earlier part
+on, say, or trains the seeds that are missing.
 
 Writes benchmarks/results/NAME.json, NAME being time_to_walk_ROBOT by default, and the last policy of
 the first seed to --policy.
