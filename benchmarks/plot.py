@@ -2,10 +2,10 @@
 
     python benchmarks/plot.py
 
-curves.png, and curves_3d.png of Ant and Humanoid: return in Gymnasium against steps and against seconds, mean and range
-over the seeds, with the peers' marks (JSON files of the same names). g1_curves.png: what the G1's test says of its
-policies while it learns (time_to_walk_g1.json). validate_curves.png: training on MJX and on C MuJoCo (validate.json). A
-figure whose JSON is missing is left out.
+curves.png, and curves_3d.png of Ant and Humanoid: return in Gymnasium against steps, mean and range over the seeds, and
+against seconds, seed by seed, with the peers' marks (JSON files of the same names). g1_curves.png: what the G1's test
+says of its policies while it learns (time_to_walk_g1.json). validate_curves.png: training on MJX and on C MuJoCo
+(validate.json). A figure whose JSON is missing is left out.
 """
 
 import dataclasses
@@ -84,8 +84,12 @@ def plot_learning(args: Args, name: str = "curves") -> None:
         for line, (key, label) in enumerate((("steps", "environment steps"), ("seconds", "seconds since the start"))):
             axis = axes[line][column]
             curves = [tuple([point[name] for point in curve] for name in (key, "mean")) for curve in mine]
-            seeds = f"{len(mine)} seed{'s' if len(mine) > 1 else ''}"
-            draw_band(axis, curves, f"ppo_mjx.py: mean and range of {seeds}", BLUE)
+            if key == "steps":
+                draw_band(axis, curves, "ppo_mjx.py", BLUE)
+            else:  # the seeds' processes do not start equally fast, so that a mean would mix up their steps
+                seeds = f"{len(mine)} seeds; above: mean and range" if len(mine) > 1 else "one seed"
+                for i, curve in enumerate(curves):
+                    axis.plot(*curve, color=BLUE, linewidth=1, label=None if i else f"ppo_mjx.py: {seeds}")
             for (peer, mark), color in zip(peers[task].items(), (ORANGE, PURPLE, VERMILION, GREEN), strict=True):
                 axis.axhline(mark, color=color, linestyle=":", linewidth=1.8, label=f"{peer} steps: {mark}")
             axis.set(xlabel=label, ylabel=f"return in {task}-v5", xlim=(0, None))

@@ -97,21 +97,26 @@ def judge(robot: str, file: Path) -> dict:
 
 def train(args: Args, variant: str, seed: int, folder: Path) -> tuple[list[dict], dict, float]:
     """What `watch` returns of one training, which is kept in the folder."""
-    kept = folder / "training.json"
-    if kept.exists():
-        training = json.loads(kept.read_text())
-        return training["curve"], training["run"], training["seconds"]
+    flags = ["--seed", str(seed), "--checkpoint-every", str(args.checkpoint_every)]
+    flags += VARIANTS[variant][0]
+    flags += ["--compile-cache" if args.compile_cache else "--no-compile-cache"]
+    flags += args.flags.split()
 
-    shutil.rmtree(folder, ignore_errors=True)  # a training that was stopped
-    folder.mkdir(parents=True)
-    command = [sys.executable, __file__, "--child", args.robot, variant, "--seed", str(seed)]
-    command += ["--runs-dir", str(folder / "runs")]
-    command += ["--checkpoint-every", str(args.checkpoint_every), *VARIANTS[variant][0]]
-    command += ["--compile-cache" if args.compile_cache else "--no-compile-cache"]
-    curve, run, seconds = watch(command + args.flags.split(), folder)
-    curve = [policy | {"file": policy["file"].name} for policy in curve]
-    kept.write_text(json.dumps({"curve": curve, "run": run, "seconds": seconds}))
-    return curve, run, seconds
+    kept = folder / "training.json"
+    if not kept.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # a training that was stopped
+        folder.mkdir(parents=True)
+        command = [sys.executable, __file__, "--child", args.robot, variant, *flags]
+        curve, run, seconds = watch([*command, "--runs-dir", str(folder / "runs")], folder)
+        curve = [policy | {"file": policy["file"].name} for policy in curve]
+        training = {"flags": flags, "curve": curve, "run": run, "seconds": seconds}
+        kept.write_text(json.dumps(training))
+
+    training = json.loads(kept.read_text())
+    if training["flags"] != flags:
+        raise SystemExit(f"--keep: {folder} was trained with {' '.join(training['flags'])}")
+    curve = [policy | {"file": folder / policy["file"]} for policy in training["curve"]]
+    return curve, training["run"], training["seconds"]
 
 
 def milestones(curve: list[dict]) -> dict[str, dict | None]:
@@ -124,13 +129,13 @@ def milestones(curve: list[dict]) -> dict[str, dict | None]:
     }
 
 
-def test(args: Args, seed: int, folder: Path, training: tuple[list[dict], dict, float]) -> dict:
-    """The tests of the policies of one training, as `train` returns it: a row of the result."""
+def test(args: Args, seed: int, training: tuple[list[dict], dict, float]) -> dict:
+    """The tests of one training's policies, as `train` returns it: a row of the result."""
     curve, run, seconds = training
     first = len(curve) - 1 if args.ablations else round(args.test_from * len(curve))
     curve = curve[first:]
     with ProcessPoolExecutor(common.count_cores()) as pool:
-        files = [folder / policy["file"] for policy in curve]
+        files = [policy["file"] for policy in curve]
         results = list(pool.map(judge, [args.robot] * len(files), files))
     if args.policy and seed == args.seeds[0]:
         shutil.copy(files[-1], args.policy)
@@ -174,16 +179,15 @@ def main(args: Args) -> None:
         args = dataclasses.replace(args, **short)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        folders, trainings = {}, {}
+        trainings = {}
         for seed in args.seeds:
             for variant in VARIANTS if args.ablations else ["as it is"]:
                 folder = Path(args.keep or temporary, f"{args.robot}, {variant}, seed {seed}")
-                folders[seed, variant] = folder
                 trainings[seed, variant] = train(args, variant, seed, folder)
                 print(f"{variant}, seed {seed}: {trainings[seed, variant][2]:.0f} s", flush=True)
 
         for (seed, variant), training in trainings.items():
-            row = {"variant": variant} | test(args, seed, folders[seed, variant], training)
+            row = {"variant": variant} | test(args, seed, training)
             rows.append(row)
             shown = {key: row[key] for key in row if key not in ("curve", "final_table", "run")}
             print(json.dumps(shown), flush=True)

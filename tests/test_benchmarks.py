@@ -15,6 +15,7 @@ import memory
 import pytest
 import throughput
 import time_to_return
+import time_to_walk
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py"))
@@ -87,6 +88,33 @@ run.joinpath("checkpoints", "000000007.npz").write_bytes(b"")
     assert told == {"args": {"seed": 1}, "first_update_s": None}
     code += 'run.joinpath("events.1").write_bytes(b"hyperparameters, charts/SPS")'
     assert time_to_return.watch([sys.executable, "-c", code], tmp_path)[1]["first_update_s"] > 0
+
+def test_a_kept_training_is_not_trained_again(tmp_path, monkeypatch):
+    """Nor taken for one with other flags."""
+    calls = []
+
+    def watch(command, folder):
+        calls.append(command)
+        return [{"seconds": 1.5, "iteration": 7, "file": folder / "policy_0.npz"}], {"args": {}}, 2.5
+
+    monkeypatch.setattr(time_to_walk, "watch", watch)
+    folder = tmp_path / "g1"
+    folder.mkdir()
+    (folder / "policy_9.npz").touch()  # of a training that was stopped
+    first = time_to_walk.train(time_to_walk.Args(), "as it is", 1, folder)
+    assert first == ([{"seconds": 1.5, "iteration": 7, "file": folder / "policy_0.npz"}], {"args": {}}, 2.5)
+    assert not (folder / "policy_9.npz").exists()
+    assert time_to_walk.train(time_to_walk.Args(), "as it is", 1, folder) == first and len(calls) == 1
+    with pytest.raises(SystemExit, match="--keep: .*--seed 1"):
+        time_to_walk.train(time_to_walk.Args(), "as it is", 2, folder)
+
+def test_summary_of_times_to_walk():
+    """Medians over the seeds; where most of them never pass, there is no time."""
+    final = {"falls": 0, "error": 0.1, "yaw": 0.1, "drift": 0.1, "passed": True}
+    rows = [{"first_update_s": 1, "final": final, "all_pass": None, "first_pass": seconds and {"seconds": seconds}}
+            for seconds in (60, 90, None)]  # fmt: skip
+    told = time_to_walk.summarise(rows)
+    assert told["first_pass_s"] == 90 and told["all_pass_s"] is None and told["passed at the end"] == 3
 
 def test_summary_of_curves_has_median_and_range():
     rows = [{"env_id": "Hopper", "process_s": s, "final": {"mean": m, "steps": 9}} for s, m in ((1, 5), (3, 7), (2, 1))]
