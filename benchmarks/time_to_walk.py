@@ -9,7 +9,8 @@ their later parts (--test-from) are put to the script's own test. `first_update_
 until the first iteration's metrics are in TensorBoard's file, `first_pass` is the first policy that
 passes, `all_pass` the first one from which on all pass. So only the trainings need a quiet machine.
 
-With --ablations each training lacks one trick, and the last policies alone are tested.
+With --ablations each training lacks one trick, and the last policies alone are tested; --variants
+chooses.
 With --keep FOLDER the trainings stay there; another call tests them again, from an earlier part
 on, say, or trains the seeds that are missing.
 
@@ -61,7 +62,8 @@ class Args:
     checkpoint_every: float = 0.1  # share of the training between two policies
     test_from: float = 0.5  # share of the training from which on policies are tested
     flags: str = ""  # further flags for ppo_mjx_unitree.py
-    ablations: bool = False  # all variants, of which the last policies alone are tested
+    ablations: bool = False  # trainings that lack a trick, of which the last policies alone are tested
+    variants: tuple[str, ...] = tuple(VARIANTS)  # which ones
     name: str | None = None  # of the JSON file
     policy: str | None = None  # where the last policy of the first seed is copied to
     keep: str | None = None  # folder for the trainings; those that it has already are tested only
@@ -174,6 +176,9 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def main(args: Args) -> None:
+    unknown = set(args.variants) - set(VARIANTS)
+    if unknown:
+        raise SystemExit(f"--variants: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
     if args.smoke:
         short = {"seeds": (1,), "flags": "--total-timesteps 30000", "checkpoint_every": 1.0}
         args = dataclasses.replace(args, **short)
@@ -181,7 +186,7 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         trainings = {}
         for seed in args.seeds:
-            for variant in VARIANTS if args.ablations else ["as it is"]:
+            for variant in args.variants if args.ablations else ["as it is"]:
                 folder = Path(args.keep or temporary, f"{args.robot}, {variant}, seed {seed}")
                 trainings[seed, variant] = train(args, variant, seed, folder)
                 print(f"{variant}, seed {seed}: {trainings[seed, variant][2]:.0f} s", flush=True)

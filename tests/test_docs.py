@@ -23,8 +23,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize(("name", "threshold"), [
     ("cartpole", 100),  # a random policy drops the pole within 40 steps
-    ("arm", -45),  # a random policy gets about -101, and one that holds still -99
-    ("quadruped", 50),  # a random policy falls within 200 steps, and gets about -40
+    pytest.param("arm", -45, marks=pytest.mark.slow),  # a random policy gets about -101, and one that holds still -99
+    pytest.param("quadruped", 50, marks=pytest.mark.slow),  # a random policy falls within 200 steps, and gets about -40
 ])
 def test_add_your_robot(tmp_path, name, threshold):
     """The page's diffs apply to the script as it is, and the result trains and is judged."""

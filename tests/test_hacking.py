@@ -117,6 +117,12 @@ def test_page_shows_every_diff():
         assert f"```diff\n{diff.read_text()}```\n" in page, diff.name
 
 
+def test_every_diff_applies(apply):
+    """The tests below, most of them slow, see what each does."""
+    for diff in HACKS.glob("*.diff"):
+        assert apply(diff.stem).Args()
+
+
 def test_reward(apply, tmp_path):
     """The new term is half the cosine of the pitch, part of the reward, and logged."""
     script = apply("reward")
@@ -131,6 +137,7 @@ def test_reward(apply, tmp_path):
     np.testing.assert_allclose(state.reward, sum(state.metrics.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_observation(apply, tmp_path):
     """The last action is observed, nothing at a reset, and the same in C MuJoCo."""
     script = apply("observation")
@@ -151,6 +158,7 @@ def test_observation(apply, tmp_path):
     np.testing.assert_array_equal(obs[17:], action)
 
 
+@pytest.mark.slow
 def test_history(apply, tmp_path, make_mesh):
     """Each step drops the oldest observation; an episode begins with copies of its first one."""
     script = apply("history")
@@ -177,6 +185,7 @@ def test_history(apply, tmp_path, make_mesh):
         assert (third[12:] != third[8:12]).any()
 
 
+@pytest.mark.slow
 def test_state_std(apply, tmp_path, make_mesh):
     """The standard deviation is the state's, learnt, and that of samples, densities and entropy."""
     script = apply("state_std")
@@ -202,6 +211,7 @@ def test_state_std(apply, tmp_path, make_mesh):
     assert all(np.abs(change).max() > 1e-3 for change in jax.tree.leaves(learnt))
 
 
+@pytest.mark.slow
 def test_gru(apply, tmp_path, make_mesh):
     """Episodes begin without memory; before an update the loss finds the densities of the rollout.
 
@@ -251,6 +261,7 @@ def test_gru(apply, tmp_path, make_mesh):
         export.write_onnx(script, policy, tmp_path / "policy.onnx")
 
 
+@pytest.mark.slow
 def test_adaptive_step(apply, tmp_path):
     """The step size of each update follows from the divergence of the one before, and is saved."""
     script = apply("adaptive_step")
@@ -267,6 +278,7 @@ def test_adaptive_step(apply, tmp_path):
         assert arrays[".learner.learning_rate"] == pytest.approx(expected[-1])
 
 
+@pytest.mark.slow
 def test_playground(apply, tmp_path):
     """Time limit, resets and broken physics are this file's; states and rewards the environment's."""
     shutil.copy(HACKS / "playground_env.py", tmp_path)

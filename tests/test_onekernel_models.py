@@ -69,7 +69,13 @@ LIKE_ANOTHER = (
 NAMES = [name for name in mjx_models.NAMES if name not in NOT_BY_MJX + LIKE_ANOTHER]
 
 
-@pytest.mark.parametrize("name", NAMES)
+# They take longest; parts of theirs are in others.
+SLOW = ("Ant", "Hopper", "dense_contacts")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES]
+)
 def test_a_compiled_step_is_mjx_s(name, monkeypatch):
     """One step and twenty of MJX's own `step`, solver included, from random states."""
     if name in UNOPTIMISED:

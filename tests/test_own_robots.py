@@ -73,7 +73,9 @@ def make_keys() -> jax.Array:
     return jax.vmap(jax.random.key)(np.arange(WORLDS))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "dense_contacts" else name for name in NAMES]
+)
 def test_robot_moves_as_in_c_mujoco(name, monkeypatch):
     """Observations at the reset and after two steps of random actions, and rewards, are C MuJoCo's."""
     if name in LARGE:

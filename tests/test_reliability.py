@@ -336,12 +336,14 @@ for tag in ("losses/grad_norm", "losses/value_loss", "losses/explained_variance"
 print("equal")
 """
 
+@pytest.mark.slow
 def test_worlds_do_not_depend_on_the_number_of_devices():
     """1 and 4 devices: the same keys to the bit; the worlds after a rollout, one minibatch's gradient and the
     statistics to rounding, as XLA compiles other code for other numbers of worlds."""
     done = subprocess.run([sys.executable, "-c", ROLLOUTS], env=faults.environment(), capture_output=True, text=True)
     assert done.stdout == "equal\n", done.stderr[-3000:]
 
+@pytest.mark.slow
 def test_two_processes_train_like_two_devices(tmp_path, monkeypatch):
     """The same curves and the same last checkpoint; the first process alone writes."""
     flags = faults.flags_of("sac_mjx_pendulum", 8)

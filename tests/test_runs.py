@@ -482,6 +482,7 @@ ppo_mjx.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_other_operating_systems(run_dir, tmp_path):
     """Without what only some of them have, and without asserts (python -O), a run is the same."""
     total = str(ITERATIONS * STEPS)

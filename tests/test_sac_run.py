@@ -59,6 +59,7 @@ def without_judge(monkeypatch):
 # ---- Smoke test
 
 
+@pytest.mark.slow
 def test_smoke_passes(tmp_path):
     """--smoke trains, resumes and compares, says so, and leaves nothing behind."""
     done = call(SCRIPT, "--smoke", cwd=tmp_path)
@@ -124,6 +125,7 @@ def saved_iterations(run_dir: Path) -> set[int]:
     return {int(file.stem) for file in sac.checkpoints(run_dir)}
 
 
+@pytest.mark.slow
 def test_signal_saves_and_the_run_goes_on(tmp_path):
     """SIGTERM ends training by a checkpoint, the command to continue and 128 + its number.
 
@@ -231,7 +233,7 @@ def red(frame: np.ndarray) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")  # imageio starts ffmpeg
-@pytest.mark.parametrize("name", ["training", "policy"])
+@pytest.mark.parametrize("name", [pytest.param("training", marks=pytest.mark.slow), "policy"])
 def test_films(small_run, monkeypatch, capsys, name):
     """The training with its curves, then the trained policy, at real speed; or that one alone."""
     shipped = sac.CMujocoEnv.step

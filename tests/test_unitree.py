@@ -1122,6 +1122,7 @@ LEARN = dataclasses.replace(  # to stand, on a robot that is always the same
     NOTHING, num_devices=2, num_envs=256, num_steps=24, total_timesteps=60 * 256 * 24, friction=(1.0, 1.0), gamma=0.97,
     num_minibatches=16, update_epochs=10, learning_rate=3e-3, desired_kl=0.1, ent_coef=0.0, init_log_std=-0.5,
     hidden_sizes=(64, 64), imitation_coef=0.0)
+SHORT = dataclasses.replace(LEARN, total_timesteps=12 * 256 * 24, update_epochs=2, checkpoint_every=8)
 
 @contextlib.contextmanager
 def watched(judge: bool):
@@ -1143,13 +1144,17 @@ def watched(judge: bool):
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
+def train(args, folder: Path):
+    """The folder of a run, and its last state."""
+    with watched(judge=False) as states:
+        run_dir, _ = unitree.train(dataclasses.replace(args, runs_dir=str(folder)))
+    return run_dir, states[-1]
+
 @pytest.fixture(scope="module")
 def trained(make_mesh, tmp_path_factory):
-    """The folder of a run on two devices, with checkpoints after 50 and 60 iterations, and its last state."""
+    """A short run on two devices, with checkpoints after 8 and 12 iterations: its folder and last state."""
     make_mesh(2)
-    with watched(judge=False) as states:
-        run_dir, _ = unitree.train(dataclasses.replace(LEARN, runs_dir=str(tmp_path_factory.mktemp("runs"))))
-    return run_dir, states[-1]
+    return train(SHORT, tmp_path_factory.mktemp("runs"))
 
 def load_policy(file: Path) -> dict[str, np.ndarray]:
     with np.load(file) as arrays:
@@ -1173,18 +1178,21 @@ def episodes(step, state, policy: dict) -> np.ndarray:
             break
     return total
 
-def test_short_training_helps(trained, step, starts):
+@pytest.mark.slow
+def test_short_training_helps(make_mesh, tmp_path, step, starts):
     """After 60 iterations, a return is well above that of no action, by which the robot falls in about 1.2 s."""
     usual = {"stiffness": 1.0, "damping": 1.0, "strength": 1.0, "friction": 1.0, "delay": 0, "payload": 0}
     alike = {name: jnp.full_like(starts.info["domain"][name], value) for name, value in usual.items()}
     start = with_domain(with_info(starts, command=jnp.zeros((WORLDS, 3))), **alike)
-    before, after = (episodes(step, start, policy).mean() for policy in ({}, load_policy(trained[0] / "policy.npz")))
+    make_mesh(2)
+    run_dir, _ = train(LEARN, tmp_path)
+    before, after = (episodes(step, start, policy).mean() for policy in ({}, load_policy(run_dir / "policy.npz")))
     assert after > 1.6 * before > 0, (before, after)  # observed: 6.3 to 10.2 with four seeds, and 3.2
 
 def test_run_folder(trained):
     """Every iteration logs every metric, every reward's term among them; run.json tells how to repeat the run."""
     run_dir, state = trained
-    log, iterations = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload(), LEARN.num_iterations
+    log, iterations = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload(), SHORT.num_iterations
     steps = 256 * 24
     names = ("policy_loss value_loss entropy clipfrac kl imitation_loss loss grad_norm "
              "explained_variance").split()
@@ -1203,7 +1211,7 @@ def test_run_folder(trained):
     np.testing.assert_allclose(state.learner.obs_stats["critic"].count, iterations * steps, rtol=1e-4)
     run = json.loads((run_dir / "run.json").read_text())
     assert len(run["devices"]) == 2 and run["versions"]["mujoco"] == run["versions"]["mujoco-mjx"]
-    assert unitree.read_run(run_dir) == dataclasses.replace(LEARN, runs_dir=str(run_dir.parent))
+    assert unitree.read_run(run_dir) == dataclasses.replace(SHORT, runs_dir=str(run_dir.parent))
     assert run["evaluation"] == {"passed": False} and run["train_s"] > 0
 
 def test_exported_policy_is_the_actor(trained, env):
@@ -1261,7 +1269,7 @@ def test_resumed_is_uninterrupted(trained, tmp_path):
     unitree.checkpoints(run_dir)[0].unlink()
     with watched(judge=True) as states:
         unitree.train(unitree.read_run(run_dir), run_dir)
-    assert [int(state.learner.iteration) for state in states] == [LEARN.num_iterations]
+    assert [int(state.learner.iteration) for state in states] == [SHORT.num_iterations]
     assert_same(states[0], state)
     result = json.loads((run_dir / "run.json").read_text())["evaluation"]
     assert not result["passed"] and len(result["table"]) == 2 * len(ROBOT.test_commands)

@@ -306,7 +306,9 @@ def test_settings_of_each_robot(capsys):
     assert "clock" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [name for name in ROBOTS if name != "g1"])
+@pytest.mark.parametrize(
+    "name", ["go2", *(pytest.param(name, marks=pytest.mark.slow) for name in ROBOTS if name not in ("g1", "go2"))]
+)
 def test_short_training(name, monkeypatch, tmp_path):
     """Two iterations of a tiny run: everything is finite, and the policy fits the robot."""
     monkeypatch.setitem(unitree.ROBOTS, name, ROBOTS[name])
