@@ -166,7 +166,7 @@ class Args:
     """check this installation: a short run, which is resumed and must end the same"""
 
     # The environment
-    robot: Literal["g1_29dof", "g1", "go2"] = "g1_29dof"
+    robot: str = "g1_29dof"
     """a row of ROBOTS"""
     decimation: Annotated[int, Range(1, 100)] = 4
     """physics steps in one control step of 0.02 s"""
@@ -179,7 +179,7 @@ class Args:
     command_every: Seconds = 5.0
     """mean seconds between commands; each control step has the same chance of a new one"""
     standing: Fraction = 0.15
-    """share of the commands that are to stand still"""
+    """share of the commands that tell the robot to stand still"""
     obs_noise: NonNegative = 1.0
     """factor of the noise on the actor's observation"""
     push_speed: NonNegative = 0.8
@@ -199,7 +199,8 @@ class Args:
     action_delay: Fraction = 1.0
     """largest delay of an action, in control steps"""
     curriculum: Fraction = 0.05
-    """share of the training over which all of this grows, as far as commands are followed; 0: none"""
+    """share of the training over which noise, pushes and what is random in the robot grow, as far as
+    commands are followed; 0: all there from the start"""
 
     # The motion prior
     motion: tuple[str, ...] = ()
@@ -298,12 +299,18 @@ class Joint:
     held: bool = False  # no action moves it: its controller holds it at `default`
 
 
-# Names of joints, and of feet, begin with their side, unless they are in the middle.
+# Names of joints and feet begin with their side, unless they are in the middle.
 OTHER_SIDE = {"left": "right", "right": "left", "FL": "FR", "FR": "FL", "RL": "RR", "RR": "RL"}
 
 
 def side_of(name: str) -> str:
     return name.split("_")[0]
+
+
+def other_side(name: str) -> str:
+    """The name of the joint or foot that is this one's image in a mirror."""
+    side = side_of(name)
+    return OTHER_SIDE.get(side, side) + name.removeprefix(side)
 
 
 def both_legs(
@@ -334,7 +341,8 @@ class Robot:
     perhaps a waist and arms. Limbs come in pairs, the left one of each pair first, with the same
     joints in the same order. Each joint has a motor, whose ctrl is the torque, or a servo, of which
     only the largest torque counts here. The spheres under the feet are all that can touch the
-    floor.
+    floor. `check_model` refuses what differs. docs/ppo_mjx_unitree.md, "A robot of your own", goes
+    through file and row.
     """
 
     mjcf: str  # file in robots/, or an absolute path
@@ -560,6 +568,7 @@ ROBOTS = {
 
 def default_args(robot: str) -> Args:
     """The settings that hold where the command line says nothing: the robot's own, and Args'."""
+    require(robot in ROBOTS, f"--robot {robot}: there are {', '.join(ROBOTS)}")
     row = ROBOTS[robot]
     own = {field.name for field in dataclasses.fields(Args)}
     own &= {field.name for field in dataclasses.fields(Robot)}
@@ -583,19 +592,52 @@ def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
             actuator.inheritrange = 0
             actuator.ctrlrange = actuator.forcerange
     model = spec.compile()
-
-    moved = [model.joint(joint).name for joint in model.actuator_trnid[:, 0]]
-    message = f"{robot.mjcf}: its motors move {moved}, but ROBOTS has {list(robot.joints)}"
-    require(moved == list(robot.joints), message)
+    check_model(robot, model)
     return model
+
+
+def check_model(robot: Robot, model: mujoco.MjModel) -> None:
+    """Refuse what the script would take for something else."""
+    names = list(robot.joints)
+
+    def check(good, message: str) -> None:
+        require(good, f"{robot.mjcf}: {message}")
+
+    kinds = mujoco.mjtJoint
+    check(model.njnt and model.jnt_type[0] == kinds.mjJNT_FREE, "the base has no free joint")
+    there = [model.joint(number).name for number in range(1, model.njnt)]
+    check(there == names, f"its joints are {there}, but ROBOTS has {names}")
+    hinges = (model.jnt_type[1:] == kinds.mjJNT_HINGE) & (model.jnt_limited[1:] > 0)
+    check(hinges.all(), "all joints of a robot must be hinges with a range")
+    lost = [name for name in names if other_side(name) not in names]
+    check(not lost, f"no joint mirrors {lost}; OTHER_SIDE has the names of the sides")
+
+    moved = [model.joint(number).name for number in model.actuator_trnid[:, 0]]
+    check(moved == names, f"its motors move {moved}, but joints and ROBOTS are {names}")
+    check((model.actuator_gear[:, 0] == 1).all(), "motors must have a gear of 1")
+    weak = [names[number] for number in np.flatnonzero(model.actuator_ctrlrange[:, 1] <= 0)]
+    advice = "give a motor a ctrlrange, a servo a forcerange"
+    check(not weak, f"the largest torque of {weak} is not known; {advice}")
+
+    bodies = [model.body(number).name for number in range(model.nbody)]
+    lost = [foot for foot in robot.feet if foot not in bodies]
+    check(not lost, f"there are no bodies {lost}, which are feet in ROBOTS")
+    soles = [sole_geoms(model, foot) for foot in robot.feet]
+    of_all = np.concatenate(soles)
+    spheres = (model.geom_type[of_all] == mujoco.mjtGeom.mjGEOM_SPHERE).all()
+    alike = len({len(geoms) for geoms in soles}) == len(set(model.geom_size[of_all, 0])) == 1
+    check(spheres and alike, "feet must touch by spheres alone, equally many of one radius")
+
+
+def sole_geoms(model: mujoco.MjModel, foot: str) -> np.ndarray:
+    """Numbers of the geoms of a foot that can touch the floor."""
+    return np.flatnonzero((model.geom_conaffinity > 0) & (model.geom_bodyid == model.body(foot).id))
 
 
 def find_feet(robot: Robot, model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the feet's bodies [F], and of the spheres under them [F, S]."""
     bodies = np.array([model.body(foot).id for foot in robot.feet])
-    touching = model.geom_conaffinity > 0
-    soles = [np.flatnonzero(touching & (model.geom_bodyid == body)) for body in bodies]
-    return bodies, np.array(soles)
+    return bodies, np.array([sole_geoms(model, foot) for foot in robot.feet])
 
 
 class Controller(NamedTuple):
@@ -767,33 +809,20 @@ def noise_widths(robot: Robot, parts: dict[str, Part]) -> np.ndarray:
     return np.repeat([part.noise for part in parts.values()], widths)
 
 
-def mirror_joints(robot: Robot, joints, xp=jnp, chosen=None):
+def mirror_joints(robot: Robot, joints, chosen=None):
     """Angles, speeds or torques of joints [..., J] as a mirror shows them: sides are exchanged.
 
     chosen: numbers of the joints that there are values of; by default all of them.
     """
     chosen = np.arange(len(robot.joints)) if chosen is None else chosen
-    sides = [side_of(list(robot.joints)[number]) for number in chosen]
-    limbs = [(side, len(list(run))) for side, run in itertools.groupby(sides)]
-    swapped = []
-    start = 0
-    while limbs:
-        side, size = limbs.pop(0)
-        count = 1
-        if side in OTHER_SIDE:  # the next one is its image
-            limbs.pop(0)
-            count = 2
-        end = start + count * size
-        limb = joints[..., start:end]
-        by_side = limb.reshape(*limb.shape[:-1], count, size)
-        swapped.append(xp.flip(by_side, axis=-2).reshape(limb.shape))
-        start = end
-    return xp.concatenate(swapped, axis=-1) * robot.mirror_sign[chosen]
+    names = [list(robot.joints)[number] for number in chosen]
+    image = [names.index(other_side(name)) for name in names]
+    return joints[..., np.array(image)] * robot.mirror_sign[chosen]
 
 
-def mirror_actions(robot: Robot, actions, xp=jnp):
+def mirror_actions(robot: Robot, actions):
     """Actions [..., A] as a mirror shows them."""
-    return mirror_joints(robot, actions, xp, robot.acted)
+    return mirror_joints(robot, actions, robot.acted)
 
 
 def mirror_observation(robot: Robot, obs, xp=jnp, who="actor"):
@@ -805,9 +834,9 @@ def mirror_observation(robot: Robot, obs, xp=jnp, who="actor"):
         if parts[name].mirror is not None:
             part = part * np.array(parts[name].mirror)
         elif parts[name].width == "actions":
-            part = mirror_actions(robot, part, xp)
+            part = mirror_actions(robot, part)
         else:
-            part = mirror_joints(robot, part, xp)
+            part = mirror_joints(robot, part)
         mirrored.append(part)
     return xp.concatenate(mirrored, axis=-1)
 
@@ -899,8 +928,11 @@ def window_at(args: Args, motions: Motions, moment: jax.Array) -> jax.Array:
 
 
 # ---- 5. Rewards ----------------------------------------------------------------------------------
+# Widths of the rewards for tracking: an error whose square is the width costs 63%. That for the
+# velocity grows with the speed asked for, up to 1 m/s. With TRACKING_WIDTH for all commands, who
+# stands when told to walk at 0.3 m/s loses 30%, and who drifts by 0.2 m/s when told to stand 15%.
 TRACKING_WIDTH = 0.25  # (m/s)^2 and (rad/s)^2, as in legged_gym's tracking_sigma
-STANDING_WIDTH = 0.04  # (m/s)^2, under the command to stand: who drifts by 0.2 m/s loses 63%
+STANDING_WIDTH = 0.04  # (m/s)^2
 
 
 @struct.dataclass
@@ -927,7 +959,8 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
     velocity_error = jnp.square(m.command[:2] - m.velocity[:2]).sum()
     yaw_error = jnp.square(m.command[2] - m.rates[2])
 
-    width = jnp.where(stands(m.command), STANDING_WIDTH, TRACKING_WIDTH)
+    speed = jnp.linalg.norm(m.command[:2])
+    width = STANDING_WIDTH + (TRACKING_WIDTH - STANDING_WIDTH) * jnp.minimum(speed, 1.0)
     terms = {
         "track_velocity": jnp.exp(-velocity_error / width),
         "track_yaw": jnp.exp(-yaw_error / TRACKING_WIDTH),
@@ -2293,7 +2326,7 @@ def resample(robot: Robot, clip: Clip) -> np.ndarray:
 def mirror_poses(robot: Robot, qpos: np.ndarray) -> np.ndarray:
     """Poses [..., 7 + J] as a mirror at y = 0 shows them."""
     base = qpos[..., :7] * np.array([1, -1, 1, 1, -1, 1, -1])
-    return np.concatenate([base, mirror_joints(robot, qpos[..., 7:], np)], axis=-1)
+    return np.concatenate([base, mirror_joints(robot, qpos[..., 7:])], axis=-1)
 
 
 def trace_feet(robot: Robot, qpos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -2408,7 +2441,7 @@ def mirror_rules(args: Args, robot: Robot) -> dict[str, np.ndarray]:
     return {
         "mirror_when": mirror_when,
         "mirror_obs": mirror_observation(robot, np.eye(size, dtype=np.float32), np),
-        "mirror_action": mirror_actions(robot, np.eye(len(robot.acted), dtype=np.float32), np),
+        "mirror_action": mirror_actions(robot, np.eye(len(robot.acted), dtype=np.float32)),
     }
 
 
@@ -2677,7 +2710,7 @@ class Twin:
         data = self.data
         domain = self.info["domain"]
         if in_mirror(env.args, self.info["command"]):
-            action = mirror_actions(env.robot, action, np)
+            action = mirror_actions(env.robot, action)
         gains = {name: domain[name] for name in ("stiffness", "damping", "strength")}
 
         data.qvel[:2] += env.push(self.info)
@@ -3249,7 +3282,7 @@ def check_args(args: Args) -> None:
     good = widths and min(widths) > 0 and max(widths) <= 4096
     require(good, f"--hidden-sizes {widths}: must be widths up to 4096, like 256 128")
 
-    require(args.robot in ROBOTS, f"--robot {args.robot}: no such robot")
+    require(args.robot in ROBOTS, f"--robot {args.robot}: there are {', '.join(ROBOTS)}")
     file = MODELS / ROBOTS[args.robot].mjcf
     message = f"--robot {args.robot}: {file} is missing; copy the folder {MODELS.name}, too"
     require(file.exists(), message)

@@ -164,8 +164,8 @@ class Args:
     """check this installation: a short run, which is resumed and must end the same"""
 
     # The environment
-    robot: Literal["g1", "g1_29dof", "h1", "h1_2", "go2", "go2_no_clock"] = "g1"
-    """a row of ROBOTS"""
+    robot: str = "g1"
+    """a row of ROBOTS: g1, g1_29dof, h1, h1_2, go2, go2_no_clock"""
     decimation: Annotated[int, Range(1, 100)] = 4
     """physics steps in one control step of 0.02 s"""
     command_x: Command = (-0.6, 1.0)
@@ -177,14 +177,16 @@ class Args:
     command_every: Seconds = 5.0
     """mean seconds between commands; each control step has the same chance of a new one"""
     standing: Fraction = 0.2
-    """share of the commands that are to stand still"""
+    """share of the commands that tell the robot to stand still"""
+    straight: Fraction = 0.5
+    """share of the commands that are to go straight ahead or back, which leads out of the flat middle"""
     obs_noise: NonNegative = 1.0
     """factor of the noise on the actor's observation"""
-    push_speed: NonNegative = 0.8
+    push_speed: NonNegative = 0.5
     """largest sudden change of the base's horizontal velocity, m/s along each axis"""
     push_every: Seconds = 4.0
     """mean seconds between pushes; each control step has the same chance of one"""
-    friction: Annotated[tuple[float, float], Range(0.01, 10)] = (0.4, 1.25)
+    friction: Annotated[tuple[float, float], Range(0.01, 10)] = (0.6, 1.25)
     """range of the feet's sliding friction"""
     added_mass: Annotated[tuple[float, float], Range(-5, 1e3)] = (-1.0, 3.0)
     """range of the mass that is added to the base, kg"""
@@ -196,8 +198,9 @@ class Args:
     """largest relative error of the torque, the same for all motors, as from a low battery"""
     action_delay: Fraction = 1.0
     """largest delay of an action, in control steps"""
-    curriculum: Fraction = 0.05
-    """share of the training over which all of this grows, as far as commands are followed; 0: none"""
+    curriculum: Fraction = 0.3
+    """share of the training over which noise, pushes and what is random in the robot grow, as far as
+    commands are followed; 0: all there from the start"""
 
     # The algorithm, with CleanRL's names
     total_timesteps: Annotated[int, Range(1, 2**62)] = 18_000_000
@@ -432,12 +435,18 @@ class Joint:
     sweep: tuple[float, float, float] = (0.0, 0.0, 0.0)  # rad s/m, rad s/m, s
 
 
-# Names of joints, and of feet, begin with their side, unless they are in the middle.
+# Names of joints and feet begin with their side, unless they are in the middle.
 OTHER_SIDE = {"left": "right", "right": "left", "FL": "FR", "FR": "FL", "RL": "RR", "RR": "RL"}
 
 
 def side_of(name: str) -> str:
     return name.split("_")[0]
+
+
+def other_side(name: str) -> str:
+    """The name of the joint or foot that is this one's image in a mirror."""
+    side = side_of(name)
+    return OTHER_SIDE.get(side, side) + name.removeprefix(side)
 
 
 def both_legs(
@@ -468,7 +477,8 @@ class Robot:
     perhaps a waist and arms. Limbs come in pairs, the left one of each pair first, with the same
     joints in the same order. Each joint has a motor, whose ctrl is the torque, or a servo, of which
     only the largest torque counts here. The spheres under the feet are all that can touch the
-    ground, which takes the place of the file's floor.
+    ground, which takes the place of the file's floor. `check_model`
+    refuses what differs. docs/ppo_mjx_unitree.md, "A robot of your own", goes through file and row.
     """
 
     mjcf: str  # file in robots/, or an absolute path
@@ -488,7 +498,7 @@ class Robot:
     gait_period: float  # s, an even number of control steps
     gait_offsets: tuple[float, ...]  # phase of each foot, as a share of the period
     stance_share: float  # of the period, that a foot spends on the floor
-    swing_height: float  # m, of the foot's body in the air, above the ground under it
+    swing_height: float  # m, least one of the foot's body in the air, above the ground under it
     clock: bool = True  # whether actor and critic see the gait's phase
 
     # MuJoCo's solimp of the soles. Where spheres sink in by a good part of their radius, C MuJoCo
@@ -557,7 +567,7 @@ class Robot:
         return round(self.gait_period / CONTROL_DT)
 
 
-# What walks on two legs: Unitree's terms; those that make it walk weigh more.
+# What walks on two legs. Unitree's terms and some more; those that make it walk weigh more.
 BIPED_WEIGHTS = {
     "track_velocity": 2.0,
     "track_yaw": 1.0,
@@ -599,8 +609,8 @@ def go2_legs(ends: str, thigh: float, turn: float) -> dict[str, Joint]:
     hip = Joint(stiffness=20, damping=0.5, default=0.1, sweep=(0.0, 0.35, turn))
     leg = {
         "hip": hip,
-        "thigh": Joint(stiffness=20, damping=0.5, default=thigh, lift=0.3, sweep=(-0.35, 0.0, 0.0)),
-        "calf": Joint(stiffness=20, damping=0.5, default=-1.5, lift=-0.6),
+        "thigh": Joint(stiffness=20, damping=0.5, default=thigh, lift=0.4, sweep=(-0.35, 0.0, 0.0)),
+        "calf": Joint(stiffness=20, damping=0.5, default=-1.5, lift=-0.8),
     }
     right_hip = {f"{ends}R_hip": dataclasses.replace(hip, default=-0.1)}
     return both_legs(leg, sides=(f"{ends}L", f"{ends}R")) | right_hip
@@ -635,13 +645,13 @@ ROBOTS = {
         joints=both_legs(
             {
                 "hip_pitch": Joint(
-                    stiffness=100, damping=2, default=-0.1, lift=-0.4, sweep=(-0.32, 0.0, 0.0)
+                    stiffness=100, damping=2, default=-0.1, lift=-0.6, sweep=(-0.32, 0.0, 0.0)
                 ),
                 "hip_roll": Joint(stiffness=100, damping=2, upright=True, sweep=(0.0, 0.32, 0.0)),
                 "hip_yaw": Joint(stiffness=100, damping=2, upright=True, sweep=(0.0, 0.0, 0.22)),
-                "knee": Joint(stiffness=150, damping=4, default=0.3, lift=0.8),
+                "knee": Joint(stiffness=150, damping=4, default=0.3, lift=1.2),
                 "ankle_pitch": Joint(
-                    stiffness=40, damping=2, default=-0.2, lift=-0.4, sweep=(0.32, 0.0, 0.0)
+                    stiffness=40, damping=2, default=-0.2, lift=-0.6, sweep=(0.32, 0.0, 0.0)
                 ),
                 "ankle_roll": Joint(stiffness=40, damping=2, sweep=(0.0, -0.32, 0.0)),
             }
@@ -656,7 +666,8 @@ ROBOTS = {
         gait_period=0.8,
         gait_offsets=(0.0, 0.5),
         stance_share=0.55,
-        swing_height=0.08,
+        swing_height=0.17,
+        sole_solimp=(0.98, 0.99, 0.001, 0.5, 2.0),
     ),
     # Waist and arms move, too. mjlab's motors and gains; Playground's pose.
     "g1_29dof": Robot(
@@ -830,6 +841,7 @@ ROBOTS = {
 
 def default_args(robot: str) -> Args:
     """The settings that hold where the command line says nothing: the robot's own, and Args'."""
+    require(robot in ROBOTS, f"--robot {robot}: there are {', '.join(ROBOTS)}")
     row = ROBOTS[robot]
     own = {field.name for field in dataclasses.fields(Args)}
     own &= {field.name for field in dataclasses.fields(Robot)}
@@ -864,19 +876,52 @@ def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
             actuator.ctrlrange = actuator.forcerange
     model = spec.compile()
     model.hfield_data[:] = FLAT_GROUND
-
-    moved = [model.joint(joint).name for joint in model.actuator_trnid[:, 0]]
-    message = f"{robot.mjcf}: its motors move {moved}, but ROBOTS has {list(robot.joints)}"
-    require(moved == list(robot.joints), message)
+    check_model(robot, model)
     return model
+
+
+def check_model(robot: Robot, model: mujoco.MjModel) -> None:
+    """Refuse what the script would take for something else."""
+    names = list(robot.joints)
+
+    def check(good, message: str) -> None:
+        require(good, f"{robot.mjcf}: {message}")
+
+    kinds = mujoco.mjtJoint
+    check(model.njnt and model.jnt_type[0] == kinds.mjJNT_FREE, "the base has no free joint")
+    there = [model.joint(number).name for number in range(1, model.njnt)]
+    check(there == names, f"its joints are {there}, but ROBOTS has {names}")
+    hinges = (model.jnt_type[1:] == kinds.mjJNT_HINGE) & (model.jnt_limited[1:] > 0)
+    check(hinges.all(), "all joints of a robot must be hinges with a range")
+    lost = [name for name in names if other_side(name) not in names]
+    check(not lost, f"no joint mirrors {lost}; OTHER_SIDE has the names of the sides")
+
+    moved = [model.joint(number).name for number in model.actuator_trnid[:, 0]]
+    check(moved == names, f"its motors move {moved}, but joints and ROBOTS are {names}")
+    check((model.actuator_gear[:, 0] == 1).all(), "motors must have a gear of 1")
+    weak = [names[number] for number in np.flatnonzero(model.actuator_ctrlrange[:, 1] <= 0)]
+    advice = "give a motor a ctrlrange, a servo a forcerange"
+    check(not weak, f"the largest torque of {weak} is not known; {advice}")
+
+    bodies = [model.body(number).name for number in range(model.nbody)]
+    lost = [foot for foot in robot.feet if foot not in bodies]
+    check(not lost, f"there are no bodies {lost}, which are feet in ROBOTS")
+    soles = [sole_geoms(model, foot) for foot in robot.feet]
+    of_all = np.concatenate(soles)
+    spheres = (model.geom_type[of_all] == mujoco.mjtGeom.mjGEOM_SPHERE).all()
+    alike = len({len(geoms) for geoms in soles}) == len(set(model.geom_size[of_all, 0])) == 1
+    check(spheres and alike, "feet must touch by spheres alone, equally many of one radius")
+
+
+def sole_geoms(model: mujoco.MjModel, foot: str) -> np.ndarray:
+    """Numbers of the geoms of a foot that can touch the floor."""
+    return np.flatnonzero((model.geom_conaffinity > 0) & (model.geom_bodyid == model.body(foot).id))
 
 
 def find_feet(robot: Robot, model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the feet's bodies [F], and of the spheres under them [F, S]."""
     bodies = np.array([model.body(foot).id for foot in robot.feet])
-    touching = model.geom_conaffinity > 0
-    soles = [np.flatnonzero(touching & (model.geom_bodyid == body)) for body in bodies]
-    return bodies, np.array(soles)
+    return bodies, np.array([sole_geoms(model, foot) for foot in robot.feet])
 
 
 class Controller(NamedTuple):
@@ -1055,33 +1100,20 @@ def noise_widths(robot: Robot, parts: dict[str, Part]) -> np.ndarray:
     return np.repeat([part.noise for part in parts.values()], widths)
 
 
-def mirror_joints(robot: Robot, joints, xp=jnp, chosen=None):
+def mirror_joints(robot: Robot, joints, chosen=None):
     """Angles, speeds or torques of joints [..., J] as a mirror shows them: sides are exchanged.
 
     chosen: numbers of the joints that there are values of; by default all of them.
     """
     chosen = np.arange(len(robot.joints)) if chosen is None else chosen
-    sides = [side_of(list(robot.joints)[number]) for number in chosen]
-    limbs = [(side, len(list(run))) for side, run in itertools.groupby(sides)]
-    swapped = []
-    start = 0
-    while limbs:
-        side, size = limbs.pop(0)
-        count = 1
-        if side in OTHER_SIDE:  # the next one is its image
-            limbs.pop(0)
-            count = 2
-        end = start + count * size
-        limb = joints[..., start:end]
-        by_side = limb.reshape(*limb.shape[:-1], count, size)
-        swapped.append(xp.flip(by_side, axis=-2).reshape(limb.shape))
-        start = end
-    return xp.concatenate(swapped, axis=-1) * robot.mirror_sign[chosen]
+    names = [list(robot.joints)[number] for number in chosen]
+    image = [names.index(other_side(name)) for name in names]
+    return joints[..., np.array(image)] * robot.mirror_sign[chosen]
 
 
-def mirror_actions(robot: Robot, actions, xp=jnp):
+def mirror_actions(robot: Robot, actions):
     """Actions [..., A] as a mirror shows them."""
-    return mirror_joints(robot, actions, xp, robot.acted)
+    return mirror_joints(robot, actions, robot.acted)
 
 
 def mirror_observation(robot: Robot, obs, xp=jnp, who="actor"):
@@ -1096,9 +1128,9 @@ def mirror_observation(robot: Robot, obs, xp=jnp, who="actor"):
             rows = part.reshape(*part.shape[:-1], *SCAN_SHAPE)
             part = xp.flip(rows, axis=-2).reshape(part.shape)
         elif parts[name].width == "actions":
-            part = mirror_actions(robot, part, xp)
+            part = mirror_actions(robot, part)
         else:
-            part = mirror_joints(robot, part, xp)
+            part = mirror_joints(robot, part)
         mirrored.append(part)
     return xp.concatenate(mirrored, axis=-1)
 
@@ -1117,8 +1149,11 @@ def in_mirror(robot: Robot, command, elapsed):
 
 
 # ---- 4. Rewards ----------------------------------------------------------------------------------
+# Widths of the rewards for tracking: an error whose square is the width costs 63%. That for the
+# velocity grows with the speed asked for, up to 1 m/s. With TRACKING_WIDTH for all commands, who
+# stands when told to walk at 0.3 m/s loses 30%, and who drifts by 0.2 m/s when told to stand 15%.
 TRACKING_WIDTH = 0.25  # (m/s)^2 and (rad/s)^2, as in legged_gym's tracking_sigma
-STANDING_WIDTH = 0.04  # (m/s)^2, under the command to stand: who drifts by 0.2 m/s loses 63%
+STANDING_WIDTH = 0.04  # (m/s)^2
 
 
 @struct.dataclass
@@ -1163,21 +1198,24 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
     lowest = robot.limits @ [0.95, 0.05]  # of the central 90% of each joint's range
     highest = robot.limits @ [0.05, 0.95]
     beyond = jnp.maximum(m.angles - highest, 0.0).sum() + jnp.maximum(lowest - m.angles, 0.0).sum()
-    swings = ~m.contact & ~stands(m.command)
+    # Whoever goes down finds the ground late: what the clock wants on the ground may look for it.
+    swings = ~m.contact & ~m.stance & ~stands(m.command)
+    too_low = jnp.minimum(m.foot_height - robot.swing_height, 0.0)
     velocity_error = jnp.square(m.command[:2] - m.velocity[:2]).sum()
     yaw_error = jnp.square(m.command[2] - m.rates[2])
-    walks = jnp.linalg.norm(m.command[:2]) > 0.1  # m/s
+    speed = jnp.linalg.norm(m.command[:2])
+    walks = speed > 0.1  # m/s
     bent = robot.joint_array("posture") * jnp.square(m.angles - robot.joint_array("default"))
     slow = jnp.linalg.norm(m.velocity[:2]) < 0.25  # m/s: a faster one that is to stand was pushed
 
-    width = jnp.where(stands(m.command), STANDING_WIDTH, TRACKING_WIDTH)
+    width = STANDING_WIDTH + (TRACKING_WIDTH - STANDING_WIDTH) * jnp.minimum(speed, 1.0)
     terms = {
         "track_velocity": jnp.exp(-velocity_error / width),
         "track_yaw": jnp.exp(-yaw_error / TRACKING_WIDTH),
         "alive": jnp.ones(()),
         # Feet that are where the clock wants them, less the others.
         "gait": (2.0 * (m.contact == m.stance) - 1).sum(),
-        "swing_height": (swings * jnp.square(m.foot_height - robot.swing_height)).sum(),
+        "swing_height": (swings * jnp.square(too_low)).sum(),
         "stance_slip": (m.contact * jnp.square(m.foot_velocity).sum(axis=-1)).sum(),
         "vertical_velocity": jnp.square(m.velocity[2]),
         "roll_pitch_rate": jnp.square(m.rates[:2]).sum(),
@@ -1190,7 +1228,7 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
         "joint_limits": beyond,
         "upright_joints": jnp.square(robot.joint_array("upright") * m.angles).sum(),
         "posture": bent.sum(),
-        # It grows with the height, so that lower steps are a way to none. Who was pushed may step.
+        # The cost grows with height, so that lowering a step pays at once. A pushed robot may step.
         "lifted_standing": (stands(m.command) & slow) * m.clearance.sum(),
         # Of each landing, the time in the air beyond half a second.
         "air_time": walks * jnp.where(m.flight > 0, m.flight - 0.5, 0.0).sum(),
@@ -1236,8 +1274,8 @@ class State:
     # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
     # domain, level: see Env.draw_domain; airborne: [F] steps since each foot was on the floor, only where
     # the robot's reward asks for it; ground_level, ground_kind: int32, of its tile; walked: m along
-    # the command, outside the middle; asked: m that the command asked for there, see
-    # `next_ground_level`
+    # the command, outside the middle; asked: m that the command asked for there;
+    # farthest: m from the middle, along x or y, see `next_ground_level`
 
 
 # shared: physics
@@ -1327,6 +1365,8 @@ class Env:
         value_key, stand_key = jax.random.split(key)
         low, high = np.array([args.command_x, args.command_y, args.command_yaw]).T
         command = jax.random.uniform(value_key, (3,), minval=low, maxval=high)
+        straight = jax.random.uniform(jax.random.fold_in(stand_key, 1)) < args.straight
+        command = jnp.where(straight, command * jnp.array([1.0, 0.0, 0.0]), command)
 
         speed = jnp.linalg.norm(command[:2])
         turn = jnp.abs(command[2])
@@ -1446,6 +1486,7 @@ class Env:
                 "ground_kind": jnp.int32(ground_kind),
                 "walked": zero,
                 "asked": zero,
+                "farthest": zero,
                 **timed,
             },
         )
@@ -1587,7 +1628,8 @@ class Env:
             timed["airborne"] = jnp.where(readings["contact"], 0, info["airborne"] + 1)
 
         # Who circles on the flat place in the middle has not shown that it can walk the rest.
-        counts = jnp.abs(data.qpos[:2]).max() > JUDGED_FROM
+        distance = jnp.abs(data.qpos[:2]).max()
+        counts = distance > JUDGED_FROM
         speed = jnp.linalg.norm(motion.command[:2])
         along = motion.velocity[:2] @ motion.command[:2] / jnp.maximum(speed, MIN_COMMAND)
 
@@ -1614,6 +1656,7 @@ class Env:
                 "ground_kind": info["ground_kind"],
                 "walked": info["walked"] + jnp.where(sane & counts, CONTROL_DT * along, 0.0),
                 "asked": info["asked"] + jnp.where(counts, CONTROL_DT * speed, 0.0),
+                "farthest": jnp.maximum(info["farthest"], jnp.where(sane, distance, 0.0)),
                 **timed,
             },
         )
@@ -1944,24 +1987,33 @@ def where_done(done: jax.Array, fresh: Worlds, end: Worlds) -> Worlds:
     return jax.vmap(choose)(done, fresh, end)
 
 
-LEAST_ASKED = 2.0  # m: an episode that asked for less tells nothing
-PROMOTED = 0.75  # of the distance asked for: who walks it goes up a level
-DEMOTED = 0.5  # who does not walk that goes down
+CROSSED = 2.5  # m from the middle, along x or y: three or four steps out
+PROMOTED = 0.75  # of the distance asked for: whoever walks it, and has crossed, goes up a level
+DEMOTED = 0.5  # whoever does not walk that goes down
+LEAST_ASKED = 2.0  # m: an episode that asked for less demotes only those that fall
 
 
 def next_ground_level(
-    level: jax.Array, random_level: jax.Array, walked: jax.Array, asked: jax.Array, fell: jax.Array
+    level: jax.Array,
+    random_level: jax.Array,
+    walked: jax.Array,
+    asked: jax.Array,
+    farthest: jax.Array,
+    fell: jax.Array,
 ) -> jax.Array:
     """The levels of the ground for worlds whose episodes have ended: all arrays [N].
 
     As legged_gym's, but measured along the commands, which change, so that it is fair to slow ones.
-    Who falls goes down. Who has solved the last level goes to a random one.
+    A fall in the flat middle, or beyond what counts as crossed, changes nothing. Whoever has solved
+    the last level goes to a random one.
 
-    walked: m along the command, outside the middle; asked: m that it asked for there
+    walked: m along the command, outside the middle; asked: m that it asked for there; farthest: m
+    from the middle, along x or y
     """
-    judged = asked >= LEAST_ASKED
-    down = fell | (judged & (walked < DEMOTED * asked))
-    up = judged & (walked >= PROMOTED * asked) & ~down
+    crossed = farthest > CROSSED
+    slow = (asked >= LEAST_ASKED) & (walked < DEMOTED * asked)
+    down = slow | (fell & ~crossed & (asked > 0))
+    up = crossed & (walked >= PROMOTED * asked) & ~fell
     level = level + up - down
     return jnp.where(level >= LEVELS, random_level, jnp.maximum(level, 0))
 
@@ -2010,6 +2062,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
             random_level(level_key),
             state.info["walked"],
             state.info["asked"],
+            state.info["farthest"],
             fell=terminated & ~broken,
         )
         reset = jax.vmap(kernel(env.reset), in_axes=(0, 0, 0, 0, None))
@@ -2432,7 +2485,7 @@ def mirror_rules(robot: Robot) -> dict[str, np.ndarray]:
     return {
         "mirror_when": mirror_when,
         "mirror_obs": mirror_observation(robot, np.eye(size, dtype=np.float32), np),
-        "mirror_action": mirror_actions(robot, np.eye(len(robot.acted), dtype=np.float32), np),
+        "mirror_action": mirror_actions(robot, np.eye(len(robot.acted), dtype=np.float32)),
     }
 
 
@@ -2739,7 +2792,7 @@ class Twin:
         data = self.data
         domain = self.info["domain"]
         if in_mirror(env.robot, self.info["command"], self.info["elapsed"]):
-            action = mirror_actions(env.robot, action, np)
+            action = mirror_actions(env.robot, action)
         gains = {name: domain[name] for name in ("stiffness", "damping", "strength")}
 
         data.qvel[:2] += env.push(self.info)
@@ -3312,7 +3365,7 @@ def check_args(args: Args) -> None:
     good = widths and min(widths) > 0 and max(widths) <= 4096
     require(good, f"--hidden-sizes {widths}: must be widths up to 4096, like 256 128")
 
-    require(args.robot in ROBOTS, f"--robot {args.robot}: no such robot")
+    require(args.robot in ROBOTS, f"--robot {args.robot}: there are {', '.join(ROBOTS)}")
     file = MODELS / ROBOTS[args.robot].mjcf
     message = f"--robot {args.robot}: {file} is missing; copy the folder {MODELS.name}, too"
     require(file.exists(), message)

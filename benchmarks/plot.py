@@ -3,9 +3,9 @@
     python benchmarks/plot.py
 
 curves.png, and curves_3d.png of Ant and Humanoid: return in Gymnasium against steps, mean and range over the seeds, and
-against seconds, seed by seed, with the peers' marks (JSON files of the same names). g1_curves.png: what the G1's test
-says of its policies while it learns (time_to_walk_g1.json). validate_curves.png: training on MJX and on C MuJoCo
-(validate.json). A figure whose JSON is missing is left out.
+against seconds, seed by seed, with the peers' marks (JSON files of the same names). walk_curves.png: what the robots'
+tests say of the later policies of their trainings (time_to_walk_ROBOT.json). validate_curves.png: training on MJX and
+on C MuJoCo (validate.json). A figure whose JSON is missing is left out.
 """
 
 import dataclasses
@@ -16,13 +16,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
+from tables import ROBOT_NAMES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
-G1_MARKS = {"error": ("velocity error, m/s", 0.15), "yaw": ("yaw error, rad/s", 0.2),
-            "drift": ("drift in 10 s of standing, m", 0.1), "falls": ("falls in 160 starts", 0.0)}  # fmt: skip
+WALK_MARKS = {"error": ("velocity error, m/s", 0.15), "yaw": ("yaw error, rad/s", 0.2),
+              "drift": ("standing drift, m", 0.1), "falls": ("falls in all starts", 0.0)}  # fmt: skip
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
 ARM_STYLES = {"MJX": (BLUE, "-"), "C MuJoCo": (ORANGE, "--")}
@@ -40,19 +41,25 @@ def save(figure, file: Path) -> None:
     print(file)
 
 
-def plot_g1(args: Args) -> None:
-    """Each mark of the test against minutes; robots that have fallen have no errors, so the first points may lack."""
-    rows = json.loads((args.results / "time_to_walk_g1.json").read_text())["rows"]
-    figure, axes = plt.subplots(1, len(G1_MARKS), figsize=(12, 3))
-    for axis, (key, (label, mark)) in zip(axes, G1_MARKS.items(), strict=True):
-        for row in rows:
-            minutes, values = ([point[name] for point in row["curve"]] for name in ("seconds", key))
-            axis.plot([x / 60 for x in minutes], values, ".-", label=f"seed {row['seed']}")
-        axis.axhline(mark, color="black", linestyle=":", label="to pass")
-        axis.set(xlabel="minutes since the start", ylabel=label, xlim=(0, None))
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    save(figure, args.output / "g1_curves.png")
+def plot_walking(args: Args) -> None:
+    """Each mark of the test against minutes, a row for each robot; robots that have fallen have no errors."""
+    stored = {file.stem.removeprefix("time_to_walk_"): json.loads(file.read_text())["rows"]
+              for file in args.results.glob("time_to_walk_*.json")}  # fmt: skip
+    robots = {robot: stored[robot] for robot in ROBOT_NAMES if robot in stored}
+    size = (len(robots), len(WALK_MARKS))
+    figure, axes = plt.subplots(*size, figsize=(12, 2.6 * len(robots)), squeeze=False)
+    for line, (robot, rows) in zip(axes, robots.items(), strict=True):
+        for axis, (key, (label, mark)) in zip(line, WALK_MARKS.items(), strict=True):
+            for row in rows:
+                minutes, values = ([point[name] for point in row["curve"]] for name in ("seconds", key))
+                axis.plot([x / 60 for x in minutes], values, ".-", label=f"seed {row['seed']}")
+            axis.axhline(mark, color="black", linestyle=":", label="to pass")
+            axis.set(title=ROBOT_NAMES[robot], ylabel=label, xlim=(0, None), ylim=(0 if mark else None, None))
+            axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set(xlabel="minutes since the start")
+    axes[0, 0].legend(fontsize="small")
+    save(figure, args.output / "walk_curves.png")
 
 
 def on_grid(curves: list[tuple[list, list]], points: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +135,7 @@ def binned(curve: list[dict], width: float) -> tuple[list, list]:
 
 
 FIGURES = {"curves.json": plot_learning, "curves_3d.json": partial(plot_learning, name="curves_3d"),
-           "time_to_walk_g1.json": plot_g1, "validate.json": plot_validation}  # fmt: skip
+           "time_to_walk_g1.json": plot_walking, "validate.json": plot_validation}  # fmt: skip
 
 
 def main(args: Args) -> None:

@@ -1,7 +1,7 @@
-"""Minutes, from the start of the process, until a robot's policy passes its test in C MuJoCo.
+"""Seconds, from the start of the process, until a robot's policy passes its test in C MuJoCo.
 
     python benchmarks/time_to_walk.py --robot go2 --seeds 1 2 3 4 5
-    python benchmarks/time_to_walk.py --robot g1 --ablations --seeds 1 2 3 --name g1_ablations
+    python benchmarks/time_to_walk.py --robot g1 --ablations --seeds 1 2 3
 
 Each training is a process of its own that starts with an empty compile cache (--compile-cache: with
 the user's). Its policies are copied while it trains. When all trainings have ended, the policies of
@@ -14,8 +14,8 @@ chooses.
 With --keep FOLDER the trainings stay there; another call tests them again, from an earlier part
 on, say, or trains the seeds that are missing.
 
-Writes benchmarks/results/NAME.json, NAME being time_to_walk_ROBOT by default, and the last policy of
-the first seed to --policy.
+Writes benchmarks/results/NAME.json, NAME being time_to_walk_ROBOT by default (ROBOT_ablations), and
+the last policy of the first seed to --policy.
 """
 
 import contextlib
@@ -62,7 +62,9 @@ class Args:
     checkpoint_every: float = 0.1  # share of the training between two policies
     test_from: float = 0.5  # share of the training from which on policies are tested
     flags: str = ""  # further flags for ppo_mjx_unitree.py
-    ablations: bool = False  # trainings that lack a trick, of which the last policies alone are tested
+    ablations: bool = (
+        False  # trainings that lack a trick, of which the last policies alone are tested
+    )
     variants: tuple[str, ...] = tuple(VARIANTS)  # which ones
     name: str | None = None  # of the JSON file
     policy: str | None = None  # where the last policy of the first seed is copied to
@@ -134,15 +136,21 @@ def milestones(curve: list[dict]) -> dict[str, dict | None]:
 def test(args: Args, seed: int, training: tuple[list[dict], dict, float]) -> dict:
     """The tests of one training's policies, as `train` returns it: a row of the result."""
     curve, run, seconds = training
-    first = len(curve) - 1 if args.ablations else round(args.test_from * len(curve))
-    curve = curve[first:]
+    batch = run["args"]["num_envs"] * run["args"]["num_steps"]
+    iterations = run["args"]["total_timesteps"] // batch
+    last = curve[-1]
+    # One that was saved just before the last is as good as the same.
+    latest = iterations * (1 - args.checkpoint_every / 2)
+    chosen = [policy for policy in curve if policy["iteration"] <= latest]
+    since = args.test_from * iterations - 1
+    chosen = [policy for policy in chosen if policy["iteration"] >= since]
+    curve = [last] if args.ablations else [*chosen, last]
     with ProcessPoolExecutor(common.count_cores()) as pool:
         files = [policy["file"] for policy in curve]
         results = list(pool.map(judge, [args.robot] * len(files), files))
-    if args.policy and seed == args.seeds[0]:
+    if args.policy and seed == args.seeds[0] and not args.ablations:
         shutil.copy(files[-1], args.policy)
 
-    batch = run["args"]["num_envs"] * run["args"]["num_steps"]
     for policy, result in zip(curve, results, strict=True):
         policy |= {"steps": policy.pop("iteration") * batch}
         policy |= {key: result[key] for key in RESULTS}
@@ -178,7 +186,9 @@ def summarise(rows: list[dict]) -> dict:
 def main(args: Args) -> None:
     unknown = set(args.variants) - set(VARIANTS)
     if unknown:
-        raise SystemExit(f"--variants: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+        raise SystemExit(
+            f"--variants: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}"
+        )
     if args.smoke:
         short = {"seeds": (1,), "flags": "--total-timesteps 30000", "checkpoint_every": 1.0}
         args = dataclasses.replace(args, **short)
@@ -202,7 +212,8 @@ def main(args: Args) -> None:
                 variant: summarise([row for row in rows if row["variant"] == variant])
                 for variant in variants
             }
-            name = args.name or f"time_to_walk_{args.robot}"
+            usual = f"{args.robot}_ablations" if args.ablations else f"time_to_walk_{args.robot}"
+            name = args.name or usual
             result = {"summary": summary, "rows": rows}
             common.write(name, args, result, args.smoke, rows[0]["run"]["devices"])
     print(json.dumps(summary, indent=2))

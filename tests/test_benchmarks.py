@@ -1,5 +1,7 @@
 """What the benchmarks compute from what they measured; and that they import, refuse and fail as they say."""
 
+import builtins
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -107,6 +109,22 @@ def test_a_kept_training_is_not_trained_again(tmp_path, monkeypatch):
     assert time_to_walk.train(time_to_walk.Args(), "as it is", 1, folder) == first and len(calls) == 1
     with pytest.raises(SystemExit, match="--keep: .*--seed 1"):
         time_to_walk.train(time_to_walk.Args(), "as it is", 2, folder)
+
+def test_policies_of_the_later_part_are_tested(tmp_path, monkeypatch):
+    """By their iterations; not one that was saved just before the last. Of an ablation the last alone."""
+    monkeypatch.setattr(time_to_walk, "ProcessPoolExecutor", lambda count: contextlib.nullcontext(builtins))
+    result = {key: 0 for key in time_to_walk.RESULTS} | {"passed": True, "table": {}}
+    monkeypatch.setattr(time_to_walk, "judge", lambda robot, file: result)
+    run = {"args": {"num_envs": 2, "num_steps": 5, "total_timesteps": 1059}, "first_update_s": 1.0}
+
+    def tested(**args) -> list[int]:
+        saved = [10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 105]
+        curve = [{"iteration": i, "seconds": i, "file": tmp_path} for i in saved]
+        row = time_to_walk.test(time_to_walk.Args(**args), 1, (curve, run, 9.0))
+        return [policy["steps"] // 10 for policy in row["curve"]]
+
+    assert tested(test_from=0.7) == [80, 90, 105]
+    assert tested(test_from=0.7, ablations=True) == [105]
 
 def test_summary_of_times_to_walk():
     """Medians over the seeds; where most of them never pass, there is no time."""

@@ -377,27 +377,34 @@ def test_only_what_is_walked_outside_the_middle_counts(env, step):
     np.testing.assert_allclose(new.info["asked"][:4], [0, 0, 0.008, 0.008], atol=1e-6)
     walked = np.asarray(new.info["walked"])
     assert not walked[:2].any() and (walked[2:4] > 0.005).all()
+    np.testing.assert_allclose(new.info["farthest"][:4], [0.91, 0.9, 1.11, 1.1], atol=5e-3)
 
 
 def test_promotion_and_demotion_by_hand():
-    """Level, walked and asked (m), fell -> level, where the random level is 6."""
+    """Level, walked, asked and farthest (m), fell -> level, where the random level is 6."""
     episodes = [
-        (3, 4.0, 4.0, False, 4),
-        (3, 3.1, 4.0, False, 4),  # three quarters
-        (3, 2.9, 4.0, False, 3),
-        (3, 2.1, 4.0, False, 3),
-        (3, 1.9, 4.0, False, 2),  # less than half
-        (3, 4.0, 4.0, True, 2),  # fell
-        (0, 0.0, 4.0, False, 0),
-        (0, 0.0, 0.0, True, 0),
-        (5, 1.9, 1.9, False, 5),  # too little was asked for
-        (5, 0.0, 1.9, False, 5),
-        (9, 4.0, 4.0, False, 6),  # solved
-        (9, 0.0, 4.0, False, 8),
+        (3, 2.6, 2.6, 3.5, False, 4),
+        (3, 3.1, 4.0, 3.5, False, 4),  # three quarters
+        (3, 2.9, 4.0, 3.5, False, 3),
+        (3, 1.2, 1.2, 2.6, False, 4),
+        (3, 4.0, 4.0, 2.4, False, 3),  # round and round, near the middle
+        (3, 2.1, 4.0, 2.4, False, 3),
+        (3, 1.9, 4.0, 2.4, False, 2),  # less than half
+        (3, 1.9, 4.0, 3.5, False, 2),
+        (3, 1.0, 1.0, 2.4, True, 2),  # fell
+        (3, 1.9, 1.9, 2.6, True, 3),  # fell when it had crossed
+        (3, 1.9, 4.0, 2.6, True, 2),
+        (3, 0.0, 0.0, 0.9, True, 3),  # fell in the middle
+        (0, 0.0, 4.0, 1.1, False, 0),
+        (0, 0.1, 0.4, 1.2, True, 0),
+        (5, 1.9, 1.9, 1.6, False, 5),  # too little was asked for
+        (5, 0.0, 1.9, 1.6, False, 5),
+        (9, 4.0, 4.0, 3.5, False, 6),  # solved
+        (9, 0.0, 4.0, 1.4, False, 8),
     ]
-    level, walked, asked, fell, expected = (np.array(column) for column in zip(*episodes, strict=True))
-    random_level = np.full(len(level), 6)
-    np.testing.assert_array_equal(rough.next_ground_level(level, random_level, walked, asked, fell), expected)
+    level, walked, asked, farthest, fell, expected = (np.array(column) for column in zip(*episodes, strict=True))
+    found = rough.next_ground_level(level, np.full(len(level), 6), walked, asked, farthest, fell)
+    np.testing.assert_array_equal(found, expected)
 
 
 class Glider(rough.Env):
@@ -435,6 +442,7 @@ GLIDE = rough.Args(
     command_y=(0.3, 0.3),
     command_yaw=(0.0, 0.0),
     standing=0.0,
+    straight=0.0,
     push_speed=0.0,
     imitation_coef=0.0,
     ent_coef=0.0,
@@ -461,6 +469,7 @@ def compile_glider(env, mesh):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rough, "kernel", lambda function: function)
         patch.setattr(rough, "LEAST_ASKED", 0.2)
+        patch.setattr(rough, "CROSSED", 0.0)
         patch.setattr(rough, "JUDGED_FROM", -1.0)
         init = init.lower(jax.random.key(1)).compile(QUICK)
         state = init(jax.random.key(1))
@@ -522,14 +531,15 @@ def test_levels_change_where_episodes_end(trained):
     done = steps.done
     assert 0.01 < done.mean() < 0.2
     np.testing.assert_array_equal(following["ground_kind"], starts.info["ground_kind"])
-    for name in ("ground_level", "walked", "asked"):
+    for name in ("ground_level", "walked", "asked", "farthest"):
         np.testing.assert_allclose(following[name][~done], ends.info[name][~done], rtol=1e-5, atol=1e-6)
         assert name == "ground_level" or not following[name][done].any()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rough, "LEAST_ASKED", 0.2)
+        patch.setattr(rough, "CROSSED", 0.0)
         info = ends.info
         expected = rough.next_ground_level(
-            info["ground_level"], -1, info["walked"], info["asked"], steps.terminated
+            info["ground_level"], -1, info["walked"], info["asked"], info["farthest"], steps.terminated
         )
     solved = done & (np.asarray(expected) < 0)
     np.testing.assert_array_equal(following["ground_level"][done & ~solved], np.asarray(expected)[done & ~solved])

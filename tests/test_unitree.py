@@ -286,7 +286,8 @@ MOTION = dict(
     action_before=[0.0, 2] + 10 * [0.0], foot_height=[0.05, 0.02], foot_velocity=[[9.0, 9, 9], [0.1, -0.2, 0.2]],
     contact=[False, True], stance=[True, True], flight=[0.0, 0.0], clearance=[0.015, 0.0])
 EXPECTED = {  # by the words and formulas of Unitree's rewards, with the numbers above
-    "track_velocity": math.exp(-(0.3**2 + 0.4**2) / 0.25), "track_yaw": math.exp(-(0.5**2) / 0.25), "alive": 1,
+    "track_velocity": math.exp(-(0.3**2 + 0.4**2) / (0.04 + 0.21 * math.hypot(0.5, 0.2))),
+    "track_yaw": math.exp(-(0.5**2) / 0.25), "alive": 1,
     "gait": 1 - 1,  # the right foot is on the floor when the clock wants it, the left one is not
     "swing_height": 0.03**2,  # the left foot is in the air, 5 instead of 8 cm high
     "stance_slip": 0.01 + 0.04 + 0.04,  # the right foot alone is on the floor
@@ -318,6 +319,14 @@ def test_rewards_at_their_best():
     best = {"track_velocity": 1, "track_yaw": 1, "alive": 1, "gait": 2}
     for name, term in unitree.unweighted_terms(ROBOT, perfect).items():
         assert term == pytest.approx(best.get(name, 0), abs=1e-6), name
+
+def test_an_error_costs_more_at_low_speed():
+    """The width of the velocity's reward grows from the command to stand to 1 m/s."""
+    def earned(command, error):
+        moved = motion(command=[command, 0.0, 0.5], velocity=[command - error, 0.0, 0.0])
+        return unitree.unweighted_terms(ROBOT, moved)["track_velocity"]
+    for command, width in ((0.0, 0.04), (0.5, 0.145), (1.0, 0.25), (-1.0, 0.25), (1.5, 0.25)):
+        assert earned(command, 0.1) == pytest.approx(math.exp(-0.01 / width), rel=1e-5)
 
 def test_who_is_told_to_stand_pays_for_lifted_feet():
     """By their height, and not for missing the height of a swing; but not after a push."""
@@ -561,13 +570,14 @@ def test_mirrored_twice_is_the_original():
     for mirror, size, kept in ((unitree.mirror_joints, 12, 0), (unitree.mirror_observation, 47, 4)):
         x = random.standard_normal((5, size))
         for xp in (np, jnp):
-            once = mirror(ROBOT, xp.asarray(x), xp)
-            np.testing.assert_allclose(mirror(ROBOT, once, xp), x, rtol=1e-6)
+            named = {"xp": xp} if mirror is unitree.mirror_observation else {}
+            once = mirror(ROBOT, xp.asarray(x), **named)
+            np.testing.assert_allclose(mirror(ROBOT, once, **named), x, rtol=1e-6)
             assert (np.isclose(once, x).all(axis=0)).sum() == kept
-    np.testing.assert_array_equal(unitree.mirror_joints(ROBOT, x[:, :12], np), mirror_joints(x[:, :12]))
+    np.testing.assert_array_equal(unitree.mirror_joints(ROBOT, x[:, :12]), mirror_joints(x[:, :12]))
     low, high = ROBOT.limits.T
-    np.testing.assert_allclose(np.minimum(*(unitree.mirror_joints(ROBOT, x, np) for x in (low, high))), low)
-    np.testing.assert_allclose(unitree.mirror_joints(ROBOT, DEFAULT, np), DEFAULT)
+    np.testing.assert_allclose(np.minimum(*(unitree.mirror_joints(ROBOT, x) for x in (low, high))), low)
+    np.testing.assert_allclose(unitree.mirror_joints(ROBOT, DEFAULT), DEFAULT)
 
 def test_policies_use_the_mirror_when_the_environment_does():
     """For every robot, each control step of the gait and each command: the product says what in_mirror says."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import types
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def test_mirrored_physics_is_physics_mirrored(name):
         make_symmetric(env.model)
         env.reset(0)
     there.elapsed = robot.gait_ticks // 2
-    there.data.qpos[7:] = unitree.mirror_joints(robot, here.data.qpos[7:], np)
+    there.data.qpos[7:] = unitree.mirror_joints(robot, here.data.qpos[7:])
     here.data.qvel[:3] = [0.3, 0.5, 0.0]
     here.data.qvel[3:6] = [0.4, -0.3, 0.6]
     there.data.qvel[:3] = here.data.qvel[:3] * [1, -1, 1]
@@ -143,11 +144,11 @@ def test_mirrored_physics_is_physics_mirrored(name):
     for _ in range(12):
         action = random.normal(0, 0.5, len(robot.acted))
         here.step(action)
-        there.step(unitree.mirror_actions(robot, action, np))
+        there.step(unitree.mirror_actions(robot, action))
         position, quat = here.data.qpos[:3], here.data.qpos[3:7]
         np.testing.assert_allclose(there.data.qpos[:3], position * [1, -1, 1], atol=1e-6)
         np.testing.assert_allclose(there.data.qpos[3:7], quat * [1, -1, 1, -1], atol=1e-6)
-        angles = unitree.mirror_joints(robot, here.data.qpos[7:], np)
+        angles = unitree.mirror_joints(robot, here.data.qpos[7:])
         np.testing.assert_allclose(there.data.qpos[7:], angles, atol=1e-5)
         seen = here.observe((0.5, 0.3, -0.2))
         expected = unitree.mirror_observation(robot, seen, np)
@@ -168,13 +169,14 @@ def test_mirrored_twice_is_the_original(name):
     ):
         x = random.standard_normal((5, width))
         for xp in (np, jnp):
-            once = mirror(robot, xp.asarray(x), xp)
-            np.testing.assert_allclose(mirror(robot, once, xp), x, rtol=1e-6)
+            named = {"xp": xp} if mirror is unitree.mirror_observation else {}
+            once = mirror(robot, xp.asarray(x), **named)
+            np.testing.assert_allclose(mirror(robot, once, **named), x, rtol=1e-6)
             assert not np.allclose(once, x)
     default = robot.joint_array("default")
-    np.testing.assert_allclose(unitree.mirror_joints(robot, default, np), default)
+    np.testing.assert_allclose(unitree.mirror_joints(robot, default), default)
     low, high = robot.limits.T
-    images = [unitree.mirror_joints(robot, limit, np) for limit in (low, high)]
+    images = [unitree.mirror_joints(robot, limit) for limit in (low, high)]
     np.testing.assert_allclose(np.minimum(*images), low)
     np.testing.assert_allclose(np.maximum(*images), high)
 
@@ -304,6 +306,50 @@ def test_settings_of_each_robot(capsys):
     with pytest.raises(SystemExit):
         unitree.check_args(args)
     assert "clock" in capsys.readouterr().err
+
+
+LEFT_KNEE = '<motor joint="left_knee" ctrlrange="-139 139"/>'
+RIGHT_KNEE = LEFT_KNEE.replace("left", "right")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({'<freejoint name="base"/>': ""}, "free joint"),
+        ({'<joint name="left_knee"': '<joint name="l_knee"', LEFT_KNEE: LEFT_KNEE.replace("left", "l")}, "joints are"),
+        ({'<joint name="left_knee"': '<joint name="left_knee" limited="false"'}, "hinges with a range"),
+        ({LEFT_KNEE: RIGHT_KNEE, RIGHT_KNEE: LEFT_KNEE}, "its motors move"),
+        ({LEFT_KNEE: LEFT_KNEE.replace("/>", ' gear="2"/>')}, "gear of 1"),
+        ({LEFT_KNEE: '<motor joint="left_knee"/>'}, "largest torque of ['left_knee']"),
+        ({LEFT_KNEE: '<position joint="left_knee" ctrlrange="-2 2"/>'}, "largest torque of ['left_knee']"),
+        ({'<body name="left_ankle_roll"': '<body name="foot"'}, "['left_ankle_roll']"),
+        ({'type="sphere" size="0.005"': 'type="box" size=".02 .02 .005"'}, "spheres alone"),
+        ({'<geom class="sole"': '<geom class="sole" size="0.006"'}, "of one radius"),
+    ],
+)
+def test_model_that_would_be_misread_is_refused(changes, message, tmp_path, capsys):
+    """By one line that says what is wrong. One text is exchanged for another at its first place."""
+    old = (unitree.MODELS / "g1.xml").read_text()
+    parts = re.split("(" + "|".join(map(re.escape, changes)) + ")", old)
+    left = dict(changes)
+    mjcf = "".join(left.pop(part, part) for part in parts)
+    assert not left
+    (tmp_path / "robot.xml").write_text(mjcf)
+    robot = dataclasses.replace(ROBOTS["g1"], mjcf=str(tmp_path / "robot.xml"))
+    with pytest.raises(SystemExit) as stop:
+        unitree.load_model(robot, 0.005)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_joints_without_an_image_are_refused(tmp_path, capsys):
+    """Where names do not begin with a side that OTHER_SIDE knows, no mirror would exchange them."""
+    joints = {name.replace("left_knee", "left_knees"): joint for name, joint in ROBOTS["g1"].joints.items()}
+    mjcf = (unitree.MODELS / "g1.xml").read_text().replace('"left_knee"', '"left_knees"')
+    (tmp_path / "robot.xml").write_text(mjcf)
+    with pytest.raises(SystemExit):
+        unitree.load_model(dataclasses.replace(ROBOTS["g1"], joints=joints, mjcf=str(tmp_path / "robot.xml")), 0.005)
+    assert "no joint mirrors ['left_knees', 'right_knee']" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
