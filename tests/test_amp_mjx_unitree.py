@@ -699,13 +699,19 @@ def test_missing_reference_is_one_line(tmp_path, monkeypatch, capsys):
 
 # ---- Tools ---------------------------------------------------------------------------------------
 def test_recorded_commands_cover_their_ranges():
-    """To stand first; ends of each axis; none to the right, whose image the mirror adds."""
+    """To stand first; ends of each axis; with the mirror's images, mixtures of all pairs of signs."""
     ranges = np.array([[-0.6, 1.0], [-0.4, 0.4], [-0.8, 0.8]])
     commands = record_motion.list_commands(ranges, 50, seed=0)
-    assert not commands[0].any() and len(commands) == 1 + 4 + 2 + 2 + 50
-    assert (commands[:, 1:] >= 0).all()
+    assert not commands[0].any() and len(commands) == 1 + 4 + 2 + 4 + 50
+    assert (commands[:, 1] >= 0).all()
     np.testing.assert_allclose(commands.max(axis=0), [1.0, 0.4, 0.8])
-    assert commands[:, 0].min() == pytest.approx(-0.6)
+    np.testing.assert_allclose(commands.min(axis=0), [-0.6, 0.0, -0.8])
+    mixtures = commands[11:]
+    standing = ~mixtures.any(axis=1)
+    assert standing.mean() == pytest.approx(1 / 6, abs=0.02)
+    both = np.concatenate([mixtures[~standing], mixtures[~standing] * [1, -1, -1]])
+    signs, counts = np.unique(np.sign(both), axis=0, return_counts=True)
+    assert len(signs) == 8 and counts.min() >= 3
 
 
 def test_smoothing():

@@ -1,16 +1,17 @@
 """Record a reference for amp_mjx_unitree.py: a trained policy walks through its commands.
 
     python tools/record_motion.py runs/NAME
-    python tools/record_motion.py runs/NAME --out my_walk.npz --seconds 4 --smooth 0.03
+    python tools/record_motion.py runs/NAME --out my_walk.npz --seconds 4 --smooth 0.02
 
 The policy of the run walks in C MuJoCo, as in its script's test: the same model, controller and
 start. Without a break it is given one command after the other: to stand, each of the command's
-axes at its ends and halfway, and random mixtures. Commands and turns to the left suffice, for the
-training adds the mirror image of all that it reads.
+axes at its ends and halfway, and random mixtures, every sixth of which is to stand again, as in
+training. Commands to the left suffice, with turns to both sides, for the training adds the mirror
+image of all that it reads.
 
-The poses are smoothed over time, since a policy's jitter is no style, and written as an npz of qpos
-[T, nq] (position, quaternion w x y z, joint angles) and dt. By default the file is
-robots/motions/ROBOT.npz, from which the training of this robot takes its reference.
+The poses are written as an npz of qpos [T, nq] (position, quaternion w x y z, joint angles) and dt,
+smoothed over time if asked for. By default the file is robots/motions/ROBOT.npz, from which the
+training of this robot takes its reference.
 """
 
 import argparse
@@ -30,12 +31,14 @@ from tools.show_motion import load_amp
 
 FIRST = 1.0  # s, from the start to the first pose that is kept
 CALM = 3.0  # standard deviations, after which the smoothing stops
+STANDING_EVERY = 6  # commands
 
 
 def list_commands(ranges: np.ndarray, mixtures: int, seed: int) -> np.ndarray:
     """Commands [n, 3] that cover their ranges [3, 2], none to the right; the first is to stand."""
     ranges = np.array(ranges)
-    ranges[1:, 0] = 0.0  # the mirror shows the other side
+    # The mirror changes the signs of the last two at once, and so shows the other half of them.
+    ranges[1, 0] = 0.0
     single = [
         axis * share * end
         for axis, ends in zip(np.eye(3), ranges, strict=True)
@@ -44,6 +47,7 @@ def list_commands(ranges: np.ndarray, mixtures: int, seed: int) -> np.ndarray:
         if end
     ]
     mixed = np.random.default_rng(seed).uniform(*ranges.T, size=(mixtures, 3))
+    mixed[::STANDING_EVERY] = 0.0
     return np.concatenate([np.zeros((1, 3)), single, mixed])
 
 
@@ -90,8 +94,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run_dir", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, metavar="FILE.npz", help="the file to write")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each command")
-    parser.add_argument("--mixtures", type=int, default=8, help="random commands after the others")
-    parser.add_argument("--smooth", type=float, default=0.02, help="the Gaussian's deviation, s")
+    parser.add_argument("--mixtures", type=int, default=48, help="random commands after the others")
+    parser.add_argument("--smooth", type=float, default=0.0, help="a Gaussian's deviation, s")
     parser.add_argument("--seed", type=int, default=0, help="of the random commands")
     parser.add_argument("--script", type=Path, help="the script that made the run")
     flags = parser.parse_args(argv)
