@@ -85,6 +85,15 @@ def one_env():
         patch.setattr(ppo_mjx, "Env", lambda args: envs(args.env_id))
         yield
 
+@pytest.fixture(scope="module")
+def one_pendulum():
+    """As `one_env`, for sac_mjx_pendulum.py: an environment for all runs of the same settings."""
+    import sac_mjx_pendulum
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sac_mjx_pendulum, "Env", cache(sac_mjx_pendulum.Env))
+        yield
+
 @pytest.fixture(scope="session")
 def hopper():
     return ppo_mjx.Env(ppo_mjx.Args(env_id="Hopper"))

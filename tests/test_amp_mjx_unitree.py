@@ -15,7 +15,7 @@ import mujoco
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from quick import QUICK
+from quick import QUICK, quick_kernels
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import amp_mjx_unitree as amp
@@ -37,6 +37,14 @@ SMALL = amp.Args(
     replay_size=32,
     replay_added=16,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """All kernels are of a robot without physics."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick_kernels(patch)
+        yield
 
 
 def run(function, *inputs):

@@ -23,9 +23,9 @@ SOME_SLOW = [pytest.param(name, marks=pytest.mark.slow) if name == "HumanoidStan
 TOUCHING = ["HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup"]
 
 @pytest.fixture(autouse=True)
-def quick_kernels_of_humanoids(request, monkeypatch):
-    """LLVM takes longest for theirs. All others are compiled as users have them, the large one of Ant too."""
-    if "Humanoid" in request.node.name:
+def quick_kernels_of_some(request, monkeypatch):
+    """LLVM takes longest for these. All others are compiled as users have them, the large one of Ant too."""
+    if "Humanoid" in request.node.name or "Pusher" in request.node.name:
         quick_kernels(monkeypatch)
 
 def test_there_are_all_of_gymnasiums_tasks():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from quick import QUICK
+from quick import QUICK, quick_kernels
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_mjx
@@ -123,8 +123,9 @@ def test_every_diff_applies(apply):
         assert apply(diff.stem).Args()
 
 
-def test_reward(apply, tmp_path):
+def test_reward(apply, tmp_path, monkeypatch):
     """The new term is half the cosine of the pitch, part of the reward, and logged."""
+    quick_kernels(monkeypatch)
     script = apply("reward")
     run_dir = train(script, tmp_path)
     assert 0 < read_log(run_dir, "reward/upright").mean() <= 0.5

@@ -70,7 +70,7 @@ def in_all_worlds(function, states: dict) -> list[np.ndarray]:
 
 
 def by_kernel(function, states: dict) -> list[np.ndarray]:
-    """In all worlds; for large models the kernel takes less time to compile than XLA's program."""
+    """In all worlds; the kernel takes less time to compile than XLA's program."""
     return jax.tree.map(np.asarray, jax.vmap(onekernel.compile(function))(states))
 
 
@@ -131,7 +131,8 @@ def relative_error(found: np.ndarray, true: np.ndarray) -> np.ndarray:
     [
         ("gripper", 1e-5, 3e-3),  # an equality, dry friction, limits of tendons
         ("sparse_flag", 3e-4, 1e-3),
-        ("hopper", 1e-5, 3e-4),
+        # Contacts and limits of a chain: test_onekernel_models.py has Walker2d's, after a step.
+        pytest.param("hopper", 1e-5, 3e-4, marks=pytest.mark.slow),
         ("quad_pos", 1e-4, 3e-3),
     ],
 )
@@ -157,12 +158,13 @@ def test_accelerations_are_c_mujocos(name, median, most, monkeypatch):
 
 
 @pytest.mark.parametrize("integrator", ["RK4", "implicitfast"])
-def test_steps_are_c_mujocos(integrator):
+def test_steps_are_c_mujocos(integrator, monkeypatch):
     """Runge-Kutta's is onekernel's own; implicitfast factors another matrix than M."""
+    quick_kernels(monkeypatch)
     model = arm(integrator)
     states = roll_out(model, worlds=12)
     wanted = by_c(model, states, mujoco.mj_step, STEP_FIELDS)
-    found = in_all_worlds(advance_by(model), states)
+    found = by_kernel(advance_by(model), states)
     for ours, true in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours, true, rtol=1e-4, atol=1e-4 * np.abs(true).max())
 
@@ -495,8 +497,9 @@ def test_what_the_solver_does_not_know_goes_to_mjx(cone, method, ours):
         assert lean.MJX_SOLVE.called != ours
 
 
-def test_elliptic_cones_by_mjx_are_c_mujocos():
+def test_elliptic_cones_by_mjx_are_c_mujocos(monkeypatch):
     """Rows of zeros do not irritate MJX's own solver."""
+    quick_kernels(monkeypatch)
     model = arm(cone="elliptic")
     states = roll_out(model, worlds=12)
     mjx_model, template = put(model)
@@ -505,7 +508,7 @@ def test_elliptic_cones_by_mjx_are_c_mujocos():
         return lean.forward(mjx_model, template.replace(**state)).qacc
 
     (wanted,) = by_c(model, states, mujoco.mj_forward, ("qacc",))
-    error = relative_error(in_each_world(accelerate, states), wanted)
+    error = relative_error(by_kernel(accelerate, states), wanted)
     assert np.median(error) < 1e-3 and error.max() < 0.05
 
 

@@ -26,9 +26,9 @@ FIELDS = {
 NAMES = sorted(file.stem for file in (HERE / "robots").glob("*.xml") if file.stem != "unlimited")
 # What training sees of a robot: states of actuators, sensors, a body that no joint moves, servos.
 TRAINED = ["filter", "imu", "mocap", "quad_pos"]
+# The largest, and two that move as others do: what is theirs is tested below.
+SLOW = {"dense_contacts", "mixed_range", "no_camera"}
 TOUCHING = {"dense_contacts", "elliptic", "imu", "lengths", "quad_inherit", "quad_pos"}
-# LLVM takes longest for the kernels of these. In full it compiles Ant's, in test_env.py, and the G1's.
-LARGE = {"dense_contacts", "quad_inherit", "quad_pos"}
 WORLDS = 4
 
 
@@ -39,6 +39,12 @@ def row(name: str, **changes) -> ppo_mjx.Task:
         mjcf = (HERE / "robots" / f"{name}.xml").read_text()
         mjcf = mjcf.replace('iterations="4" ls_iterations="8"', "")
     return dataclasses.replace(ROW, mjcf=mjcf, **FIELDS.get(name, {}) | changes)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """As users have them, test_onekernel_models.py compiles kernels of these robots, and test_env.py Gymnasium's."""
+    quick_kernels(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +80,10 @@ def make_keys() -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "dense_contacts" else name for name in NAMES]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES]
 )
-def test_robot_moves_as_in_c_mujoco(name, monkeypatch):
+def test_robot_moves_as_in_c_mujoco(name):
     """Observations at the reset and after two steps of random actions, and rewards, are C MuJoCo's."""
-    if name in LARGE:
-        quick_kernels(monkeypatch)
     env, reset, step = make_robot(name)
     original = ppo_mjx.CMujocoEnv(env)
     random = np.random.default_rng(0)
@@ -108,10 +112,8 @@ def test_robot_moves_as_in_c_mujoco(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_robot_trains(name, make_mesh, monkeypatch):
+def test_robot_trains(name, make_mesh):
     """Two iterations: the networks change and stay finite, and no world breaks."""
-    if name in LARGE:
-        quick_kernels(monkeypatch)
     env, *_ = make_robot(name)
     args = small_args(name)
     init = jax.jit(ppo_mjx.init_train_state, static_argnames=("args", "env"))
@@ -266,8 +268,9 @@ def test_camera_follows_where_the_model_has_none():
     assert ppo_mjx.make_camera(ppo_mjx.load_model(row("quad_pos"))) == 0
 
 
-def test_gymnasiums_name_is_not_gymnasiums_task():
+def test_gymnasiums_name_is_not_gymnasiums_task(monkeypatch):
     """Only the same model and observation are judged in Gymnasium's environment."""
+    monkeypatch.setattr(ppo_mjx, "kernel", lambda function: function)  # of which none runs here
     reacher = ppo_mjx.TASKS["Reacher"]
     args = small_args("Reacher")
     assert ppo_mjx.make_gymnasium(ppo_mjx.Env(args)).spec.id == "Reacher-v5"

@@ -222,7 +222,7 @@ def test_film(tmp_path, player):
     np.testing.assert_array_equal(player.command, commands[1])
 
 
-def test_task_without_commands(tmp_path, capsys):
+def test_task_without_commands(one_env, tmp_path, capsys):
     """A run of ppo_mjx.py: it plays, its keys but Backspace do nothing, it is filmed."""
     write_run(tmp_path, ppo_mjx, ppo_mjx.Args(env_id="InvertedPendulum"),
               make_policy(4, 1) | {"action_scale": np.ones(1), "action_bias": np.zeros(1)})

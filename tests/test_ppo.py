@@ -9,8 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from quick import quick_kernels
 
 import ppo_mjx
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Kernels of a few operations, which no other test has."""
+    quick_kernels(monkeypatch)
 
 # ---- Advantages
 
@@ -290,6 +297,7 @@ def test_rewards_are_scaled_and_clipped_to_ten(make_mesh, make_state):
     for stats in state.learner.obs_stats, state.learner.return_stats:
         assert stats.count < 1 and not stats.mean.any() and (stats.var == 1).all()
 
+@pytest.mark.slow  # so does the second step of test_probe_discount
 def test_probe_value_of_a_constant_reward(make_mesh, make_state):
     """Reward 1 and the end: the value becomes 1."""
     _, value = train_probe(make_mesh, make_state, Probe(lambda elapsed, action: jnp.ones(()), length=1))

@@ -12,7 +12,7 @@ import mujoco
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from quick import QUICK
+from quick import QUICK, quick_kernels
 
 import ppo_mjx_unitree as flat
 import ppo_mjx_unitree_rough as rough
@@ -290,6 +290,7 @@ def test_ground_of_height_0_is_the_flat_scripts_floor(env, step, monkeypatch):
     flat_env = flat.Env(flat.Args(robot="go2"))
     solimp = flat_env.model.geom_solimp.at[flat_env.soles.ravel()].set(jnp.array(ROBOT.sole_solimp))
     flat_env.model = flat_env.model.replace(geom_solimp=solimp)
+    quick_kernels(monkeypatch)  # the flat script's: test_unitree.py compiles one in full
     flat_step = jax.jit(jax.vmap(flat.kernel(flat_env.step)))
 
     level = np.tile(rough.FLAT_GROUND, (len(GROUND), 1))
@@ -459,11 +460,18 @@ class Training(NamedTuple):
     levels: np.ndarray  # [iterations, N]
     metrics: list
     resumed: tuple  # states of the run and of one that was resumed, some iterations after a checkpoint
-    rollout: tuple  # worlds before, steps, worlds after
+    rollout: tuple  # of the last iteration: worlds before, steps, worlds after
 
 
 def compile_glider(env, mesh):
-    """The first state, one iteration, and a rollout alone, compiled quickly."""
+    """The first state and one iteration, compiled quickly; it tells its rollout's steps in place of a black box."""
+    told, roll = [], rough.rollout
+
+    def rollout(*inputs):
+        worlds, steps = roll(*inputs)
+        told[:] = [jax.tree.map(lambda x: x[None], steps)]  # of one device
+        return worlds, steps
+
     shardings = jax.tree.map(partial(NamedSharding, mesh), rough.STATE_SPEC)
     init = jax.jit(partial(rough.init_train_state, GLIDE, env), out_shardings=shardings)
     with pytest.MonkeyPatch.context() as patch:
@@ -471,17 +479,17 @@ def compile_glider(env, mesh):
         patch.setattr(rough, "LEAST_ASKED", 0.2)
         patch.setattr(rough, "CROSSED", 0.0)
         patch.setattr(rough, "JUDGED_FROM", -1.0)
+        patch.setattr(rough, "rollout", rollout)
+        patch.setattr(rough, "black_box", lambda *_: told[0])
         init = init.lower(jax.random.key(1)).compile(QUICK)
         state = init(jax.random.key(1))
         iterate = rough.train_iteration.lower(GLIDE, env, mesh, state).compile(QUICK)
-        roll = jax.jit(partial(rough.rollout, GLIDE, env))
-        roll = roll.lower(state.learner, state.worlds).compile(QUICK)
-    return partial(init, jax.random.key(1)), iterate, roll
+    return partial(init, jax.random.key(1)), iterate
 
 
 @pytest.fixture(scope="module")
 def trained(make_mesh, tmp_path_factory) -> Training:
-    start, iterate, roll = compile_glider(Glider(GLIDE), make_mesh(1))
+    start, iterate = compile_glider(Glider(GLIDE), make_mesh(1))
     folder = tmp_path_factory.mktemp("run")
     state, levels, metrics = start(), [], []
     for iteration in range(GLIDE.num_iterations):
@@ -489,16 +497,16 @@ def trained(make_mesh, tmp_path_factory) -> Training:
             rough.save(GLIDE, folder, state, {})
         if iteration == 21:
             later = jax.tree.map(as_numpy, state)
+        before = jax.tree.map(as_numpy, state.worlds)
         state, numbers = iterate(state)
-        numbers.pop("black_box")
+        steps = numbers.pop("black_box")
         metrics.append(jax.device_get(numbers))
         levels.append(np.array(state.worlds.env_state.info["ground_level"]))
 
     resumed = rough.restore(GLIDE, folder, start())
     for _ in range(3):
         resumed, _ = iterate(resumed)
-    worlds, steps = roll(state.learner, state.worlds)
-    before, worlds, steps = jax.tree.map(as_numpy, (state.worlds, worlds, steps))
+    worlds, steps = jax.tree.map(as_numpy, state.worlds), jax.tree.map(lambda x: as_numpy(x)[0], steps)
     return Training(np.array(levels), metrics, (later, jax.tree.map(as_numpy, resumed)), (before, steps, worlds))
 
 

@@ -12,7 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import gymnasium
@@ -28,6 +28,7 @@ import ppo_mjx_unitree as unitree
 import sac_mjx_pendulum as sac
 from tools import replay_nan
 
+pytestmark = pytest.mark.usefixtures("one_pendulum")
 ROOT = Path(ppo_mjx.__file__).parent
 spec = importlib.util.spec_from_file_location("faults", ROOT / "benchmarks" / "faults.py")
 faults = importlib.util.module_from_spec(spec)
@@ -75,7 +76,7 @@ def test_killed_run_ends_like_one_that_was_not(whole, tmp_path, monkeypatch):
     promised(faults.kill(faults.Args(kills=1, iterations=ITERATIONS), "sac_mjx_pendulum", tmp_path))
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
+def run_dir(tmp_path_factory, one_pendulum):
     """A run of nine iterations with checkpoints at 3, 6 and 9."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
@@ -89,9 +90,14 @@ def run_dir(tmp_path_factory):
 def copy(run_dir, tmp_path):
     return Path(shutil.copytree(run_dir, tmp_path / "copy"))
 
-def start_of(run_dir: Path, **changes):
-    args = dataclasses.replace(sac.read_run(run_dir), **changes)
-    return args, sac.init_train_state(args, sac.Env(args), sac.make_mesh(1, 1), jax.random.key(9))
+@cache
+def first_state(args):
+    return sac.init_train_state(args, sac.Env(args), sac.make_mesh(1, 1), jax.random.key(9))
+
+def start_of(run_dir: Path):
+    """Settings, and a state before training, in arrays of its own, as `restore` deletes them."""
+    args = sac.read_run(run_dir)
+    return args, jax.tree.map(jnp.copy, first_state(args))
 
 def loaded(file: Path) -> dict:
     with np.load(file) as arrays:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -320,12 +321,13 @@ def test_evaluation_seeds_are_no_training_seeds(script):
 
 
 WITHOUT_TRAINING = """
+import shlex
 import sys
-import types
 for name in ("wandb", "tensorboard", "tqdm"):
     sys.modules[name] = None  # which cannot be imported
-import {script} as m
-m.main(sys.argv[1:])
+import ppo_mjx
+for call in sys.argv[1:]:
+    ppo_mjx.main(shlex.split(call))
 """
 
 
@@ -345,16 +347,16 @@ def test_evaluation_needs_nothing_of_training(copy):
     recorded = json.loads((copy / "run.json").read_text())
     settings = recorded["args"] | {"track": True, "num_devices": 8}
     ppo_mjx.write_run(copy, recorded | {"args": settings, "devices": 8 * ["NVIDIA H100"]})
-    code = WITHOUT_TRAINING.format(script="ppo_mjx")
-    done = run(code, "--evaluate", copy, "--eval-episodes", "2")
-    assert done.returncode == 0, done.stderr
+    evaluate = shlex.join(["--evaluate", str(copy), "--eval-episodes", "2"])
+    train = shlex.join(["--resume", str(copy), "--no-track"])
+    done = run(WITHOUT_TRAINING, evaluate, train)
+    assert recorded["evaluation"]
     for name, row in recorded["evaluation"].items():
         (line,) = (line for line in done.stdout.splitlines() if line.startswith(name))
         mean = float(line.removeprefix(name).split()[0])
         assert mean == pytest.approx(row["mean"], abs=0.1 + 1e-3 * abs(row["mean"]))
 
-    done = run(code, "--resume", copy, "--no-track")
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: tensorboard or tqdm is missing")
 
 

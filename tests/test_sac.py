@@ -946,19 +946,6 @@ def test_exported_policy_is_the_actor(run_dir, env, make_mesh):
     np.testing.assert_allclose(action, 2 * np.tanh(policy.mean), atol=1e-4)
 
 
-def test_finished_run_can_be_resumed_and_evaluated(run_dir, capsys):
-    """--resume of a finished run trains nothing more; --evaluate prints a row a simulator."""
-    before = (run_dir / "policy.npz").read_bytes()
-    sac.main(["--resume", str(run_dir)])
-    assert (run_dir / "policy.npz").read_bytes() == before
-    capsys.readouterr()
-    sac.main(["--evaluate", str(run_dir), "--eval-episodes", "2"])
-    out = capsys.readouterr().out
-    for name in ("MJX", "C MuJoCo", "Gymnasium"):
-        (row,) = (line for line in out.splitlines() if line.startswith(name))
-        assert len(re.findall(r"-?\d+\.\d", row)) == 4
-
-
 # ---- Bad calls
 
 BAD_CALLS = """

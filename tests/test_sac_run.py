@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import ppo_mjx
 import sac_mjx_pendulum as sac
 from tools import export, film_pendulum, live_window
 
+pytestmark = pytest.mark.usefixtures("one_pendulum")
 SCRIPT = Path(sac.__file__)
 STEPS = 16 * 8  # of one iteration of SMALL
 SMALL = """
@@ -191,11 +193,11 @@ def test_resume_on_two_devices_is_bit_equal(tmp_path, make_mesh, without_judge, 
     assert (run_dir / "policy.npz").read_bytes() == policy
 
 
-# ---- Films
+# ---- A finished run, and films
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory) -> Path:
+def small_run(tmp_path_factory, one_pendulum) -> Path:
     """A finished run of three iterations."""
     runs = tmp_path_factory.mktemp("runs")
     flags = [*SMALL, "--num-devices", "1", "--total-timesteps", str(3 * STEPS)]
@@ -204,6 +206,22 @@ def small_run(tmp_path_factory) -> Path:
         sac.main([*flags, "--runs-dir", str(runs)])
     (folder,) = runs.iterdir()
     return folder
+
+
+def test_finished_run_can_be_resumed_and_evaluated(small_run, tmp_path, capsys):
+    """--resume of a finished run trains nothing more; --evaluate prints a row a simulator."""
+    run_dir = shutil.copytree(small_run, tmp_path / "copy")
+    before = (run_dir / "policy.npz").read_bytes()
+    sac.main(["--resume", str(run_dir)])
+    assert (run_dir / "policy.npz").read_bytes() == before
+    evaluation = json.loads((run_dir / "run.json").read_text())["evaluation"]
+    assert evaluation.keys() == {"MJX", "C MuJoCo", "Gymnasium"}
+    capsys.readouterr()
+    sac.main(["--evaluate", str(run_dir), "--eval-episodes", "2"])
+    out = capsys.readouterr().out
+    for name in ("MJX", "C MuJoCo", "Gymnasium"):
+        (row,) = (line for line in out.splitlines() if line.startswith(name))
+        assert len(re.findall(r"-?\d+\.\d", row)) == 4
 
 
 def test_exported_policy_acts_the_same(small_run):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import pytest
+from quick import quick_kernels
 
 import ppo_mjx_unitree as unitree
 
@@ -357,6 +358,7 @@ def test_joints_without_an_image_are_refused(tmp_path, capsys):
 )
 def test_short_training(name, monkeypatch, tmp_path):
     """Two iterations of a tiny run: everything is finite, and the policy fits the robot."""
+    quick_kernels(monkeypatch)
     monkeypatch.setitem(unitree.ROBOTS, name, ROBOTS[name])
     monkeypatch.setattr(unitree, "judge", lambda robot, policy: {"passed": False})
     args = dataclasses.replace(
