@@ -142,7 +142,7 @@ def test(args: Args, seed: int, training: tuple[list[dict], dict, float]) -> dic
     # One that was saved just before the last is as good as the same.
     latest = iterations * (1 - args.checkpoint_every / 2)
     chosen = [policy for policy in curve if policy["iteration"] <= latest]
-    since = args.test_from * iterations - 1
+    since = iterations * (args.test_from - args.checkpoint_every / 2)
     chosen = [policy for policy in chosen if policy["iteration"] >= since]
     curve = [last] if args.ablations else [*chosen, last]
     with ProcessPoolExecutor(common.count_cores()) as pool:

@@ -123,7 +123,7 @@ def test_policies_of_the_later_part_are_tested(tmp_path, monkeypatch):
         row = time_to_walk.test(time_to_walk.Args(**args), 1, (curve, run, 9.0))
         return [policy["steps"] // 10 for policy in row["curve"]]
 
-    assert tested(test_from=0.7) == [80, 90, 105]
+    assert tested(test_from=0.7) == [70, 80, 90, 105]
     assert tested(test_from=0.7, ablations=True) == [105]
 
 def test_summary_of_times_to_walk():
