@@ -54,7 +54,10 @@ def plot_walking(args: Args) -> None:
                 minutes, values = ([point[name] for point in row["curve"]] for name in ("seconds", key))
                 axis.plot([x / 60 for x in minutes], values, ".-", label=f"seed {row['seed']}")
             axis.axhline(mark, color="black", linestyle=":", label="to pass")
-            axis.set(title=ROBOT_NAMES[robot], ylabel=label, xlim=(0, None), ylim=(0 if mark else None, None))
+            axis.set(title=ROBOT_NAMES[robot], ylabel=label, xlim=(0, None), ylim=(0, None))
+            if not mark:  # falls: whole numbers, and 0 is not hidden by the axis
+                axis.set_ylim(-0.2, max(3, axis.get_ylim()[1]))
+                axis.yaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set(xlabel="minutes since the start")
