@@ -167,7 +167,7 @@ class Args:
 
     # The environment
     robot: str = "g1_29dof"
-    """a row of ROBOTS"""
+    """a row of ROBOTS: g1_29dof, g1, go2"""
     decimation: Annotated[int, Range(1, 100)] = 4
     """physics steps in one control step of 0.02 s"""
     command_x: Command = (-0.6, 1.0)

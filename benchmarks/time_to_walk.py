@@ -184,6 +184,8 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def main(args: Args) -> None:
+    if args.variants != tuple(VARIANTS) and not args.ablations:
+        raise SystemExit("--variants: needs --ablations")
     unknown = set(args.variants) - set(VARIANTS)
     if unknown:
         raise SystemExit(
