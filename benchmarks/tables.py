@@ -473,7 +473,13 @@ def walk_time() -> str:
             ]
             last = points["last policy"]
             rows.append([label, str(row["seed"]), *minutes, *walk_cells(last)[1:]])
-    header = ["robot", "seed", "first that passes, minutes", "from which on all pass", "last policy"]
+    header = [
+        "robot",
+        "seed",
+        "first that passes, minutes",
+        "from which on all pass",
+        "last policy",
+    ]
     return markdown(header + WALK_HEADER[1:], rows) + sources(names)
 
 
@@ -490,6 +496,31 @@ def g1_test() -> str:
     told = "\n{}: {} falls, velocity error {} m/s, yaw error {} rad/s, standing drift {} m.\n"
     verdict = told.format(verdict, test["falls"], *marks)
     return markdown(["command", *columns], rows) + verdict + sources(["g1_policy"])
+
+
+def walk_tests() -> str:
+    """The tests of docs/ROBOT_policy.npz, for each robot but the G1, whose test has its own table."""
+    names = [name for name in names_like("*_policy") if name != "g1_policy"]
+    names.sort(key=lambda name: WALK_ORDER.index(name.removesuffix("_policy")))
+    tables = {
+        ROBOT_NAMES[name.removesuffix("_policy")]: load(name)["evaluation"]["table"]
+        for name in names
+    }
+    rows = []
+    for command in dict.fromkeys(command for table in tables.values() for command in table):
+        if command.endswith(", pushed"):
+            continue
+        cells = [command]
+        for table in tables.values():
+            if command not in table:
+                cells.append(MISSING)
+                continue
+            calm = table[command]
+            pushed = table[f"{command}, pushed"]
+            errors = f"{three_digits(calm['error'])}, {three_digits(calm['yaw'])}"
+            cells.append(f"{errors}; {calm['falls']}, {pushed['falls']}")
+        rows.append(cells)
+    return markdown(["command", *tables], rows) + sources(names)
 
 
 def g1_ablations() -> str:
@@ -750,6 +781,7 @@ TABLES = {
         onekernel_xla,
         walk_time,
         g1_test,
+        walk_tests,
         g1_ablations,
         sac_peers,
         sac_throughput,

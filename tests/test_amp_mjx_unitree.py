@@ -243,6 +243,35 @@ def test_what_is_wrong_with_a_clip():
     assert amp.check_clip(G1, flying)["slip"] == 0
 
 
+def test_the_command_that_a_clip_follows(tmp_path):
+    """The mean velocity in the base's frame over a second, within the flags' ranges; slow ones are 0."""
+    time = DT * np.arange(101)
+    walks = stand(G1, 101)  # in a circle to the left, with the sway of a walk at two steps a second
+    angle = 0.5 * time
+    walks[:, 3:7] = yaw_quat(angle)
+    walks[:, 0] = np.sin(angle) * 0.6 / 0.5
+    walks[:, 1] = (1 - np.cos(angle)) * 0.6 / 0.5 + 0.02 * np.sin(4 * math.pi * time)
+    command = load(write(tmp_path / "walk.npz", walks), mirror=False).command
+    assert command.shape == (100, 3) and command.dtype == np.float32
+    np.testing.assert_allclose(command[30:70], np.tile([0.6, 0, 0.5], (40, 1)), atol=0.03)
+
+    runs = stand(G1, 101)
+    runs[:, 0] = 2.0 * time
+    command = load(write(tmp_path / "run.npz", runs), mirror=False, command_x=(-0.5, 0.9)).command
+    np.testing.assert_allclose(command, np.tile([0.9, 0, 0], (100, 1)), atol=1e-6)
+    creeps = stand(G1, 101)
+    creeps[:, 1] = 0.15 * time
+    creeps[:, 3:7] = yaw_quat(0.1 * time)
+    assert not load(write(tmp_path / "creep.npz", creeps), mirror=False).command.any()
+
+    # From rest to a walk: half a second before it begins, the command does not know of it yet.
+    starts = stand(G1, 101)
+    starts[51:, 0] = 0.8 * DT * np.arange(1, 51)
+    command = load(write(tmp_path / "start.npz", starts), mirror=False).command[:, 0]
+    assert not command[:25].any() and command[50] == pytest.approx(0.4, abs=0.03)
+    np.testing.assert_allclose(command[75:], 0.8, atol=1e-6)
+
+
 # ---- The reference on the device -----------------------------------------------------------------
 def labelled(lengths: list[int], chance: list[float]) -> amp.Motions:
     """Clips whose frames are (number of the clip, number of the frame)."""
@@ -252,6 +281,7 @@ def labelled(lengths: list[int], chance: list[float]) -> amp.Motions:
         qpos=frame,
         qvel=frame,
         frame=frame,
+        command=frame,
         first=jnp.int32(np.cumsum([0, *lengths[:-1]])),
         length=jnp.int32(lengths),
         chance=jnp.float32(chance),
@@ -474,6 +504,7 @@ def test_episodes_start_in_the_reference(motions):
         np.testing.assert_array_equal(window[place], motions.frame[moment - 2 : moment + 1])
         np.testing.assert_array_equal(qpos[place, 2:], motions.qpos[moment, 2:])
         np.testing.assert_array_equal(state.data.qvel[place], motions.qvel[moment])
+        np.testing.assert_array_equal(state.info["command"][place], motions.command[moment])
     assert (window[~reference] == window[~reference][:, :1]).all()
     assert np.asarray(state.info["level"]).min() == 0.5
 
