@@ -573,11 +573,12 @@ def main(args: Args) -> int:
               "versions": {name: importlib.metadata.version(name) for name in ("jax", "mujoco", "numpy")}}  # fmt: skip
     for name in args.only or [name for name in FAULTS if name != "memory" or args.smoke]:
         for script in args.scripts:
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 try:
                     rows += FAULTS[name](args, script, Path(folder))
                 except Exception as error:
                     rows.append(row(name, script, 1, 0, f"the benchmark itself failed: {error!r:.300}"))
+                    subprocess.run(["umount", f"{folder}/small"], capture_output=True)  # of `disk`
             file = ROOT / "benchmarks" / "results" / f"{args.name}.json"
             file.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
     return int(any(row["as_promised"] < row["times"] for row in rows))
