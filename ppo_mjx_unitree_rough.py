@@ -848,6 +848,12 @@ def default_args(robot: str) -> Args:
     return Args(robot=robot, **{name: getattr(row, name) for name in own})
 
 
+# MuJoCo's solref of the soles: the smallest time constant, in s, that steps of 5 ms allow, and the
+# damping ratio. By MuJoCo's own, 0.02 s, landing feet sink in by their radius. C MuJoCo then finds
+# the ground's triangles beside them in place of those above, and the feet are stuck.
+SOLE_SOLREF = (0.01, 1.0)
+
+
 def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
     """The robot's model, for C MuJoCo, on flat ground.
 
@@ -865,6 +871,7 @@ def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
     for foot in robot.feet:
         for geom in spec.body(foot).geoms:
             geom.solimp = robot.sole_solimp
+            geom.solref = SOLE_SOLREF
     if not visuals:
         for geom in spec.geoms:
             if not geom.contype and not geom.conaffinity:

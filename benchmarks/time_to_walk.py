@@ -2,6 +2,7 @@
 
     python benchmarks/time_to_walk.py --robot go2 --seeds 1 2 3 4 5
     python benchmarks/time_to_walk.py --robot g1 --ablations --seeds 1 2 3
+    python benchmarks/time_to_walk.py --script ppo_mjx_unitree_rough --robot go2
 
 Each training is a process of its own that starts with an empty compile cache (--compile-cache: with
 the user's). Its policies are copied while it trains. When all trainings have ended, the policies of
@@ -14,12 +15,15 @@ chooses.
 With --keep FOLDER the trainings stay there; another call tests them again, from an earlier part
 on, say, or trains the seeds that are missing.
 
-Writes benchmarks/results/NAME.json, NAME being time_to_walk_ROBOT by default (ROBOT_ablations), and
-the last policy of the first seed to --policy.
+--script trains another robot script, which is put to its own test.
+
+Writes benchmarks/results/NAME.json, NAME being time_to_walk_ROBOT by default (ROBOT_ablations; of
+another script time_SCRIPT_ROBOT), and the last policy of the first seed to --policy.
 """
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import math
@@ -29,7 +33,9 @@ import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import common
 import numpy as np
@@ -52,16 +58,19 @@ VARIANTS = {
         True,
     ),
 }
-RESULTS = ("passed", "falls", "error", "yaw", "drift")
+# What the tests say of a policy; not each script's has all of them.
+RESULTS = ("passed", "falls", "crossed", "error", "yaw", "drift")
+FLAT = "ppo_mjx_unitree"
 
 
 @dataclasses.dataclass
 class Args:
+    script: Literal["ppo_mjx_unitree", "ppo_mjx_unitree_rough", "amp_mjx_unitree"] = FLAT
     robot: str = "g1"
     seeds: tuple[int, ...] = (1,)
     checkpoint_every: float = 0.1  # share of the training between two policies
     test_from: float = 0.5  # share of the training from which on policies are tested
-    flags: str = ""  # further flags for ppo_mjx_unitree.py
+    flags: str = ""  # further flags for the script
     ablations: bool = (
         False  # trainings that lack a trick, of which the last policies alone are tested
     )
@@ -73,30 +82,28 @@ class Args:
     smoke: bool = False  # one short run of each variant
 
 
-def child(robot: str, variant: str, argv: list[str]) -> None:
+def child(script: str, robot: str, variant: str, argv: list[str]) -> None:
     """What the training process runs: the script, with one trick left out."""
-    import ppo_mjx_unitree as unitree
-
+    module = importlib.import_module(script)
     _, weights, mirror = VARIANTS[variant]
-    row = unitree.ROBOTS[robot]
-    unitree.ROBOTS[robot] = dataclasses.replace(row, weights=row.weights | weights)
+    row = module.ROBOTS[robot]
+    module.ROBOTS[robot] = dataclasses.replace(row, weights=row.weights | weights)
     if not mirror:
-        rules = unitree.mirror_rules
-        unitree.in_mirror = lambda robot, command, elapsed: elapsed < 0
-        unitree.mirror_rules = lambda robot: (
+        rules = module.mirror_rules
+        module.in_mirror = lambda robot, command, elapsed: elapsed < 0
+        module.mirror_rules = lambda robot: (
             rules(robot) | {"mirror_when": 0 * rules(robot)["mirror_when"]}
         )
-    unitree.finish = lambda *_: {}  # tested below
-    unitree.main(["--robot", robot, *argv])
+    module.finish = lambda *_: {}  # tested below
+    module.main(["--robot", robot, *argv])
 
 
-def judge(robot: str, file: Path) -> dict:
+def judge(script: str, robot: str, file: Path) -> dict:
     """The script's own test."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    import ppo_mjx_unitree as unitree
-
+    module = importlib.import_module(script)
     with np.load(file) as arrays, contextlib.redirect_stdout(io.StringIO()):
-        return unitree.judge(unitree.ROBOTS[robot], dict(arrays))
+        return module.judge(module.ROBOTS[robot], dict(arrays))
 
 
 def train(args: Args, variant: str, seed: int, folder: Path) -> tuple[list[dict], dict, float]:
@@ -110,7 +117,7 @@ def train(args: Args, variant: str, seed: int, folder: Path) -> tuple[list[dict]
     if not kept.exists():
         shutil.rmtree(folder, ignore_errors=True)  # a training that was stopped
         folder.mkdir(parents=True)
-        command = [sys.executable, __file__, "--child", args.robot, variant, *flags]
+        command = [sys.executable, __file__, "--child", args.script, args.robot, variant, *flags]
         curve, run, seconds = watch([*command, "--runs-dir", str(folder / "runs")], folder)
         curve = [policy | {"file": policy["file"].name} for policy in curve]
         training = {"flags": flags, "curve": curve, "run": run, "seconds": seconds}
@@ -147,13 +154,13 @@ def test(args: Args, seed: int, training: tuple[list[dict], dict, float]) -> dic
     curve = [last] if args.ablations else [*chosen, last]
     with ProcessPoolExecutor(common.count_cores()) as pool:
         files = [policy["file"] for policy in curve]
-        results = list(pool.map(judge, [args.robot] * len(files), files))
+        results = list(pool.map(partial(judge, args.script, args.robot), files))
     if args.policy and seed == args.seeds[0] and not args.ablations:
         shutil.copy(files[-1], args.policy)
 
     for policy, result in zip(curve, results, strict=True):
         policy |= {"steps": policy.pop("iteration") * batch}
-        policy |= {key: result[key] for key in RESULTS}
+        policy |= {key: result[key] for key in RESULTS if key in result}
         policy.pop("file")
     return {
         "seed": seed,
@@ -174,7 +181,8 @@ def summarise(rows: list[dict]) -> dict:
     def seconds(row: dict, milestone: str) -> float:
         return row[milestone]["seconds"] if row[milestone] else float("inf")
 
-    summary = {key: statistics.median(row["final"][key] for row in rows) for key in RESULTS[1:]}
+    told = [key for key in RESULTS[1:] if key in rows[0]["final"]]
+    summary = {key: statistics.median(row["final"][key] for row in rows) for key in told}
     summary["first_update_s"] = statistics.median(row["first_update_s"] for row in rows)
     for milestone in ("first_pass", "all_pass"):
         median = statistics.median(seconds(row, milestone) for row in rows)
@@ -186,6 +194,8 @@ def summarise(rows: list[dict]) -> dict:
 def main(args: Args) -> None:
     if args.variants != tuple(VARIANTS) and not args.ablations:
         raise SystemExit("--variants: needs --ablations")
+    if args.ablations and args.script != FLAT:
+        raise SystemExit(f"--ablations: they are {FLAT}.py's")
     unknown = set(args.variants) - set(VARIANTS)
     if unknown:
         raise SystemExit(
@@ -214,7 +224,11 @@ def main(args: Args) -> None:
                 variant: summarise([row for row in rows if row["variant"] == variant])
                 for variant in variants
             }
-            usual = f"{args.robot}_ablations" if args.ablations else f"time_to_walk_{args.robot}"
+            usual = f"time_to_walk_{args.robot}"
+            if args.ablations:
+                usual = f"{args.robot}_ablations"
+            elif args.script != FLAT:
+                usual = f"time_{args.script}_{args.robot}"
             name = args.name or usual
             result = {"summary": summary, "rows": rows}
             common.write(name, args, result, args.smoke, rows[0]["run"]["devices"])
@@ -223,6 +237,6 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], sys.argv[3], sys.argv[4:])
+        child(*sys.argv[2:5], sys.argv[5:])
     else:
         main(tyro.cli(Args))

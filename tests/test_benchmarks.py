@@ -114,7 +114,7 @@ def test_policies_of_the_later_part_are_tested(tmp_path, monkeypatch):
     """By their iterations; not one that was saved just before the last. Of an ablation the last alone."""
     monkeypatch.setattr(time_to_walk, "ProcessPoolExecutor", lambda count: contextlib.nullcontext(builtins))
     result = {key: 0 for key in time_to_walk.RESULTS} | {"passed": True, "table": {}}
-    monkeypatch.setattr(time_to_walk, "judge", lambda robot, file: result)
+    monkeypatch.setattr(time_to_walk, "judge", lambda script, robot, file: result)
     run = {"args": {"num_envs": 2, "num_steps": 5, "total_timesteps": 1059}, "first_update_s": 1.0}
 
     def tested(**args) -> list[int]:

@@ -288,8 +288,11 @@ def test_ground_of_height_0_is_the_flat_scripts_floor(env, step, monkeypatch):
     own["joints"] = row.joints
     monkeypatch.setitem(flat.ROBOTS, "go2", dataclasses.replace(row, **own))
     flat_env = flat.Env(flat.Args(robot="go2", push_speed=env.args.push_speed))
-    solimp = flat_env.model.geom_solimp.at[flat_env.soles.ravel()].set(jnp.array(ROBOT.sole_solimp))
-    flat_env.model = flat_env.model.replace(geom_solimp=solimp)
+    soles = flat_env.soles.ravel()
+    flat_env.model = flat_env.model.replace(
+        geom_solimp=flat_env.model.geom_solimp.at[soles].set(jnp.array(ROBOT.sole_solimp)),
+        geom_solref=flat_env.model.geom_solref.at[soles].set(jnp.array(rough.SOLE_SOLREF)),
+    )
     quick_kernels(monkeypatch)  # the flat script's: test_unitree.py compiles one in full
     flat_step = jax.jit(jax.vmap(flat.kernel(flat_env.step)))
 
