@@ -483,6 +483,54 @@ def walk_time() -> str:
     return markdown(header + WALK_HEADER[1:], rows) + sources(names)
 
 
+def rough_names() -> list[str]:
+    names = names_like("time_ppo_mjx_unitree_rough_*")
+    return sorted(names, key=lambda name: WALK_ORDER.index(load(name)["args"]["robot"]))
+
+
+def rough_time() -> str:
+    """Of each robot and seed on rough ground: when a policy first passes, and when all do."""
+    rows = []
+    for name in rough_names():
+        for row in load(name)["rows"]:
+            points = walk_milestones(row["curve"])
+            minutes = [
+                f"{point['seconds'] / 60:.1f}" if point else MISSING for point in points.values()
+            ]
+            last = points["last policy"]
+            crossed = f"{last['crossed']:.0%}"
+            marks = [three_digits(last[key]) for key in ("error", "yaw")]
+            label = ROBOT_NAMES[load(name)["args"]["robot"]]
+            steps = steps_text(last["steps"])
+            told = [steps, str(last["falls"]), crossed, *marks]
+            rows.append([label, str(row["seed"]), *minutes, *told])
+    header = ["robot", "seed", "first that passes, minutes", "from which on all pass"]
+    header += ["last policy", "steps", "falls", "crossed", "velocity error", "yaw error"]
+    return markdown(header, rows) + sources(rough_names())
+
+
+def rough_test() -> str:
+    """Of the last policy of each robot's first seed: falls of 10 starts and share that crossed."""
+    tables = {}
+    for name in rough_names():
+        result = load(name)
+        label = f"{ROBOT_NAMES[result['args']['robot']]}, seed {result['rows'][0]['seed']}"
+        tables[label] = result["rows"][0]["final_table"]
+    grounds = dict.fromkeys(ground for table in tables.values() for ground in table)
+    rows = []
+    for ground in grounds:
+        cells = [ground]
+        for table in tables.values():
+            row = table[ground]
+            crossed = MISSING if math.isnan(row["crossed"]) else f"{row['crossed']:.0%}"
+            cells += [str(row["falls"]), crossed, three_digits(row["error"])]
+        rows.append(cells)
+    header = ["ground"]
+    for label in tables:
+        header += [f"{label}: falls", "crossed", "velocity error"]
+    return markdown(header, rows) + sources(rough_names())
+
+
 def g1_test() -> str:
     """The test of docs/g1_policy.npz."""
     test = load("g1_policy")["evaluation"]
@@ -782,6 +830,8 @@ TABLES = {
         walk_time,
         g1_test,
         walk_tests,
+        rough_time,
+        rough_test,
         g1_ablations,
         sac_peers,
         sac_throughput,

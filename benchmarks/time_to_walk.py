@@ -209,7 +209,10 @@ def main(args: Args) -> None:
         trainings = {}
         for seed in args.seeds:
             for variant in args.variants if args.ablations else ["as it is"]:
-                folder = Path(args.keep or temporary, f"{args.robot}, {variant}, seed {seed}")
+                label = f"{args.robot}, {variant}, seed {seed}"
+                if args.script != FLAT:
+                    label = f"{args.script}, {label}"
+                folder = Path(args.keep or temporary, label)
                 trainings[seed, variant] = train(args, variant, seed, folder)
                 print(f"{variant}, seed {seed}: {trainings[seed, variant][2]:.0f} s", flush=True)
 
