@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec as P
 from quick import optimised, quick_kernels
 
@@ -904,7 +903,11 @@ MUTATIONS = {
     "the newest step is passed": ("draws", "[rows, world] & (ahead <= age)", "[rows, world]"),
     "rewards are not scaled": ("draws", "reward / reward_scale(args, learner)", "reward"),
     "the first step's end": ("draws", "(rows[0] + last)", "(rows[0] + 0 * last)"),
-    "no ends of the atoms": ("projection_is_a_loop", "place = jnp.clip(place, -args.v_max, args.v_max)", "place = place"),
+    "no ends of the atoms": (
+        "projection_is_a_loop",
+        "place = jnp.clip(place, -args.v_max, args.v_max)",
+        "place = 1.0 * place",
+    ),
     "swapped learning rates": (
         "update",
         '"actor": args.policy_lr * share,\n        "critics": args.q_lr * share',
@@ -922,7 +925,11 @@ MUTATIONS = {
     "learning rates stay": ("learning_rates", "(1 - args.final_lr)", "0 * (1 - args.final_lr)"),
     "broken steps in the statistics": ("scales", "jnp.where(steps.valid, jnp.abs", "jnp.where(True, jnp.abs"),
     "rewards may leave the atoms": ("scales", "jnp.maximum(deviation, learner", "jnp.minimum(deviation, learner"),
-    "oldest rows are kept": ("buffer_keeps_the_last_steps", "jnp.arange(args.num_steps)) % args.buffer_rows", "jnp.arange(args.num_steps))"),
+    "oldest rows are kept": (
+        "buffer_keeps_the_last_steps",
+        "rows = (first + jnp.arange(args.num_steps)) % args.buffer_rows",
+        "rows = first + jnp.arange(args.num_steps)",
+    ),
 }  # fmt: skip
 
 
