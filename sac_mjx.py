@@ -144,7 +144,7 @@ class Args:
     capture_video: bool = False
     """write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate"""
     checkpoint_every: Cadence = 0.2
-    """share of the training between checkpoints, buffer included; from 1 on, a number of iterations"""
+    """share of the training between checkpoints, buffer included; from 1 on, iterations"""
     compile_cache: bool = True
     """keep compiled programs in the user's cache folder, for a quicker start next time"""
     resume: str | None = None
@@ -190,7 +190,7 @@ class Args:
     num_steps: Count = 8
     """steps of each world in one iteration, before its updates"""
     updates_per_iteration: Count = 64
-    """updates of the critics in one iteration; over num_envs * num_steps, the update-to-data ratio"""
+    """updates in one iteration; over num_envs * num_steps, the update-to-data ratio"""
     buffer_size: Count = 327_680
     """transitions in the replay buffer, over all worlds; the oldest are overwritten"""
     batch_size: Count = 512
@@ -216,7 +216,7 @@ class Args:
     distributional: bool = True
     """critics tell a distribution of returns, learnt by cross-entropy; else the mean, by squares"""
     num_atoms: Annotated[int, Range(2, 1e4)] = 101
-    """returns that a distributional critic tells the probabilities of, evenly from -v_max to v_max"""
+    """returns that distributional critics tell the probabilities of, from -v_max to v_max"""
     v_max: Cadence = 5.0
     """largest return of distributional critics; norm_reward scales the largest one so far to it"""
     autotune: bool = True
@@ -224,7 +224,7 @@ class Args:
     alpha: Cadence = 0.01
     """the temperature, the weight of the entropy, at the start; for good with --no-autotune"""
     target_std: Annotated[float | None, Range(1e-3, 1e3)] = 0.15
-    """target entropy: that of normal actions in [-1, 1] with this standard deviation; None: -A nats"""
+    """target entropy: that of normal actions with this standard deviation; None: -1 nat each"""
     norm_obs: bool = True
     """normalise observations by running mean and variance; they are clipped to 10 in any case"""
     norm_reward: bool = True
@@ -992,7 +992,7 @@ LAYER_EPS = 1e-6  # keeps layers of zeros finite
 
 
 def normalize_layer(norm: str, x: jax.Array) -> jax.Array:
-    """A layer's outputs [..., width] before their ReLU, of about the same size whatever the weights.
+    """A layer's outputs [..., width] before their ReLU, of one size whatever the weights.
 
     norm: "rms" divides by the root mean square, "layer" subtracts the mean before, "none" is x.
     Unlike Flax's layers these have no weights: the next layer's do as well.
