@@ -149,7 +149,7 @@ def shared_env(sac) -> Probe:
 def make_learner(sac, args):
     """A learner whose networks, targets and temperature are all different numbers."""
     learner = start(sac, args, shared_env(sac)).learner
-    random = np.random.default_rng(5)
+    random = np.random.default_rng(2)  # by which each critic is the smaller one somewhere
 
     def stir(x):
         return jnp.asarray(random.normal(0, 0.6, x.shape), x.dtype)
@@ -433,8 +433,8 @@ def check_start(sac) -> None:
 
 def check_critic_target(sac) -> None:
     """Reward, and the discounted smaller (or mean) target with its entropy, by NumPy."""
-    mb = make_batch(sac, 8)
-    noise = np.float32(np.random.default_rng(2).normal(size=(8, 1)))
+    mb = make_batch(sac, 64)
+    noise = np.float32(np.random.default_rng(2).normal(size=(64, 1)))
     for distributional in (False, True):
         for twin in ("min", "mean"):
             args = make_args(sac, distributional=distributional, twin=twin)
@@ -448,8 +448,8 @@ def check_critic_target(sac) -> None:
                 places = np.linspace(-3, 3, 11)
                 probability = softmax(output)
                 less = np.argmin(probability @ places, axis=0)
-                assert 0 < less.sum() < 8
-                chosen = probability[less, np.arange(8)]
+                assert 0 < less.sum() < 64
+                chosen = probability[less, np.arange(64)]
                 chosen = chosen if twin == "min" else probability.mean(axis=0)
                 place = places - 0.3 * logprob[:, None]
                 place = reward[:, None] + discount[:, None] * place
@@ -522,7 +522,7 @@ def check_actor_and_alpha_loss(sac) -> None:
                 args, shared_env(sac), jnp.log(0.3), logprob
             )
             assert value == pytest.approx(0.3 * (-logprob - entropy), abs=1e-6)
-            assert slope == pytest.approx(value, abs=1e-6)
+            assert slope == pytest.approx(float(value), abs=1e-6)
 
 
 # ---- Update
