@@ -121,6 +121,7 @@ Cadence = Annotated[float, Range(1e-9, 1e9)]
 
 
 # end shared
+Positive = Annotated[float, Range(1e-9, 1e9)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,11 +218,11 @@ class Args:
     """critics tell a distribution of returns, learnt by cross-entropy; else the mean, by squares"""
     num_atoms: Annotated[int, Range(2, 1e4)] = 101
     """returns that distributional critics tell the probabilities of, from -v_max to v_max"""
-    v_max: Cadence = 5.0
+    v_max: Positive = 5.0
     """largest return of distributional critics; norm_reward scales the largest one so far to it"""
     autotune: bool = True
     """tune the temperature towards the policy's target entropy"""
-    alpha: Cadence = 0.01
+    alpha: Positive = 0.01
     """the temperature, the weight of the entropy, at the start; for good with --no-autotune"""
     target_std: Annotated[float | None, Range(1e-3, 1e3)] = 0.15
     """target entropy: that of normal actions with this standard deviation; None: -1 nat each"""
