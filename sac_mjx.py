@@ -1120,7 +1120,7 @@ def atoms(args: Args) -> jax.Array:
 def critic_values(args: Args, output: jax.Array) -> jax.Array:
     """The mean returns in what critics say: [..., K] or [..., 1] -> [...], scaled."""
     if args.distributional:
-        return nn.softmax(output) @ atoms(args)
+        return (nn.softmax(output) * atoms(args)).sum(axis=-1)  # exact, where @ may be coarse
     return output[..., 0]
 
 

@@ -7,6 +7,8 @@ import ast
 import dataclasses
 import json
 import math
+import re
+import tomllib
 import types
 from functools import cache, partial
 from itertools import pairwise
@@ -1055,6 +1057,16 @@ def test_bad_call_ends_with_one_line(tmp_path, monkeypatch, capsys, call):
     assert error.count("\n") == 1
     assert call.split()[0].removeprefix("--") in error or call.split()[1] in error
     assert not list(Path().iterdir())
+
+
+def test_dependencies_are_pinned_alike():
+    """Each package of the script's inline metadata (PEP 723) has the same pin elsewhere."""
+    (block,) = re.findall(r"(?ms)^# /// script\n(.*?)^# ///$", SCRIPT.read_text())
+    metadata = tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
+    requirements = (SCRIPT.parent / "requirements.txt").read_text()
+    lines = {line.split("#")[0].strip() for line in requirements.splitlines()}
+    assert set(metadata["dependencies"]) <= lines
+    assert all("==" in package for package in metadata["dependencies"])
 
 
 def test_every_setting_is_used():
