@@ -1396,7 +1396,7 @@ def n_step_return(
     Returns the discounted rewards [B], the discount [B] of the value of where the last step ended,
     and the number [B] of that step, from 0. The discount is 0 after a termination; a time limit, or
     an invalid step to follow, leaves it.
-    Source: arXiv:1710.02298, section 3; as there, without the entropies on the way.
+    Source: arXiv:1710.02298, multi-step learning; as there, without the entropies on the way.
     """
     alive = jnp.cumprod(jnp.concatenate([jnp.ones_like(done[:1]), ~done[:-1]]), axis=0)
     counted = jnp.cumprod(valid, axis=0) * alive > 0  # [n, B]
@@ -1424,7 +1424,7 @@ def reward_scale(args: Args, learner: Learner) -> jax.Array:
     """What rewards are divided by: [], in their own unit.
 
     Returns get a standard deviation of 1, or less where the largest one would exceed v_max.
-    Source: arXiv:2505.04150 and arXiv:2604.04539.
+    Source: arXiv:2502.15280 and arXiv:2604.04539.
     """
     if not args.norm_reward:
         return jnp.ones(())
