@@ -194,7 +194,7 @@ class Args:
     """updates in one iteration; over num_envs * num_steps, the update-to-data ratio"""
     buffer_size: Count = 327_680
     """transitions in the replay buffer, over all worlds; the oldest are overwritten"""
-    batch_size: Count = 512
+    batch_size: Count = 256
     """transitions in one update, over all devices"""
     learning_starts: Index = 5_000
     """environment steps with random actions, before the first update"""
