@@ -850,11 +850,14 @@ def train_probe(env, iterations: int = 150, **settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"n_step": 3, "norm_reward": True, "norm_obs": True},
-        {"distributional": False, "layer_norm": "none", "weight_norm": False},
+        pytest.param({}, id="defaults", marks=pytest.mark.slow),
+        pytest.param({"n_step": 3, "norm_reward": True, "norm_obs": True}, id="all"),
+        pytest.param(
+            {"distributional": False, "layer_norm": "none", "weight_norm": False},
+            id="plain",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["defaults", "all", "plain"],
 )
 def test_probe_time_limit_is_no_end(settings):
     """Reward 1 forever, cut each 5 steps: the value is 1 / (1 - gamma) = 2, as if never cut."""
@@ -862,7 +865,7 @@ def test_probe_time_limit_is_no_end(settings):
     assert value(0.0) == pytest.approx(2.0, abs=0.1)
 
 
-@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize("n_step", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_probe_discount(n_step):
     """Reward 1 at the end of two steps: the values are gamma, then 1."""
     env = Probe(
@@ -935,6 +938,7 @@ MUTATIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_caught(tmp_path, name):
     check, old, new = MUTATIONS[name]
