@@ -102,6 +102,7 @@ except ImportError:  # this file was copied alone: XLA runs the physics, slowly
 
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
+# shared: ranges
 @dataclasses.dataclass(frozen=True)
 class Range:
     """The values that a flag may have, both ends included; `check_args` reads it."""
@@ -118,12 +119,14 @@ Fraction = Annotated[float, Range(0, 1)]
 Cadence = Annotated[float, Range(1e-9, 1e9)]
 
 
+# end shared
+
+
 @dataclasses.dataclass(frozen=True)
 class Args:
     """PPO on Gymnasium's MuJoCo tasks, on MuJoCo XLA.
 
-    The defaults are HalfCheetah's; main() replaces four of them by the task's (TASKS), so code that
-    builds Args itself must do so too.
+    The defaults are HalfCheetah's; `default_args` has those of a task.
     """
 
     # The run
@@ -180,13 +183,13 @@ class Args:
 
     # The algorithm, with CleanRL's names
     total_timesteps: Annotated[int, Range(1, 2**62)] = 1_000_000
-    """environment steps, over all worlds; the default depends on the task, see TASKS"""
+    """environment steps, over all worlds; the default depends on the task, see SETTINGS"""
     learning_rate: NonNegative = 1e-3
-    """Adam's step size at the start; the default depends on the task, see TASKS"""
+    """Adam's step size at the start; the default depends on the task, see SETTINGS"""
     num_envs: Count = 256
-    """worlds, over all devices; the default depends on the task, see TASKS"""
+    """worlds, over all devices; the default depends on the task, see SETTINGS"""
     num_steps: Count = 16
-    """steps of each world in one rollout; the default depends on the task, see TASKS"""
+    """steps of each world in one rollout; the default depends on the task, see SETTINGS"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0"""
     gamma: Fraction = 0.99
@@ -233,7 +236,22 @@ class Args:
         return max(1, round(every if every >= 1 else every * self.num_iterations))
 
 
+# Defaults of flags that depend on the task; those of Args are HalfCheetah's.
+OTHERS = {"num_envs": 128, "num_steps": 32}
+SETTINGS = {
+    "HalfCheetah": {},
+    "Ant": OTHERS | {"learning_rate": 2e-4, "total_timesteps": 3_000_000},
+    "Humanoid": OTHERS | {"learning_rate": 5e-4, "total_timesteps": 2_000_000},
+}
+
+
+def default_args(env_id: str) -> Args:
+    """The settings of a task, where no flags change them."""
+    return Args(env_id=env_id, **SETTINGS.get(env_id, OTHERS))
+
+
 # ---- 2. Tasks (SI units and radians; a test holds each equal to Gymnasium's v5) ------------------
+# shared: tasks
 @struct.dataclass
 class Physics:
     """The smallest state that determines the future; a step computes the rest of mjx.Data anew."""
@@ -260,7 +278,7 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A robot and what it is to do: numbers, formulas, and the settings that train it best.
+    """A robot and what it is to do: numbers and formulas.
 
     The formulas work on one robot in JAX (xp=jnp) and in C MuJoCo (xp=np). Those of this class take
     leading axes as well, for many robots at once.
@@ -300,12 +318,6 @@ class Task:
     # Start of an episode
     reset_noise: float = 5e-3  # half-width of the uniform noise on qpos (m, rad) and qvel
     gaussian_velocity: bool = False  # qvel's noise is normal, with reset_noise as its std
-
-    # Defaults of these flags
-    num_envs: int = 128
-    num_steps: int = 32
-    learning_rate: float = Args.learning_rate
-    total_timesteps: int = Args.total_timesteps
 
     @property
     def fields(self) -> set[str]:
@@ -510,8 +522,6 @@ TASKS = {
         healthy_reward=0.0,
         reset_noise=0.1,
         gaussian_velocity=True,
-        num_envs=256,
-        num_steps=16,
     ),
     "Hopper": Task(
         mjcf="hopper.xml",
@@ -538,8 +548,6 @@ TASKS = {
         contact_clip=1.0,
         reset_noise=0.1,
         gaussian_velocity=True,
-        learning_rate=2e-4,
-        total_timesteps=3_000_000,
     ),
     "Humanoid": Task(
         mjcf="humanoid.xml",
@@ -554,8 +562,6 @@ TASKS = {
         position=("subtree_com", 0, 0),
         sensed=HUMANOID_SENSES,
         reset_noise=0.01,
-        learning_rate=5e-4,
-        total_timesteps=2_000_000,
     ),
     "HumanoidStandup": HumanoidStandup(
         mjcf="humanoidstandup.xml",
@@ -640,7 +646,11 @@ def load_model(task: Task) -> mujoco.MjModel:
             return spec.compile()
 
 
+# end shared
+
+
 # ---- 3. Environment ------------------------------------------------------------------------------
+# shared: state
 @struct.dataclass
 class State:
     """One world between two steps; names are MuJoCo Playground's."""
@@ -653,6 +663,9 @@ class State:
     info: dict[str, jax.Array]
     # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
     # x: m, position along the forward axis
+
+
+# end shared
 
 
 # shared: physics
@@ -681,6 +694,7 @@ def kernel(function):
 # end shared
 
 
+# shared: environment
 def physics_forward(model: mjx.Model, data: mjx.Data) -> mjx.Data:
     """All that MuJoCo computes from one world's state, forces and sensors included."""
     if onekernel:
@@ -884,6 +898,9 @@ class Env:
         )
 
 
+# end shared
+
+
 # ---- 4. Running statistics -----------------------------------------------------------------------
 # shared: statistics
 @struct.dataclass
@@ -987,12 +1004,16 @@ class Gaussian:
 # end shared
 
 
+# shared: memory
 def initial_memory(batch: tuple[int, ...] = ()) -> tuple:
     """What the policy remembers when an episode begins: a tree of arrays [*batch, ...].
 
     This one remembers nothing, so that nothing is carried, saved or compiled.
     """
     return ()
+
+
+# end shared
 
 
 def apply_policy(
@@ -1021,6 +1042,7 @@ class Learner:
     iteration: jax.Array  # int32, iterations done
 
 
+# shared: worlds
 @struct.dataclass
 class Worlds:
     """What belongs to one world: fields [N, ...], split over the devices.
@@ -1036,6 +1058,9 @@ class Worlds:
     episode_return: jax.Array
     episode_length: jax.Array  # int32
     times_broken: jax.Array  # int32
+
+
+# end shared
 
 
 @struct.dataclass
@@ -1112,6 +1137,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+# shared: starts
 def start_stats(shape: tuple[int, ...]) -> RunningStats:
     """Statistics before the first sample; the small count keeps divisions finite."""
     return RunningStats(count=jnp.float32(1e-4), mean=jnp.zeros(shape), var=jnp.ones(shape))
@@ -1129,6 +1155,9 @@ def start_worlds(env_state: State, keys: jax.Array, times_broken: jax.Array) -> 
         episode_length=jnp.zeros(keys.shape, jnp.int32),
         times_broken=times_broken,
     )
+
+
+# end shared
 
 
 def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
@@ -1199,9 +1228,13 @@ def where_done(done: jax.Array, fresh: Worlds, end: Worlds) -> Worlds:
 # end shared
 
 
+# shared: actions
 def scale_action(env: Env, action: jax.Array) -> jax.Array:
     """The actuators' controls for an action of the policy [..., A]."""
     return env.action_scale * jnp.clip(action, -1.0, 1.0) + env.action_bias
+
+
+# end shared
 
 
 def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Worlds, Transition]:
@@ -1490,6 +1523,7 @@ def make_batch(
     return batch, explained_variance
 
 
+# shared: episodes
 def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
     """Of the episodes that finished in a rollout, over all devices."""
     sums = {
@@ -1507,6 +1541,9 @@ def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
         # Not only NaN: faster than Task.max_speed as well.
         "charts/nan_resets": sums["times_broken"],
     }
+
+
+# end shared
 
 
 def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict, dict]:
@@ -1598,6 +1635,7 @@ def act(policy: dict, memory: tuple, obs, xp=np) -> tuple[tuple, Any]:
     return memory, policy["action_scale"] * xp.clip(action, -1.0, 1.0) + policy["action_bias"]
 
 
+# shared: original
 class CMujocoEnv:
     """The task in C MuJoCo, on the original model, with Gymnasium's interface."""
 
@@ -1675,6 +1713,9 @@ def make_gymnasium(env: Env):
     expected = simulator._get_obs()
     same = obs.shape == expected.shape and np.allclose(obs, expected, atol=1e-6)
     return theirs if same else None
+
+
+# end shared
 
 
 # shared: evaluation
@@ -1769,6 +1810,7 @@ def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
 # end shared
 
 
+# shared: film
 def make_camera(model: mujoco.MjModel) -> int | mujoco.MjvCamera:
     """The model's camera `track`; without one, a camera that follows the heaviest of its trees."""
     number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
@@ -1812,6 +1854,9 @@ def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
                     renderer.update_scene(original.data, camera=camera)
                     video.append_data(renderer.render())
     print(f"video: {file}")
+
+
+# end shared
 
 
 # ---- 12. Log and files ---------------------------------------------------------------------------
@@ -2374,6 +2419,7 @@ def check_args(args: Args) -> None:
     require(steps % args.num_minibatches == 0, message)
 
 
+# shared: models
 def called(model: mujoco.MjModel, kind: str, number: int) -> str:
     """What messages call an element of a model: its name; without one, number and place.
 
@@ -2557,7 +2603,11 @@ def remarks(task: Task, model: mujoco.MjModel) -> list[str]:
     return lines
 
 
+# end shared
+
+
 # ---- 14. Main ------------------------------------------------------------------------------------
+# shared: run_dir
 def open_run_dir(args: Args, run_dir: Path | None) -> Path:
     """The folder of a new run, or that of the run to continue. Fails if nothing can be written."""
     resuming = run_dir is not None
@@ -2580,6 +2630,9 @@ class Programs:
     iterate: Any  # state -> state, metrics
     evaluate: Any  # the policy -> [E] returns in MJX
     facts: dict  # of the compilation and the memory, for run.json
+
+
+# end shared
 
 
 def build(args: Args, mesh: Mesh) -> Programs:
@@ -2696,6 +2749,7 @@ def describe_run(args: Args, mesh: Mesh, model: mujoco.MjModel) -> dict:
 # end shared
 
 
+# shared: train_loop
 def train_loop(
     args: Args, run_dir: Path, programs: Programs, log: Log, stops: list[int]
 ) -> tuple[int, TrainState]:
@@ -2732,6 +2786,9 @@ def train_loop(
     if saved < iteration:
         save(args, run_dir, state, export_policy(programs.env, state.learner))
     return iteration, state
+
+
+# end shared
 
 
 def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
@@ -2797,6 +2854,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     return run_dir, policy
 
 
+# shared: evaluate_run
 def evaluate_run(args: Args, run_dir: Path) -> None:
     """Evaluate a saved policy, and film it if asked (--evaluate)."""
     env = Env(read_run(run_dir))
@@ -2807,6 +2865,9 @@ def evaluate_run(args: Args, run_dir: Path) -> None:
     judge(args, env, policy)
     if args.capture_video:
         write_video(env, policy, evaluation_seed(args), run_dir / "videos" / "c_mujoco.mp4")
+
+
+# end shared
 
 
 def smoke(args: Args) -> None:
@@ -2834,17 +2895,11 @@ def smoke(args: Args) -> None:
     say("all is well: the resumed run ended with the same policy, to the bit")
 
 
+# shared: main
 def main(argv: list[str]) -> None:
     """Do what the command line asks for."""
     # Parsed twice: the task decides what the other flags default to, and what --help shows of them.
-    task = TASKS[parse_args(without_help(argv)).env_id]
-    default = Args(
-        num_envs=task.num_envs,
-        num_steps=task.num_steps,
-        learning_rate=task.learning_rate,
-        total_timesteps=task.total_timesteps,
-    )
-    args = parse_args(argv, default)
+    args = parse_args(argv, default_args(parse_args(without_help(argv)).env_id))
     if args.resume:
         args = resumed_args(args, argv)
     check_args(args)
@@ -2864,6 +2919,9 @@ def main(argv: list[str]) -> None:
     message = "this or another process has failed; start all of them again, with --resume"
     with or_fail(message, 1):
         train(args, run_dir)
+
+
+# end shared
 
 
 if __name__ == "__main__":

@@ -52,8 +52,7 @@ def ppo_args(env_id: str, **changes):
     """ppo_mjx.Args with the defaults that the command line has for the task."""
     import ppo_mjx as ppo
 
-    names = "num_envs", "num_steps", "learning_rate", "total_timesteps"
-    return ppo.Args(env_id=env_id, **{name: getattr(ppo.TASKS[env_id], name) for name in names} | changes)
+    return dataclasses.replace(ppo.default_args(env_id), **changes)
 
 
 def compile_sharded(mesh, function, *operands):

@@ -14,6 +14,7 @@ import amp_mjx_unitree
 import ppo_mjx
 import ppo_mjx_unitree
 import ppo_mjx_unitree_rough
+import sac_mjx
 import sac_mjx_pendulum
 from tools import sync_shared
 
@@ -42,7 +43,8 @@ def test_add_your_robot(tmp_path, name, threshold):
     assert float(row[2]) > threshold
 
 
-@pytest.mark.parametrize("script", [ppo_mjx, ppo_mjx_unitree, ppo_mjx_unitree_rough, amp_mjx_unitree, sac_mjx_pendulum])
+@pytest.mark.parametrize("script", [
+    ppo_mjx, ppo_mjx_unitree, ppo_mjx_unitree_rough, amp_mjx_unitree, sac_mjx, sac_mjx_pendulum])
 def test_docs_explain_every_metric_and_flag(script):
     """Every tag that a run writes and every setting has its place in the script's page."""
     page = (ROOT / "docs" / f"{script.__name__}.md").read_text()

@@ -41,11 +41,8 @@ def test_same_text(name):
 
 def test_same_defaults():
     """Each flag has the default that ppo_mjx.py has for HalfCheetah."""
-    task = ppo_mjx.TASKS["HalfCheetah"]
     flags = dataclasses.asdict(minimal.Args())
-    theirs = dataclasses.asdict(ppo_mjx.Args())
-    for name in ("num_envs", "num_steps", "learning_rate", "total_timesteps"):
-        theirs[name] = getattr(task, name)
+    theirs = dataclasses.asdict(ppo_mjx.default_args("HalfCheetah"))
     assert flags == {name: theirs[name] for name in flags}
 
 

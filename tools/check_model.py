@@ -849,7 +849,6 @@ def suggest(report: Report, model: mujoco.MjModel, task: ppo.Task, walk: Walk) -
         rows.append((f"servo_offset={task.servo_offset}", "from the pose of the start, at most"))
     if model.nsensor:
         rows.append(('sensed=(("sensordata", 0),)', "if the policy is to see the sensors"))
-    rows.append(("num_envs=256", "on a GPU some thousand"))
     report.title("A row for TASKS in ppo_mjx.py, to begin with")
     report.say('"MyRobot": Task(')
     for text, comment in rows:
