@@ -498,7 +498,7 @@ def rough_time() -> str:
                 f"{point['seconds'] / 60:.1f}" if point else MISSING for point in points.values()
             ]
             last = points["last policy"]
-            crossed = f"{last['crossed']:.0%}"
+            crossed = MISSING if math.isnan(last["crossed"]) else f"{last['crossed']:.0%}"
             marks = [three_digits(last[key]) for key in ("error", "yaw")]
             label = ROBOT_NAMES[load(name)["args"]["robot"]]
             steps = steps_text(last["steps"])
