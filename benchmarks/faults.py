@@ -47,9 +47,13 @@ EXPLODING = {  # changes that make a model explode
     "ppo_mjx": "import gymnasium, pathlib; t = m.TASKS['Hopper']; p = pathlib.Path(gymnasium.__file__).parent\n"
                "x = (p / 'envs/mujoco/assets' / t.mjcf).read_text().replace('gear=\"200.0\"', 'gear=\"2000000\"')\n"
                "m.TASKS['Hopper'] = dataclasses.replace(t, mjcf=x)",
-    "sac_mjx_pendulum": "m.TASKS['Pendulum-v1'] = dataclasses.replace(m.TASKS['Pendulum-v1'], gravity=3e38)",
+    "sac_mjx_pendulum": "m.check_args = lambda args: None\n"  # it refuses such a gravity
+                        "m.TASKS['Pendulum-v1'] = dataclasses.replace(m.TASKS['Pendulum-v1'], gravity=3e38)",
     "ppo_mjx_unitree": "make = m.make_controller\n"
-                       "m.make_controller = lambda robot: make(robot)._replace(stiffness=1e6, max_torque=1e9)",
+                       "def strong(robot):\n"
+                       "    c = make(robot)\n"
+                       "    return c._replace(stiffness=1e6 + 0 * c.stiffness, max_torque=1e9 + 0 * c.max_torque)\n"
+                       "m.make_controller = strong",
 }  # fmt: skip
 NAN_LOSS = {  # changes that make every gradient NaN
     "ppo_mjx": "loss = m.ppo_loss; m.ppo_loss = lambda *x: (lambda y: (y[0] * float('nan'), y[1]))(loss(*x))",

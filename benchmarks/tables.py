@@ -741,7 +741,7 @@ def validate() -> str:
 
 
 def faults() -> str:
-    names = ["faults", *names_like("faults_processes*")]
+    names = ["faults", "faults_nan", *names_like("faults_processes*")]
     counts = {}
     for name in names:
         for row in load(name)["rows"]:
