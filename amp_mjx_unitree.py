@@ -217,9 +217,9 @@ class Args:
     """control steps that the discriminator sees at once"""
     disc_loss: Literal["least_squares", "bce"] = "least_squares"
     """the discriminator's loss: least squares, or binary cross-entropy"""
-    disc_learning_rate: NonNegative = 3e-4
+    disc_learning_rate: NonNegative = 1e-4
     """the discriminator's Adam's step size; small, so that the policy can keep up with it"""
-    disc_updates: Annotated[int, Range(1, 1e4)] = 16
+    disc_updates: Annotated[int, Range(1, 1e4)] = 8
     """steps of the discriminator in an iteration"""
     disc_batch_size: Count = 512
     """windows of the robots, and as many of the reference, in each of them, over all devices"""
