@@ -865,7 +865,8 @@ def test_probe_time_limit_is_no_end(settings):
     assert value(0.0) == pytest.approx(2.0, abs=0.1)
 
 
-@pytest.mark.parametrize("n_step", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_step", [1, 3])
 def test_probe_discount(n_step):
     """Reward 1 at the end of two steps: the values are gamma, then 1."""
     env = Probe(
@@ -876,6 +877,7 @@ def test_probe_discount(n_step):
     assert value(1.0) == pytest.approx(1.0, abs=0.06)
 
 
+@pytest.mark.slow
 def test_probe_best_action():
     """Reward 1 - 2 (a - 0.5)^2: the policy's action becomes 0.5."""
     env = Probe(sac_mjx, lambda elapsed, action: 1 - 2 * jnp.square(action - 0.5), 1)
