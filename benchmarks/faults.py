@@ -259,8 +259,9 @@ def damage(args: Args, script: str, folder: Path):
         try:
             arrays, right = read(file), read(newest)
             # The zip file's directory may lose its last entries; `restore` refuses what has not all arrays.
-            told += arrays.keys() != right.keys()
-            same += arrays.keys() == right.keys() and all(np.array_equal(arrays[name], right[name]) for name in right)
+            complete = arrays.keys() == right.keys()
+            told += not complete
+            same += complete and all(np.array_equal(arrays[name], right[name]) for name in right)
         except Exception:
             told += 1
     seen = f"{told} refused, {same} in bytes that hold nothing, {args.flips - told - same} read as other numbers"

@@ -56,6 +56,10 @@ def whole(value: float | None) -> str:
     return MISSING if value is None else f"{value:.0f}"
 
 
+def percent(value: float) -> str:
+    return f"{value:.0%}" if math.isfinite(value) else MISSING
+
+
 def large(value: float | None) -> str:
     """A rate, with three digits: 1.61 million, 127 thousand, 8777."""
     if value is None:
@@ -498,11 +502,10 @@ def rough_time() -> str:
                 f"{point['seconds'] / 60:.1f}" if point else MISSING for point in points.values()
             ]
             last = points["last policy"]
-            crossed = MISSING if math.isnan(last["crossed"]) else f"{last['crossed']:.0%}"
             marks = [three_digits(last[key]) for key in ("error", "yaw")]
             label = ROBOT_NAMES[load(name)["args"]["robot"]]
             steps = steps_text(last["steps"])
-            told = [steps, str(last["falls"]), crossed, *marks]
+            told = [steps, str(last["falls"]), percent(last["crossed"]), *marks]
             rows.append([label, str(row["seed"]), *minutes, *told])
     header = ["robot", "seed", "first that passes, minutes", "from which on all pass"]
     header += ["last policy", "steps", "falls", "crossed", "velocity error", "yaw error"]
@@ -522,8 +525,7 @@ def rough_test() -> str:
         cells = [ground]
         for table in tables.values():
             row = table[ground]
-            crossed = MISSING if math.isnan(row["crossed"]) else f"{row['crossed']:.0%}"
-            cells += [str(row["falls"]), crossed, three_digits(row["error"])]
+            cells += [str(row["falls"]), percent(row["crossed"]), three_digits(row["error"])]
         rows.append(cells)
     header = ["ground"]
     for label in tables:

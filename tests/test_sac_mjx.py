@@ -1093,4 +1093,4 @@ def test_half_cheetah_learns(tmp_path):
         sac_mjx.main(["--total-timesteps", "60000", "--runs-dir", str(tmp_path)])
     (folder,) = tmp_path.iterdir()
     evaluation = json.loads((folder / "run.json").read_text())["evaluation"]
-    assert 1000 < evaluation["Gymnasium"]["mean"] < 9000
+    assert 2500 < evaluation["Gymnasium"]["mean"] < 9000
