@@ -258,7 +258,7 @@ class Args:
 # ---- 2. Ground and robots (SI units and radians) -------------------------------------------------
 # A tile is 8 x 8 m of ground of one kind and level, the place of one episode of one world. Its
 # origin is its middle, where the ground is flat and robots start. Kinds and numbers are
-# legged_gym's, but for "noise", which is Isaac Lab's.
+# legged_gym's, but for "noise", which has Isaac Lab's numbers. The docs list what differs.
 LEVELS = 10
 CELL = 0.1  # m
 HALF = 4.0  # m, half of a tile's width
@@ -275,7 +275,7 @@ OUT = np.maximum.outer(AWAY, AWAY)  # m from the middle, by squares: [SIZE, SIZE
 
 
 def slope(key, difficulty, sign):
-    """A pyramid or a pit with a slope of up to 0.4.
+    """A pit (up from its middle) or a pyramid (down) with a slope of up to 0.4.
 
     This and the following functions return a tile's heights [SIZE, SIZE] in m. key: what is random
     follows from it; difficulty: [] from 0 to 1; sign: 1 to go up from the middle, -1 down.
@@ -303,13 +303,13 @@ def rough(key, difficulty):
 
 
 def stairs(key, difficulty, sign):
-    """Steps of 0.05 to 0.23 m each 0.3 m. A riser takes one cell of the three."""
+    """Steps 0.05 to 0.23 m high, each of 0.2 m flat and a ramp of one cell, the riser."""
     steps = np.maximum(np.floor((OUT - 1.5) / 0.3 + 1 + 1e-6), 0.0)
     return sign * (0.05 + 0.18 * difficulty) * steps
 
 
 def blocks(key, difficulty):
-    """20 blocks and holes 1 to 2 m wide, up to 0.05 to 0.25 m high, one over the other."""
+    """20 blocks and holes about 1 to 2 m wide, up to 0.05 to 0.25 m high, one over the other."""
     size_key, start_key, height_key = jax.random.split(key, 3)
     widths = jax.random.randint(size_key, (20, 2), 10, 20)  # cells
     starts = jax.random.randint(start_key, (20, 2), 0, SIZE - widths)
@@ -2011,8 +2011,8 @@ def next_ground_level(
     """The levels of the ground for worlds whose episodes have ended: all arrays [N].
 
     As legged_gym's, but measured along the commands, which change, so that it is fair to slow ones.
-    A fall in the flat middle, or beyond what counts as crossed, changes nothing. Whoever has solved
-    the last level goes to a random one.
+    A fall of who never came out of the middle, or came as far as counts as crossed, changes
+    nothing. Whoever has solved the last level goes to a random one.
 
     walked: m along the command, outside the middle; asked: m that it asked for there; farthest: m
     from the middle, along x or y
@@ -2603,7 +2603,8 @@ class CMujocoEnv:
 
 
 # The test is frozen: results of different policies and versions compare only while it stays as it
-# is. Its ground has a key of its own, so that no training has seen it.
+# is. Its ground has a key of its own, so that no training has seen its blocks and noise; slopes and
+# stairs do not depend on the key.
 TEST_SEED = 1_000_000
 TEST_LEVELS = (0, 3, 6, 9)
 TEST_STARTS = 10  # on each kind of ground, of headings that divide the circle

@@ -187,17 +187,17 @@ class Args:
     total_timesteps: Annotated[int, Range(1, 2**62)] = 300_000
     """environment steps, over all worlds; the default depends on the task, see SETTINGS"""
     num_envs: Count = 16
-    """worlds, over all devices; few of them, so that the policy is new in most samples"""
+    """worlds, over all devices; few of them, so that each policy collects few samples"""
     num_steps: Count = 8
     """steps of each world in one iteration, before its updates"""
     updates_per_iteration: Count = 64
-    """updates in one iteration; over num_envs * num_steps, the update-to-data ratio"""
+    """updates in one iteration; divided by num_envs * num_steps, the update-to-data ratio"""
     buffer_size: Count = 327_680
     """transitions in the replay buffer, over all worlds; the oldest are overwritten"""
     batch_size: Count = 256
     """transitions in one update, over all devices"""
     learning_starts: Index = 5_000
-    """environment steps with random actions, before the first update"""
+    """environment steps before the first update; their actions are random, but with --init-from"""
     policy_lr: NonNegative = 3e-4
     """Adam's step size for the actor, at the start"""
     q_lr: NonNegative = 3e-4
@@ -211,7 +211,7 @@ class Args:
     n_step: Annotated[int, Range(1, 1e3)] = 1
     """rewards that a target counts before it asks the critics, within one episode"""
     policy_frequency: Annotated[int, Range(1, 1e3)] = 2
-    """updates of the critics between those of the actor and the temperature"""
+    """actor and temperature are updated with every so manieth update of the critics"""
     twin: Literal["min", "mean"] = "min"
     """which of the two critics counts: min, the one that says less; mean, both"""
     distributional: bool = True
@@ -219,7 +219,7 @@ class Args:
     num_atoms: Annotated[int, Range(2, 1e4)] = 101
     """returns that distributional critics tell the probabilities of, from -v_max to v_max"""
     v_max: Positive = 5.0
-    """largest return of distributional critics; norm_reward scales the largest one so far to it"""
+    """largest return of distributional critics; norm_reward keeps the largest one so far within it"""
     autotune: bool = True
     """tune the temperature towards the policy's target entropy"""
     alpha: Positive = 0.01
@@ -251,7 +251,7 @@ class Args:
 
     @property
     def random_steps(self) -> int:
-        """Steps of each world before the first update."""
+        """Steps of each world with random actions, before the first update."""
         return math.ceil(self.learning_starts / self.num_envs)
 
     @property
@@ -996,7 +996,7 @@ def normalize_layer(norm: str, x: jax.Array) -> jax.Array:
     """A layer's outputs [..., width] before their ReLU, of one size whatever the weights.
 
     norm: "rms" divides by the root mean square, "layer" subtracts the mean before, "none" is x.
-    Unlike Flax's layers these have no weights: the next layer's do as well.
+    Unlike Flax's layers these have no weights of their own, as the next layer has some.
     Source: arXiv:1607.06450; arXiv:1910.07467.
     """
     if norm == "none":
@@ -1009,8 +1009,8 @@ def normalize_layer(norm: str, x: jax.Array) -> jax.Array:
 class MLP(nn.Module):
     """ReLU layers with orthogonal weights: [..., in] -> [..., out].
 
-    Its layers are called by what normalises them, as in rms_0, so that the parameters tell it: a
-    policy that is saved, or that another run begins with, fits to nothing else.
+    The layers' names tell what normalises them, as rms_0 does, so that parameters cannot be loaded
+    into a network of another kind.
     """
 
     hidden_sizes: tuple[int, ...]
@@ -1035,21 +1035,22 @@ def make_networks(args: Args, env: Env) -> tuple[MLP, MLP]:
     return actor, critic
 
 
-def project_weights(params: dict) -> dict:
+def normalize_weights(params: dict) -> dict:
     """Networks whose hidden layers' weights have the norm 1, for each unit.
 
-    With normalised layers that changes nothing but the step size: Adam's steps would otherwise
-    lengthen the weights, and so weigh less and less.
-    Source: arXiv:2502.15280; arXiv:2604.04539.
+    Adam's steps would otherwise lengthen the weights, and so weigh less and less beside them. With
+    layers that are normalised as a whole this changes what a layer computes, too, if its units'
+    weights have grown by different factors. Biases and last layers stay free.
+    Source: SimbaV2, arXiv:2502.15280; FlashSAC, arXiv:2604.04539.
     """
 
-    def project(path, x: jax.Array) -> jax.Array:
+    def to_norm_1(path, x: jax.Array) -> jax.Array:
         layer, kind = (entry.key for entry in path[-2:])
-        if kind != "kernel" or layer == "out":
+        if kind != "kernel" or layer == "out":  # "kernel" is Flax's name for weights
             return x
         return x / jnp.linalg.norm(x, axis=0, keepdims=True)
 
-    return jax.tree.map_with_path(project, params)
+    return jax.tree.map_with_path(to_norm_1, params)
 
 
 @struct.dataclass
@@ -1130,7 +1131,7 @@ class Learner:
     """What is learnt; the same on every device."""
 
     params: dict  # Flax parameters "actor" and "critics" ("qf1", "qf2"); "log_alpha": []
-    targets: dict  # the critics' parameters, which these follow slowly
+    targets: dict  # the target critics' parameters, which follow the critics' slowly
     opt_state: dict[str, optax.OptState]  # by the names of params
     obs_stats: RunningStats  # [O]
     return_stats: RunningStats  # [], of the discounted return
@@ -1317,7 +1318,8 @@ def scale_action(env: Env, action: jax.Array) -> jax.Array:
 def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Worlds, Transition]:
     """num_steps steps of all worlds, with a fresh reset after each episode.
 
-    Actions are uniform in the first steps, `random_steps` of each world, and then the policy's.
+    Actions are uniform in the first steps, `random_steps` of each world, and then the policy's. A
+    policy that was taken from another run acts from the start.
     Returns the worlds [N, ...] and transitions [T, N, ...].
     """
 
@@ -1331,7 +1333,8 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
         action, _ = policy.sample(noise)
         # From -1 to 1: the same noise made uniform, so that no other key is needed.
         uniform = 2 * jax.scipy.stats.norm.cdf(noise) - 1
-        action = jnp.where(number < args.random_steps, uniform, action)
+        if not args.init_from:
+            action = jnp.where(number < args.random_steps, uniform, action)
         state = jax.vmap(kernel(env.step))(start, scale_action(env, action))
 
         terminated = state.done > 0
@@ -1394,9 +1397,9 @@ def n_step_return(
     and before one that is not valid. If the first one is not, the results mean nothing.
 
     Returns the discounted rewards [B], the discount [B] of the value of where the last step ended,
-    and the number [B] of that step, from 0. The discount is 0 after a termination; a time limit, or
-    an invalid step to follow, leaves it.
-    Source: arXiv:1710.02298, multi-step learning; as there, without the entropies on the way.
+    and the number [B] of that step, from 0. The discount is 0 after a termination, and otherwise
+    gamma to the number of rewards in the sum, after a time limit or before an invalid step, too.
+    Source: arXiv:1710.02298, multi-step learning. The entropies on the way are left out.
     """
     alive = jnp.cumprod(jnp.concatenate([jnp.ones_like(done[:1]), ~done[:-1]]), axis=0)
     counted = jnp.cumprod(valid, axis=0) * alive > 0  # [n, B]
@@ -1466,7 +1469,7 @@ def masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
 
 
-def project(args: Args, probability: jax.Array, place: jax.Array) -> jax.Array:
+def project_distribution(args: Args, probability: jax.Array, place: jax.Array) -> jax.Array:
     """A distribution on the atoms that is near one on other places.
 
     probability, place: [B, K], place in units of the atoms. Each probability goes to the two atoms
@@ -1496,13 +1499,13 @@ def critic_target(args: Args, env: Env, learner: Learner, mb: Batch, noise: jax.
     memory = initial_memory(mb.obs.shape[:-1])  # single steps have no past
     _, policy = apply_policy(args, env, learner.params["actor"], memory, mb.next_obs)
     next_action, logprob = policy.sample(noise)
-    entropy = -jnp.exp(learner.params["log_alpha"]) * logprob  # [B], what the policy's is worth
+    entropy_bonus = -jnp.exp(learner.params["log_alpha"]) * logprob  # [B]
 
     output = apply_critics(args, env, learner.targets, mb.next_obs, next_action)
     value = critic_values(args, output)  # [2, B]
     if not args.distributional:
         next_value = value.min(axis=0) if args.twin == "min" else value.mean(axis=0)
-        return mb.reward + mb.discount * (next_value + entropy)
+        return mb.reward + mb.discount * (next_value + entropy_bonus)
 
     probability = nn.softmax(output)  # [2, B, K]
     if args.twin == "min":
@@ -1510,9 +1513,9 @@ def critic_target(args: Args, env: Env, learner: Learner, mb: Batch, noise: jax.
         probability = jnp.where(first_is_less[:, None], probability[0], probability[1])
     else:
         probability = probability.mean(axis=0)
-    next_return = atoms(args) + entropy[:, None]  # [B, K]
+    next_return = atoms(args) + entropy_bonus[:, None]  # [B, K]
     place = mb.reward[:, None] + mb.discount[:, None] * next_return
-    return project(args, probability, place)
+    return project_distribution(args, probability, place)
 
 
 def critic_loss(
@@ -1599,7 +1602,7 @@ def descend(args: Args, learner: Learner, name: str, gradient) -> Learner:
     rate = learning_rates(args, learner)[name]
     part = jax.tree.map(lambda x, step: x - rate * step, learner.params[name], direction)
     if args.weight_norm and name != "log_alpha":
-        part = project_weights(part)
+        part = normalize_weights(part)
     return learner.replace(
         params=learner.params | {name: part},
         opt_state=learner.opt_state | {name: opt_state},
@@ -1639,8 +1642,8 @@ def update_actor(
     if not args.autotune:
         return learner, metrics
 
-    # CleanRL draws new actions for this; those of the actor's loss save a pass, and lag by one
-    # step.
+    # CleanRL draws new actions for this. Those of the actor's loss save a pass; they are from before
+    # the actor's step.
     loss, gradient = jax.value_and_grad(alpha_loss, argnums=2)(args, env, log_alpha, logprob)
     return descend(args, learner, "log_alpha", gradient), metrics | {"losses/alpha_loss": loss}
 
@@ -2370,7 +2373,11 @@ def first_state(args: Args, run_dir: Path, resuming: bool, state: TrainState) ->
     A run that was stopped before its first checkpoint begins once more as it began.
     """
     if args.init_from and not (resuming and checkpoints(run_dir)):
-        state = state.replace(learner=inherit(Path(args.init_from), state.learner))
+        learner = inherit(Path(args.init_from), state.learner)
+        if not args.autotune:  # --alpha says it
+            log_alpha = state.learner.params["log_alpha"]
+            learner = learner.replace(params=learner.params | {"log_alpha": log_alpha})
+        state = state.replace(learner=learner)
     return restore(args, run_dir, state) if resuming else state
 
 
@@ -2648,6 +2655,9 @@ def check_args(args: Args) -> None:
     steps = args.steps_per_iteration
     message = f"--total-timesteps {args.total_timesteps}: less than an iteration of {steps}"
     require(args.num_iterations, message)
+    starts = args.learning_starts
+    message = f"--learning-starts {starts}: all of --total-timesteps, so nothing would be learnt"
+    require(starts < args.num_iterations * steps, message)
     whole = args.buffer_size % args.num_envs == 0
     message = f"--buffer-size {args.buffer_size}: must be a multiple of --num-envs {args.num_envs}"
     require(whole, f"{message}, like {(args.buffer_rows + 1) * args.num_envs}")

@@ -27,6 +27,8 @@ from onekernel import api, cpu, cuda, ffi, machine_code
 
 WORLDS = 150  # two blocks of 64 threads and a part of a third
 NAMES = ("control_and_memory", "every_operation", "half_cheetah")
+# It takes longest; its kernel runs below too, without the CUDA part.
+SOME_SLOW = (*NAMES[:2], pytest.param(NAMES[2], marks=pytest.mark.slow))
 
 
 @pytest.fixture(autouse=True)
@@ -525,7 +527,7 @@ def grid(text: str):
 # ---- Numbers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME_SLOW)
 def test_threads_compute_what_the_graph_means(name, handler):
     """From the PTX and the handler to the results, with the CPU in the GPU's place."""
     made = program(name)

@@ -26,8 +26,8 @@ FIELDS = {
 NAMES = sorted(file.stem for file in (HERE / "robots").glob("*.xml") if file.stem != "unlimited")
 # What training sees of a robot: states of actuators, sensors, a body that no joint moves, servos.
 TRAINED = ["filter", "imu", "mocap", "quad_pos"]
-# The largest, and two that move as others do: what is theirs is tested below.
-SLOW = {"dense_contacts", "mixed_range", "no_camera"}
+# The largest, and those that move as others do: what is theirs is tested below.
+SLOW = {"dense_contacts", "double_pole", "flywheel", "mixed_range", "no_camera", "quad_inherit", "swimmer_euler"}
 TOUCHING = {"dense_contacts", "elliptic", "imu", "lengths", "quad_inherit", "quad_pos"}
 WORLDS = 4
 

@@ -36,6 +36,7 @@ sys.modules["faults"] = faults  # where dataclasses looks it up
 spec.loader.exec_module(faults)
 
 SCRIPTS = [ppo_mjx, sac, unitree]
+SOME_SLOW = [ppo_mjx, pytest.param(sac, marks=pytest.mark.slow)]
 SMALL = {
     ppo_mjx: {"env_id": "InvertedPendulum", "num_envs": 8, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1,
               "eval_every": 0, "eval_episodes": 1},
@@ -202,7 +203,7 @@ def test_disk_that_is_full_ends_the_run_with_a_line(tmp_path):
 
 # ---- NaN
 
-@pytest.mark.parametrize("script", [ppo_mjx, sac])  # the benchmark has the third
+@pytest.mark.parametrize("script", SOME_SLOW)  # the benchmark has the third
 def test_exploding_world_is_reset_and_can_be_replayed(script, tmp_path, monkeypatch, capsys):
     """Worlds that break are counted, the first one's steps are kept, training goes on; tools/replay_nan.py shows the
     break."""
@@ -276,7 +277,7 @@ def test_ten_bad_gradients_in_a_row_stop_the_run(script, tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "10 gradients in a row are not finite" in error and str(tmp_path) in error
 
-@pytest.mark.parametrize("script", [ppo_mjx, sac])
+@pytest.mark.parametrize("script", SOME_SLOW)
 def test_bad_gradients_are_seen_in_the_metrics(script, tmp_path, monkeypatch, capsys):
     """A loss that is NaN in all updates: the run stops by itself, with one line, before it saves anything."""
     name = "critic_loss" if script is sac else "ppo_loss"

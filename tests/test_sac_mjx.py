@@ -343,7 +343,7 @@ def check_projection_is_a_loop(sac) -> None:
     place[1] = 0.1
     place[2] = 50.0
     place[3] = -50.0
-    found = jax.jit(partial(sac.project, args))(probability, place)
+    found = jax.jit(partial(sac.project_distribution, args))(probability, place)
     expected = numpy_projection(args, np.float64(probability), np.float64(place))
     np.testing.assert_allclose(found, expected, atol=2e-5)
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
@@ -851,7 +851,9 @@ def train_probe(env, iterations: int = 150, **settings):
     "settings",
     [
         pytest.param({}, id="defaults", marks=pytest.mark.slow),
-        pytest.param({"n_step": 3, "norm_reward": True, "norm_obs": True}, id="all"),
+        pytest.param(
+            {"n_step": 3, "norm_reward": True, "norm_obs": True}, id="all", marks=pytest.mark.slow
+        ),
         pytest.param(
             {"distributional": False, "layer_norm": "none", "weight_norm": False},
             id="plain",
