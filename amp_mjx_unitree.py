@@ -233,6 +233,12 @@ class Args:
     """windows of earlier policies that are kept, over all devices; half of what it learns from"""
     replay_added: Count = 1024
     """how many of each iteration's windows are kept"""
+    imitation_coef: NonNegative = 0.5
+    """weight at the start of the loss that draws the actor to the reference's next pose"""
+    imitation_until: Annotated[float, Range(1e-9, 1)] = 0.1
+    """share of the training over which that weight falls to 0"""
+    imitation_batch_size: Count = 256
+    """frames of the reference in each minibatch of that loss, over all devices"""
 
     # The algorithm, with CleanRL's names
     total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
@@ -391,6 +397,11 @@ class Robot:
             padded = xp.concatenate([offset, xp.zeros_like(offset[..., :1])], axis=-1)
             offset = padded[..., places]
         return self.joint_array("default") + offset
+
+    def actions(self, angles):
+        """The actions [..., A] whose targets are these angles [..., J] rad; held joints aside."""
+        reach = self.action_scale * self.joint_array("reach")[self.acted]
+        return (angles - self.joint_array("default"))[..., self.acted] / reach
 
     @property
     def limits(self) -> np.ndarray:
@@ -906,6 +917,8 @@ class Motions:
     qvel: jax.Array  # [L, 6 + J]
     frame: jax.Array  # [L, K]
     command: jax.Array  # [L, 3] that the motion seems to follow: see `command_of`
+    obs: jax.Array  # [L, O] what the actor would see, without noise
+    action: jax.Array  # [L, A] that would lead to the next frame: see `demonstrate`
     first: jax.Array  # [C] int32, number of each clip's first frame
     length: jax.Array  # [C] int32, frames in it
     chance: jax.Array  # [C] that one of the clips up to this one is drawn
@@ -1173,6 +1186,7 @@ class Env:
             qvel = jnp.where(chosen, start["qvel"], qvel)
             window = jnp.where(chosen, start["window"], window)
             command = jnp.where(chosen, start["command"], command)
+            action = jnp.where(chosen, self.robot.actions(qpos[7:]), action)
         data = Physics(qpos=qpos, qvel=qvel, qacc_warmstart=jnp.zeros_like(qvel))
 
         zero = jnp.zeros(())
@@ -1773,14 +1787,27 @@ class Batch:
     valid: jax.Array  # bool: to be learnt from
 
 
+def imitation_weight(args: Args, iteration: jax.Array) -> jax.Array:
+    """How much the actor is drawn to the reference: [] in 0 to 1, all at first, then less."""
+    progress = iteration / float(args.num_iterations)  # float: int32 would overflow
+    return jnp.maximum(1 - progress / args.imitation_until, 0.0)
+
+
 def ppo_loss(
-    args: Args, env: Env, learner: Learner, params: dict, mb: Batch, ent_coef: jax.Array
+    args: Args,
+    env: Env,
+    learner: Learner,
+    params: dict,
+    mb: Batch,
+    demo: tuple[jax.Array, jax.Array],
+    ent_coef: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a minibatch [B / M, ...], and its metrics by tag.
 
     learner: the one that acted, for its statistics and standard deviation; params: those that are
-    learnt; ent_coef: [], weight of the entropy bonus.
-    Source: arXiv:1707.06347, equations 7 and 9.
+    learnt; demo: observations [I, O] of the reference and the actions [I, A] that would follow it;
+    ent_coef: [], weight of the entropy bonus.
+    Source: arXiv:1707.06347, equations 7 and 9; the imitation loss is behavioural cloning.
     """
     mean_valid = partial(masked_mean, valid=mb.valid)
     memory = initial_memory(mb.advantage.shape)  # single steps have no past
@@ -1798,10 +1825,17 @@ def ppo_loss(
     value = critic.apply(params["critic"], critic_obs)[..., 0]
     value_loss = 0.5 * mean_valid(jnp.square(value - mb.target))
 
+    demo_obs, demo_action = demo
+    demo_obs = normalize(learner.obs_stats["actor"], demo_obs)
+    _, policy_there = apply_policy(args, env, params, initial_memory(demo_obs.shape[:-1]), demo_obs)
+    weight = args.imitation_coef * imitation_weight(args, learner.iteration)
+    imitation_loss = weight * jnp.square(policy_there.mean - demo_action).mean()
+
     entropy = policy.entropy()
-    loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss
+    loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss + imitation_loss
     metrics = {
         "losses/loss": loss,
+        "losses/imitation_loss": imitation_loss,
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
@@ -1846,7 +1880,7 @@ def mean_over_devices(tree):
 
 
 def update(
-    args: Args, env: Env, learner: Learner, batch: Batch
+    args: Args, env: Env, motions: Motions, learner: Learner, batch: Batch
 ) -> tuple[Learner, dict[str, jax.Array]]:
     """The policy's epochs over a batch [B, ...], each device with its own share of it.
 
@@ -1858,10 +1892,15 @@ def update(
     optimizer = make_optimizer(args)
     vector, unravel = ravel_pytree(learner.params)
 
-    def minibatch_step(carry, mb: Batch):
+    demos = args.imitation_batch_size // jax.lax.axis_size("devices")
+
+    def minibatch_step(carry, mb_and_key):
         vector, opt_state = carry
+        mb, key = mb_and_key
+        moments = jax.vmap(partial(draw_moment, args, motions))(jax.random.split(key, demos))
+        demo = motions.obs[moments], motions.action[moments]
         gradient_and_metrics = jax.grad(ppo_loss, argnums=3, has_aux=True)(
-            args, env, learner, unravel(vector), mb, ent_coef
+            args, env, learner, unravel(vector), mb, demo, ent_coef
         )
         gradient, metrics = mean_over_devices(gradient_and_metrics)
         gradient, _ = ravel_pytree(gradient)
@@ -1872,11 +1911,13 @@ def update(
         return carry, (metrics, opt_state.notfinite_count)
 
     def epoch(carry, key):
-        order = shuffle(key, len(batch.target))
+        order_key, demo_key = jax.random.split(key)
+        order = shuffle(order_key, len(batch.target))
         minibatches = jax.tree.map(
             lambda x: x[order].reshape(args.num_minibatches, -1, *x.shape[1:]), batch
         )
-        return jax.lax.scan(minibatch_step, carry, minibatches)
+        demo_keys = jax.random.split(demo_key, args.num_minibatches)
+        return jax.lax.scan(minibatch_step, carry, (minibatches, demo_keys))
 
     key = jax.random.fold_in(learner.key, learner.iteration)
     key = jax.random.fold_in(key, jax.lax.axis_index("devices"))
@@ -2154,7 +2195,7 @@ def device_iteration(
     learner, replay, disc_metrics = update_discriminator(
         args, motions, learner, disc_key, state.replay, windows
     )
-    learner, metrics = update(args, env, learner, batch)
+    learner, metrics = update(args, env, motions, learner, batch)
     in_a_row = "charts/skipped_in_a_row"
     disc_metrics[in_a_row] = jnp.maximum(disc_metrics[in_a_row], metrics.pop(in_a_row))
     disc_metrics["charts/skipped_updates"] += metrics.pop("charts/skipped_updates")
@@ -2417,6 +2458,25 @@ def command_of(args: Args, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
     return np.where(size < MIN_COMMAND, 0.0, command)
 
 
+def demonstrate(
+    args: Args, qpos: np.ndarray, qvel: np.ndarray, command: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the actor would see in each frame of a clip [T, ...], and an action that leads on.
+
+    The targets are the next frame's angles, plus what the controllers' damping takes from their
+    speeds. The weight that joints carry is not in them, so they are a beginning, not the motion.
+    """
+    robot = ROBOTS[args.robot]
+    lead = robot.joint_array("damping") / robot.joint_array("stiffness")  # s
+    towards = qpos[:, 7:] + lead * qvel[:, 6:]
+    action = robot.actions(np.concatenate([towards[1:], towards[-1:]]))
+    senses = sense(robot, qpos, qvel, command, robot.actions(qpos[:, 7:]), np)
+    obs = observe(seen_parts(robot, "actor"), senses, np)
+    mirrored = in_mirror(args, command)[:, None]
+    obs = np.where(mirrored, mirror_observation(robot, obs, np), obs)
+    return obs, np.where(mirrored, mirror_actions(robot, action), action)
+
+
 def load_motions(args: Args) -> Motions:
     """The reference from its files, as NumPy arrays. Says in a line what each of them is."""
     robot = ROBOTS[args.robot]
@@ -2439,6 +2499,7 @@ def load_motions(args: Args) -> Motions:
         for poses, speeds in zip(qpos, qvel, strict=True)
     ]
     commands = [command_of(args, *clip) for clip in zip(qpos, qvel, strict=True)]
+    demos = [demonstrate(args, *clip) for clip in zip(qpos, qvel, commands, strict=True)]
     length = np.array([len(poses) for poses in qpos], np.int32)
     chance = np.cumsum(weights) / np.sum(weights)
     return Motions(
@@ -2446,6 +2507,8 @@ def load_motions(args: Args) -> Motions:
         qvel=np.concatenate(qvel).astype(np.float32),
         frame=np.concatenate(frames).astype(np.float32),
         command=np.concatenate(commands).astype(np.float32),
+        obs=np.concatenate([obs for obs, _ in demos]).astype(np.float32),
+        action=np.concatenate([action for _, action in demos]).astype(np.float32),
         first=np.cumsum(length, dtype=np.int32) - length,
         length=length,
         chance=chance.astype(np.float32),
@@ -3537,6 +3600,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
         args.num_envs,
         args.steps_per_iteration // args.num_minibatches,
         args.disc_batch_size // 2,
+        args.imitation_batch_size,
         args.replay_added,
     )
     args = dataclasses.replace(args, num_devices=mesh.size, **call_flags(Args))

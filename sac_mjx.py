@@ -1247,7 +1247,7 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
         "critics": {"qf1": critic.init(qf1_key, both), "qf2": critic.init(qf2_key, both)},
     }
     if args.weight_norm:
-        networks = project_weights(networks)
+        networks = normalize_weights(networks)
     params = networks | {"log_alpha": jnp.float32(math.log(args.alpha))}
     zero = jnp.zeros((), jnp.int32)
     learner = Learner(
@@ -1489,6 +1489,11 @@ def project_distribution(args: Args, probability: jax.Array, place: jax.Array) -
     return jax.lax.fori_loop(0, args.num_atoms, add, jnp.zeros_like(probability))
 
 
+def temperature(args: Args, learner: Learner) -> jax.Array:
+    """The weight of the entropy: [], in the unit of scaled rewards."""
+    return jnp.exp(learner.params["log_alpha"]) if args.autotune else jnp.float32(args.alpha)
+
+
 def critic_target(args: Args, env: Env, learner: Learner, mb: Batch, noise: jax.Array) -> jax.Array:
     """What both critics should say of a minibatch.
 
@@ -1499,7 +1504,7 @@ def critic_target(args: Args, env: Env, learner: Learner, mb: Batch, noise: jax.
     memory = initial_memory(mb.obs.shape[:-1])  # single steps have no past
     _, policy = apply_policy(args, env, learner.params["actor"], memory, mb.next_obs)
     next_action, logprob = policy.sample(noise)
-    entropy_bonus = -jnp.exp(learner.params["log_alpha"]) * logprob  # [B]
+    entropy_bonus = -temperature(args, learner) * logprob  # [B]
 
     output = apply_critics(args, env, learner.targets, mb.next_obs, next_action)
     value = critic_values(args, output)  # [2, B]
@@ -1561,8 +1566,7 @@ def actor_loss(
     output = apply_critics(args, env, learner.params["critics"], mb.obs, action)
     value = critic_values(args, output)  # [2, B]
     value = value.min(axis=0) if args.twin == "min" else value.mean(axis=0)
-    alpha = jnp.exp(learner.params["log_alpha"])
-    loss = masked_mean(alpha * logprob - value, mb.valid)
+    loss = masked_mean(temperature(args, learner) * logprob - value, mb.valid)
     return loss, masked_mean(logprob, mb.valid)
 
 
@@ -1635,7 +1639,7 @@ def update_actor(
     log_alpha = learner.params["log_alpha"]
     metrics = {
         "losses/actor_loss": loss,
-        "losses/alpha": jnp.exp(log_alpha),
+        "losses/alpha": temperature(args, learner),
         "losses/entropy": -logprob,
     }
     learner = descend(args, learner, "actor", gradient)
@@ -2373,11 +2377,7 @@ def first_state(args: Args, run_dir: Path, resuming: bool, state: TrainState) ->
     A run that was stopped before its first checkpoint begins once more as it began.
     """
     if args.init_from and not (resuming and checkpoints(run_dir)):
-        learner = inherit(Path(args.init_from), state.learner)
-        if not args.autotune:  # --alpha says it
-            log_alpha = state.learner.params["log_alpha"]
-            learner = learner.replace(params=learner.params | {"log_alpha": log_alpha})
-        state = state.replace(learner=learner)
+        state = state.replace(learner=inherit(Path(args.init_from), state.learner))
     return restore(args, run_dir, state) if resuming else state
 
 

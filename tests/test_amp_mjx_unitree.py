@@ -36,6 +36,7 @@ SMALL = amp.Args(
     disc_batch_size=32,
     replay_size=32,
     replay_added=16,
+    imitation_batch_size=16,
 )
 
 
@@ -270,6 +271,37 @@ def test_the_command_that_a_clip_follows(tmp_path):
     command = load(write(tmp_path / "start.npz", starts), mirror=False).command[:, 0]
     assert not command[:25].any() and command[50] == pytest.approx(0.4, abs=0.03)
     np.testing.assert_allclose(command[75:], 0.8, atol=1e-6)
+
+
+def test_what_the_actor_sees_of_a_reference(tmp_path):
+    """Observation and action by hand; a clip's image to the right is seen as the one to the left."""
+    time = DT * np.arange(20)
+    poses = stand(G1, 20)
+    poses[:, 1] += 0.3 * time
+    poses[:, 7 + 3] += 0.1 + 0.5 * time  # the left knee
+    motions = load(write(tmp_path / "left.npz", poses))
+    np.testing.assert_allclose(motions.obs[19:], motions.obs[:19], atol=1e-6)
+    np.testing.assert_allclose(motions.action[19:], motions.action[:19], atol=1e-6)
+
+    knee = np.eye(12)[3]
+    bent = np.outer(0.1 + 0.5 * time[1:], knee)  # rad, from the default pose
+    by_hand = {
+        "rates": np.zeros((19, 3)),
+        "gravity": np.tile([0, 0, -1], (19, 1)),
+        "command": np.tile([0, 0.3 * 2, 0], (19, 1)),
+        "angles": bent,
+        "speeds": np.tile(0.5 * 0.05 * knee, (19, 1)),
+        "action": bent / 0.25,
+    }
+    where = amp.part_slices(G1, amp.seen_parts(G1, "actor"))
+    assert by_hand.keys() == where.keys()
+    for name, values in by_hand.items():
+        np.testing.assert_allclose(motions.obs[:19, where[name]], values, atol=1e-4)
+
+    lead = 4 / 150 * 0.5 * knee  # damping over stiffness, times the speed
+    np.testing.assert_allclose(motions.action[:18], (bent[1:] + lead) / 0.25, atol=1e-3)
+    targets = G1.targets(motions.action[0], np)
+    np.testing.assert_allclose(G1.actions(targets), motions.action[0], atol=1e-6)
 
 
 # ---- The reference on the device -----------------------------------------------------------------
