@@ -2061,6 +2061,7 @@ def save(args: Args, run_dir: Path, state: TrainState, policy: dict) -> None:
     """Write a checkpoint (the whole state, and the settings) and policy.npz."""
     arrays = to_arrays(state)
     arrays["args"] = json.dumps(dataclasses.asdict(args))
+    arrays["entries"] = len(arrays) + 1  # a damaged file may lose some, and be whole to NumPy
     if jax.process_index() > 0:
         return
     folder = run_dir / "checkpoints"
@@ -2082,6 +2083,8 @@ def newest_checkpoint(run_dir: Path, flag: str) -> tuple[Path, dict, dict] | Non
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 saved = dict(arrays)  # which reads all, and compares the checksums
+            if len(saved) != saved.get("entries", len(saved)):
+                raise ValueError("arrays are missing")
             return file, saved, dict(json.loads(str(saved["args"])))
         except Exception as error:  # there is no end to what may be wrong with a file
             problem = f"{type(error).__name__}: {error!s:.80}"

@@ -258,7 +258,7 @@ def damage(args: Args, script: str, folder: Path):
         file.write_bytes(good[:i] + bytes([good[i] ^ 1 << dice.randrange(8)]) + good[i + 1:])
         try:
             arrays, right = read(file), read(newest)
-            # The zip file's directory may lose its last entries; `restore` refuses what has not all arrays.
+            # The zip file's directory may lose its last entries; the scripts count them.
             complete = arrays.keys() == right.keys()
             told += not complete
             same += complete and all(np.array_equal(arrays[name], right[name]) for name in right)

@@ -609,6 +609,7 @@ def check_temperature(sac) -> None:
     args = make_args(sac, autotune=False)
     learner, metrics = actor_program(sac, args)(make_learner(sac, args), mb, noise)
     assert learner.params["log_alpha"] == pytest.approx(before, rel=1e-6)
+    assert metrics["losses/alpha"] == pytest.approx(args.alpha)  # whatever was inherited
     assert "losses/alpha_loss" not in metrics
 
 
@@ -1004,6 +1005,17 @@ def test_init_from(run_dir, tmp_path):
     assert arrays[".updates"] == 0
 
 
+@pytest.mark.parametrize(("init_from", "deviation"), [(None, 3**-0.5), ("other", 0.22)])
+def test_first_actions(init_from, deviation):
+    """They are uniform, but for a policy that was taken from another run."""
+    args = make_args(init_from=init_from, num_steps=8, learning_starts=1000)
+    env = constant(sac_mjx, truncates=True)
+    state = start(sac_mjx, args, env)
+    rollout = jax.jit(partial(sac_mjx.rollout, args, env))
+    _, steps = rollout(state.learner, state.worlds)
+    assert steps.action.std() == pytest.approx(deviation, rel=0.25)
+
+
 def test_other_layers_do_not_inherit(run_dir, capsys):
     """Parameters of layers that are normalised in another way are refused."""
     args = dataclasses.replace(sac_mjx.read_run(run_dir), layer_norm="layer")
@@ -1047,6 +1059,7 @@ BAD_CALLS = """
 --layer-norm batch
 --policy-frequency 0
 --learning-starts -1
+--learning-starts 300000
 --hidden-sizes 0
 --resume missing
 --evaluate missing
