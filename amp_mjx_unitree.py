@@ -16,7 +16,7 @@
 # ///
 """PPO with an adversarial motion prior (AMP) for Unitree's legged robots, on MuJoCo XLA (MJX).
 
-    python amp_mjx_unitree.py                      teach the G1 to walk; tensorboard --logdir runs
+    python amp_mjx_unitree.py --robot g1           on the reference that ships, of the G1's legs
     python amp_mjx_unitree.py --motion FILE...     in the style of your own motions
     python amp_mjx_unitree.py --resume runs/NAME   continue a stopped run, bit for bit
     python amp_mjx_unitree.py --evaluate runs/NAME test its policy in C MuJoCo, in Unitree's loop
@@ -918,7 +918,8 @@ class Motions:
     frame: jax.Array  # [L, K]
     command: jax.Array  # [L, 3] that the motion seems to follow: see `command_of`
     obs: jax.Array  # [L, O] what the actor would see, without noise
-    action: jax.Array  # [L, A] that would lead to the next frame: see `demonstrate`
+    action: jax.Array  # [L, A] that leads to the next frame: see `resample`
+    action_before: jax.Array  # [L, A] that led to this one; in no mirror, unlike the other two
     first: jax.Array  # [C] int32, number of each clip's first frame
     length: jax.Array  # [C] int32, frames in it
     chance: jax.Array  # [C] that one of the clips up to this one is drawn
@@ -1186,7 +1187,7 @@ class Env:
             qvel = jnp.where(chosen, start["qvel"], qvel)
             window = jnp.where(chosen, start["window"], window)
             command = jnp.where(chosen, start["command"], command)
-            action = jnp.where(chosen, self.robot.actions(qpos[7:]), action)
+            action = jnp.where(chosen, start["action"], action)
         data = Physics(qpos=qpos, qvel=qvel, qacc_warmstart=jnp.zeros_like(qvel))
 
         zero = jnp.zeros(())
@@ -1596,6 +1597,7 @@ def draw_start(args: Args, motions: Motions, key: jax.Array) -> dict[str, jax.Ar
         "qvel": motions.qvel[moment],
         "window": window_at(args, motions, moment),
         "command": motions.command[moment],
+        "action": motions.action_before[moment],
     }
 
 
@@ -2248,6 +2250,8 @@ class Clip(NamedTuple):
 
     qpos: np.ndarray  # [T, 7 + J]
     dt: float  # s between two frames
+    # [T, J] rad, where the joints were sent on the way to each frame; None where nobody knows
+    targets: np.ndarray | None = None
 
 
 # The joints of the G1's CSV files. Names of a robot's joints may have "_joint" at their end.
@@ -2300,15 +2304,20 @@ def read_csv(robot: Robot, file: Path) -> Clip:
 
 
 def read_npz(robot: Robot, file: Path) -> Clip:
-    """MuJoCo's own: qpos [T, 7 + J] and dt, or times [T] in its place."""
+    """MuJoCo's own: qpos [T, 7 + J] and dt, or times [T] in its place; targets [T, J] if recorded."""
     with np.load(file, allow_pickle=False) as arrays:
         qpos = to_table(arrays["qpos"], 7 + len(robot.joints))
+        targets = None
+        if "targets" in arrays:
+            targets = to_table(arrays["targets"], len(robot.joints))
+            if len(targets) != len(qpos):
+                raise ValueError(f"{len(targets)} targets for {len(qpos)} frames")
         if "dt" in arrays:
-            return Clip(qpos=qpos, dt=float(arrays["dt"]))
+            return Clip(qpos=qpos, dt=float(arrays["dt"]), targets=targets)
         steps = np.diff(arrays["times"])
     if not np.allclose(steps, steps.mean(), rtol=0.01):
         raise ValueError("its times are not evenly spaced")
-    return Clip(qpos=qpos, dt=float(steps.mean()))
+    return Clip(qpos=qpos, dt=float(steps.mean()), targets=targets)
 
 
 def read_json(robot: Robot, file: Path) -> Clip:
@@ -2356,8 +2365,13 @@ def read_motion(robot: Robot, file: Path) -> Clip:
     return clip
 
 
-def resample(robot: Robot, clip: Clip) -> np.ndarray:
-    """The poses at the control rate: [T, 7 + J]. Between two frames joints and base move evenly."""
+def resample(robot: Robot, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
+    """The poses at the control rate: [T, 7 + J]. Between two frames joints and base move evenly.
+
+    Returns with them where the joints are sent on the way to each pose: [T, J] rad. What the file
+    does not tell is taken to be the pose's angles, ahead by what the controllers' damping takes
+    from their speeds. The weight that joints carry is not in these, so they are a beginning only.
+    """
     last = len(clip.qpos) - 1
     steps = math.floor(last * clip.dt / CONTROL_DT + 1e-3)
     times = np.arange(steps + 1) * (CONTROL_DT / clip.dt)  # in frames
@@ -2366,7 +2380,11 @@ def resample(robot: Robot, clip: Clip) -> np.ndarray:
     poses = clip.qpos[before]
     for pose, frame, time_since in zip(poses, before, times - before, strict=True):
         mujoco.mj_integratePos(robot.model, pose, velocity[frame], time_since)
-    return poses
+    if clip.targets is None:
+        lead = robot.joint_array("damping") / robot.joint_array("stiffness")  # s
+        return poses, poses[:, 7:] + lead * np.gradient(poses[:, 7:], CONTROL_DT, axis=0)
+    share = (times - before)[:, None]
+    return poses, (1 - share) * clip.targets[before] + share * clip.targets[before + 1]
 
 
 def mirror_poses(robot: Robot, qpos: np.ndarray) -> np.ndarray:
@@ -2459,18 +2477,16 @@ def command_of(args: Args, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
 
 
 def demonstrate(
-    args: Args, qpos: np.ndarray, qvel: np.ndarray, command: np.ndarray
+    args: Args, qpos: np.ndarray, qvel: np.ndarray, command: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the actor would see in each frame of a clip [T, ...], and an action that leads on.
+    """What the actor would see in each frame of a clip [T, ...], and the action that leads on.
 
-    The targets are the next frame's angles, plus what the controllers' damping takes from their
-    speeds. The weight that joints carry is not in them, so they are a beginning, not the motion.
+    targets: by `resample`. Returns observations [T, O] and actions [T, A].
     """
     robot = ROBOTS[args.robot]
-    lead = robot.joint_array("damping") / robot.joint_array("stiffness")  # s
-    towards = qpos[:, 7:] + lead * qvel[:, 6:]
-    action = robot.actions(np.concatenate([towards[1:], towards[-1:]]))
-    senses = sense(robot, qpos, qvel, command, robot.actions(qpos[:, 7:]), np)
+    action_before = robot.actions(targets)
+    action = np.concatenate([action_before[1:], action_before[-1:]])
+    senses = sense(robot, qpos, qvel, command, action_before, np)
     obs = observe(seen_parts(robot, "actor"), senses, np)
     mirrored = in_mirror(args, command)[:, None]
     obs = np.where(mirrored, mirror_observation(robot, obs, np), obs)
@@ -2484,22 +2500,27 @@ def load_motions(args: Args) -> Motions:
     weights = []
     files = motion_files(args)
     for number, file in enumerate(files):
-        poses = resample(robot, read_motion(robot, file))
+        poses, targets = resample(robot, read_motion(robot, file))
         say(f"{file}: {describe_clip(robot, poses)}")
-        images = [poses, mirror_poses(robot, poses)] if args.mirror else [poses]
+        images = [(poses, targets)]
+        if args.mirror:
+            images.append((mirror_poses(robot, poses), mirror_joints(robot, targets)))
         weight = args.motion_weights[number] if args.motion_weights else len(poses)
         clips += images
         weights += [weight] * len(images)
 
     # A clip's first pose only tells the velocity of its second one.
-    qpos = [poses[1:] for poses in clips]
-    qvel = [velocity_between(poses[:-1], poses[1:], CONTROL_DT, np) for poses in clips]
+    qpos = [poses[1:] for poses, _ in clips]
+    targets = [targets[1:] for _, targets in clips]
+    # On the way to each pose, as robots' frames have it; and in it, as simulators do.
+    mean_qvel = [velocity_between(poses[:-1], poses[1:], CONTROL_DT, np) for poses, _ in clips]
+    qvel = [(speeds + np.concatenate([speeds[1:], speeds[-1:]])) / 2 for speeds in mean_qvel]
     frames = [
         describe_frame(poses, speeds, trace_feet(robot, poses)[0], np)
-        for poses, speeds in zip(qpos, qvel, strict=True)
+        for poses, speeds in zip(qpos, mean_qvel, strict=True)
     ]
-    commands = [command_of(args, *clip) for clip in zip(qpos, qvel, strict=True)]
-    demos = [demonstrate(args, *clip) for clip in zip(qpos, qvel, commands, strict=True)]
+    commands = [command_of(args, *clip) for clip in zip(qpos, mean_qvel, strict=True)]
+    demos = [demonstrate(args, *clip) for clip in zip(qpos, qvel, commands, targets, strict=True)]
     length = np.array([len(poses) for poses in qpos], np.int32)
     chance = np.cumsum(weights) / np.sum(weights)
     return Motions(
@@ -2509,6 +2530,7 @@ def load_motions(args: Args) -> Motions:
         command=np.concatenate(commands).astype(np.float32),
         obs=np.concatenate([obs for obs, _ in demos]).astype(np.float32),
         action=np.concatenate([action for _, action in demos]).astype(np.float32),
+        action_before=np.concatenate([robot.actions(rows) for rows in targets]).astype(np.float32),
         first=np.cumsum(length, dtype=np.int32) - length,
         length=length,
         chance=chance.astype(np.float32),

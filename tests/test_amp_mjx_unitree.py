@@ -158,7 +158,7 @@ def test_npz_comes_back(tmp_path):
         np.savez(tmp_path / "clip.npz", qpos=poses, **{name: when})
         clip = amp.read_motion(G1, tmp_path / "clip.npz")
         assert clip.dt == pytest.approx(DT)
-        np.testing.assert_allclose(amp.resample(G1, clip), poses, atol=1e-9)
+        np.testing.assert_allclose(amp.resample(G1, clip)[0], poses, atol=1e-9)
 
 
 def test_csv(tmp_path):
@@ -170,7 +170,7 @@ def test_csv(tmp_path):
     rows = np.concatenate([poses[:, :3], poses[:, [4, 5, 6, 3]], poses[:, 7:]], axis=1)
     np.savetxt(tmp_path / "clip.csv", rows, delimiter=",")
 
-    resampled = amp.resample(robot, amp.read_motion(robot, tmp_path / "clip.csv"))
+    resampled, _ = amp.resample(robot, amp.read_motion(robot, tmp_path / "clip.csv"))
     assert len(resampled) == 51  # of the first second, both ends included
     np.testing.assert_allclose(resampled[:, 7:], poses[:1, 7:].repeat(51, axis=0), atol=1e-9)
     turned = yaw_quat(1.5 * DT * np.arange(51))
@@ -285,23 +285,33 @@ def test_what_the_actor_sees_of_a_reference(tmp_path):
 
     knee = np.eye(12)[3]
     bent = np.outer(0.1 + 0.5 * time[1:], knee)  # rad, from the default pose
+    lead = 4 / 150 * 0.5 * knee  # damping over stiffness, times the speed
     by_hand = {
         "rates": np.zeros((19, 3)),
         "gravity": np.tile([0, 0, -1], (19, 1)),
         "command": np.tile([0, 0.3 * 2, 0], (19, 1)),
         "angles": bent,
         "speeds": np.tile(0.5 * 0.05 * knee, (19, 1)),
-        "action": bent / 0.25,
+        "action": (bent + lead) / 0.25,
     }
     where = amp.part_slices(G1, amp.seen_parts(G1, "actor"))
     assert by_hand.keys() == where.keys()
     for name, values in by_hand.items():
         np.testing.assert_allclose(motions.obs[:19, where[name]], values, atol=1e-4)
 
-    lead = 4 / 150 * 0.5 * knee  # damping over stiffness, times the speed
     np.testing.assert_allclose(motions.action[:18], (bent[1:] + lead) / 0.25, atol=1e-3)
+    np.testing.assert_allclose(motions.action_before[:19], (bent + lead) / 0.25, atol=1e-3)
+    mirrored = ppo_mjx_unitree.mirror_actions(ppo_mjx_unitree.ROBOTS["g1"], motions.action_before[:19])
+    np.testing.assert_allclose(motions.action_before[19:], mirrored, atol=1e-6)
     targets = G1.targets(motions.action[0], np)
     np.testing.assert_allclose(G1.actions(targets), motions.action[0], atol=1e-6)
+
+    # What was recorded counts, where it was.
+    recorded = poses[:, 7:] + np.linspace(0, 1, 20)[:, None]
+    np.savez(tmp_path / "recorded.npz", qpos=poses, dt=DT, targets=recorded)
+    motions = load(str(tmp_path / "recorded.npz"))
+    np.testing.assert_allclose(motions.action_before[:19], G1.actions(recorded[1:]), atol=1e-5)
+    np.testing.assert_allclose(motions.action[:18], G1.actions(recorded[2:]), atol=1e-5)
 
 
 # ---- The reference on the device -----------------------------------------------------------------
@@ -314,6 +324,9 @@ def labelled(lengths: list[int], chance: list[float]) -> amp.Motions:
         qvel=frame,
         frame=frame,
         command=frame,
+        obs=frame,
+        action=frame,
+        action_before=frame,
         first=jnp.int32(np.cumsum([0, *lengths[:-1]])),
         length=jnp.int32(lengths),
         chance=jnp.float32(chance),
@@ -790,10 +803,10 @@ def test_smoothing():
     poses = stand(G1, 50)
     poses[:, 0] = np.arange(50)
     poses[:, 3:7] = yaw_quat(0.05 * np.arange(50))
-    np.testing.assert_array_equal(record_motion.smooth(poses, 0.0), poses)
+    np.testing.assert_allclose(record_motion.smooth_poses(poses, 0.0), poses, atol=1e-12)
     jitter = poses.copy()
     jitter[:, 9] += 0.1 * (-1.0) ** np.arange(50)
-    calm = record_motion.smooth(jitter, 2.0)
+    calm = record_motion.smooth_poses(jitter, 2.0)
     assert np.abs(calm[10:-10, 9] - poses[10:-10, 9]).max() < 0.01
     np.testing.assert_allclose(calm[10:-10, :7], poses[10:-10, :7], atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(calm[:, 3:7], axis=1), 1)
@@ -811,10 +824,14 @@ def test_a_policy_is_recorded(tmp_path, capsys):
     call = [str(run_dir), "--out", str(out), "--seconds", "1.2", "--mixtures", "0"]
     record_motion.main(call)
     assert "0% fallen" in capsys.readouterr().out
-    poses = amp.resample(G1, amp.read_motion(G1, out))
+    poses, targets = amp.resample(G1, amp.read_motion(G1, out))
     assert len(poses) == 11 * 60 - 50 and out.stat().st_size < 100_000
     assert amp.check_clip(G1, poses)["slip"] < 0.3
     assert np.ptp(poses[:, 0]) > 0.2 and poses[:, 2].min() > 0.7
+    # Torques of a robot that stands and walks, not of one that hangs: the targets carry it.
+    controller = amp.make_controller(G1)
+    torque = controller.stiffness * (targets - poses[:, 7:])
+    assert np.abs(torque).mean() > 3 and np.abs(torque).max() < 200
 
     policy = dict(np.load(run_dir / "policy.npz"))
     policy["b2"] = policy["b2"] + 5.0
@@ -828,6 +845,6 @@ def test_default_references_are_motions():
     assert files
     for file in files:
         robot = amp.ROBOTS[file.stem]
-        found = amp.check_clip(robot, amp.resample(robot, amp.read_motion(robot, file)))
+        found = amp.check_clip(robot, amp.resample(robot, amp.read_motion(robot, file))[0])
         assert found["fallen"] == 0 and found["slip"] < 0.3 and found["penetration"] < 0.02
         assert found["beyond"] < 0.05 and file.stat().st_size < 1_000_000

@@ -9,9 +9,9 @@ axes at its ends and halfway, and random mixtures, every sixth of which is to st
 training. Commands to the left suffice, with turns to both sides, for the training adds the mirror
 image of all that it reads.
 
-The poses are written as an npz of qpos [T, nq] (position, quaternion w x y z, joint angles) and dt,
-smoothed over time if asked for. By default the file is robots/motions/ROBOT.npz, from which the
-training of this robot takes its reference.
+The poses are written as an npz of qpos [T, nq] (position, quaternion w x y z, joint angles), the
+joints' targets on the way to each of them [T, J], and dt, smoothed if asked for. By default
+the file is robots/motions/ROBOT.npz, from which the training of this robot takes its reference.
 """
 
 import argparse
@@ -53,40 +53,50 @@ def list_commands(ranges: np.ndarray, mixtures: int, seed: int) -> np.ndarray:
 
 def walk(
     script: ModuleType, original, policy: dict, commands: np.ndarray, seconds: float
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """The poses [T, 7 + J] of a policy that follows each command for some seconds.
 
-    original: the script's CMujocoEnv.
+    original: the script's CMujocoEnv. Returns the joints' targets [T, J] rad with them.
     """
     steps = round(seconds / script.CONTROL_DT)
     memory = script.initial_memory()
     original.reset(0)
     poses = []
+    targets = []
     for command in commands:
         for _ in range(steps):
             memory, action = script.act(policy, memory, original.observe(command))
             if original.step(action)["fallen"]:
                 fail(f"the policy fell at the command {command.round(2).tolist()}: train it better")
             poses.append(original.data.qpos.copy())
-    return np.array(poses)[round(FIRST / script.CONTROL_DT) :]
+            targets.append(original.robot.targets(action, np))
+    first = round(FIRST / script.CONTROL_DT)
+    return np.array(poses)[first:], np.array(targets)[first:]
 
 
-def smooth(poses: np.ndarray, deviation: float) -> np.ndarray:
-    """Poses [T, 7 + J], each a mean of those around it with a Gaussian's weights.
+def smooth(rows: np.ndarray, deviation: float) -> np.ndarray:
+    """Rows [T, ...], each a mean of those around it with a Gaussian's weights.
 
     deviation: the Gaussian's, in frames; 0 changes nothing.
     """
     if not deviation:
-        return poses
+        return rows
     reach = int(np.ceil(CALM * deviation))
     weights = np.exp(-0.5 * np.square(np.arange(-reach, reach + 1) / deviation))
-    padded = np.pad(poses, ((reach, reach), (0, 0)), mode="edge")
+    padded = np.pad(rows, ((reach, reach), (0, 0)), mode="edge")
     columns = [np.convolve(column, weights / weights.sum(), "valid") for column in padded.T]
-    result = np.stack(columns, axis=1)
-    # In C MuJoCo a quaternion does not jump to its negative, and neighbours are close: so the mean
-    # needs no more than its norm set right.
-    result[:, 3:7] /= np.linalg.norm(result[:, 3:7], axis=1, keepdims=True)
-    return result
+    return np.stack(columns, axis=1)
+
+
+def smooth_poses(poses: np.ndarray, deviation: float) -> np.ndarray:
+    """Poses [T, 7 + J], smoothed.
+
+    In C MuJoCo a quaternion does not jump to its negative, and neighbours are close: so the mean
+    needs no more than its norm set right.
+    """
+    poses = smooth(poses, deviation).copy()
+    poses[:, 3:7] /= np.linalg.norm(poses[:, 3:7], axis=1, keepdims=True)
+    return poses
 
 
 def main(argv: list[str]) -> None:
@@ -118,13 +128,16 @@ def main(argv: list[str]) -> None:
     ranges = np.array([args.command_x, args.command_y, args.command_yaw])
     commands = list_commands(ranges, flags.mixtures, flags.seed)
     robot = script.ROBOTS[args.robot]
-    poses = walk(script, script.CMujocoEnv(robot), policy, commands, flags.seconds)
-    poses = smooth(poses, flags.smooth / script.CONTROL_DT)
+    poses, targets = walk(script, script.CMujocoEnv(robot), policy, commands, flags.seconds)
+    deviation = flags.smooth / script.CONTROL_DT
+    poses = smooth_poses(poses, deviation)
+    arrays = {"qpos": poses, "targets": smooth(targets, deviation)}
+    arrays = {name: rows.astype(np.float32) for name, rows in arrays.items()}
 
     amp = load_amp()
     out.parent.mkdir(parents=True, exist_ok=True)
     # Single precision and compressed, as it ships with the project.
-    np.savez_compressed(out, qpos=poses.astype(np.float32), dt=script.CONTROL_DT)
+    np.savez_compressed(out, **arrays, dt=script.CONTROL_DT)
     print(f"{out}: {len(commands)} commands, {out.stat().st_size / 1e3:.0f} kB")
     if args.robot in amp.ROBOTS:
         print(amp.describe_clip(amp.ROBOTS[args.robot], poses))
