@@ -131,7 +131,8 @@ def main(argv: list[str]) -> None:
     poses, targets = walk(script, script.CMujocoEnv(robot), policy, commands, flags.seconds)
     deviation = flags.smooth / script.CONTROL_DT
     poses = smooth_poses(poses, deviation)
-    arrays = {"qpos": poses, "targets": smooth(targets, deviation)}
+    # Targets to a thousandth of a radian, so that the file packs well.
+    arrays = {"qpos": poses, "targets": smooth(targets, deviation).round(3)}
     arrays = {name: rows.astype(np.float32) for name, rows in arrays.items()}
 
     amp = load_amp()
