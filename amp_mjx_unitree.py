@@ -914,7 +914,7 @@ class Motions:
     """The reference, a frame each control step: all clips, one after the other."""
 
     qpos: jax.Array  # [L, 7 + J]
-    qvel: jax.Array  # [L, 6 + J]
+    qvel: jax.Array  # [L, 6 + J] in each pose: the mean of the ways to it and from it
     frame: jax.Array  # [L, K]
     command: jax.Array  # [L, 3] that the motion seems to follow: see `command_of`
     obs: jax.Array  # [L, O] what the actor would see, without noise
