@@ -21,7 +21,10 @@ FALLING = ["Hopper", "Walker2d", "Ant", "Humanoid", "InvertedPendulum", "Inverte
 # Their kernels take longest, and their physics has nothing that Ant's has not but tendons, which the gripper of
 # test_own_robots.py has.
 SLOW = ("Humanoid", "HumanoidStandup", "Pusher")
-SOME_SLOW = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TASK_IDS]
+def some_slow(names) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+SOME_SLOW = some_slow(TASK_IDS)
 TOUCHING = ["HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup"]
 
 @pytest.fixture(autouse=True)
@@ -80,14 +83,14 @@ def test_reset_distribution(task_id):
     if env.task.gaussian_velocity:
         assert (np.abs(ours[:, ~uniform]).max(0) > 3 * env.task.reset_noise).all()
 
-def test_targets_are_drawn_as_gymnasiums():
+@pytest.mark.parametrize(("task_id", "first"), [("Reacher", 2), pytest.param("Pusher", 7, marks=pytest.mark.slow)])
+def test_targets_are_drawn_as_gymnasiums(task_id, first):
     """Reacher's in a disk of 0.2 m, Pusher's cylinder at least 0.17 m from the goal, both uniformly."""
-    for task_id, first in ("Reacher", 2), ("Pusher", 7):
-        _, ours, theirs = resets(task_id)
-        ours, theirs = (np.linalg.norm(rows[:, first:first + 2], axis=1) for rows in (ours, theirs))
-        quantiles = np.linspace(0, 1, 21)
-        np.testing.assert_allclose(np.quantile(ours, quantiles), np.quantile(theirs, quantiles), atol=0.01)
-        assert task_id == "Reacher" and ours.max() <= 0.2 or task_id == "Pusher" and ours.min() >= 0.17
+    _, ours, theirs = resets(task_id)
+    ours, theirs = (np.linalg.norm(rows[:, first:first + 2], axis=1) for rows in (ours, theirs))
+    quantiles = np.linspace(0, 1, 21)
+    np.testing.assert_allclose(np.quantile(ours, quantiles), np.quantile(theirs, quantiles), atol=0.01)
+    assert task_id == "Reacher" and ours.max() <= 0.2 or task_id == "Pusher" and ours.min() >= 0.17
 
 def test_humanoids_solver_is_near():
     """Newton's method, which MJX has, and Gymnasium's PGS come to the same accelerations, in contact as well."""
@@ -153,7 +156,7 @@ def long_rollout(task_id: str):
 
 @pytest.mark.parametrize(("task_id", "steps"), [
     ("HalfCheetah", 10), ("Hopper", 50), ("Walker2d", 50), ("Ant", 10), ("Swimmer", 50), ("InvertedPendulum", 50),
-    ("InvertedDoublePendulum", 10), ("Reacher", 50), ("Pusher", 50)])
+    ("InvertedDoublePendulum", 10), ("Reacher", 50), pytest.param("Pusher", 50, marks=pytest.mark.slow)])
 def test_many_steps_follow_gymnasium(task_id, steps):
     """Rounding grows by contacts, soon in HalfCheetah and Ant, but up to then most episodes stay with Gymnasium's.
     The humanoids are left out: their parts strike each other, and after that it is chaos."""
@@ -161,7 +164,7 @@ def test_many_steps_follow_gymnasium(task_id, steps):
     error = (np.abs(ours - theirs) / (1 + np.abs(theirs))).max(axis=(0, 2))  # of each episode
     assert np.median(error) < 1e-3
 
-@pytest.mark.parametrize("task_id", [task_id for task_id in FALLING if task_id != "Ant"])
+@pytest.mark.parametrize("task_id", some_slow(name for name in FALLING if name != "Ant"))
 def test_terminates_on_gymnasiums_step(task_id):
     """Each episode ends on the same step as Gymnasium's. (Ant's are chaos by then.)"""
     ours, theirs = long_rollout(task_id)[1].T, record(task_id).terminated
@@ -187,7 +190,7 @@ def test_c_mujoco_env_equals_gymnasium(task_id):
             np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
         assert truncated == (t + 1 >= ours.task.time_limit)
 
-@pytest.mark.parametrize("task_id", TASK_IDS)
+@pytest.mark.parametrize("task_id", SOME_SLOW)
 def test_reset_observation_equals_gymnasium(task_id):
     """What an episode begins with, MJX's and C MuJoCo's: inertias and velocities of bodies too, no forces yet."""
     ours = make_env(task_id)

@@ -875,7 +875,6 @@ def run_dir(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_it_learns_as_five_seeds_did(run_dir):
     """All returns are within what five seeds gave, widened at both ends by what lies between them.
 
