@@ -621,7 +621,7 @@ ROBOTS = {
             "track_yaw": 1.0,
             "gait": 0.5,
             "swing_height": -20.0,
-            # Without these it walks crouched, at 0.21 m, and stands with its nose down.
+            # Without these it walks crouched, and stands with its nose down.
             "height": -100.0,
             "tilt": -5.0,
             "torque": -5e-5,

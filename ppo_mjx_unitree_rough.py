@@ -2011,7 +2011,7 @@ def next_ground_level(
     """The levels of the ground for worlds whose episodes have ended: all arrays [N].
 
     As legged_gym's, but measured along the commands, which change, so that it is fair to slow ones.
-    A fall of who never came out of the middle, or came as far as counts as crossed, changes
+    A fall of a robot that never left the middle, or that came as far as counts as crossed, changes
     nothing. Whoever has solved the last level goes to a random one.
 
     walked: m along the command, outside the middle; asked: m that it asked for there; farthest: m

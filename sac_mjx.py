@@ -197,7 +197,7 @@ class Args:
     batch_size: Count = 256
     """transitions in one update, over all devices"""
     learning_starts: Index = 5_000
-    """environment steps before the first update; their actions are random, but with --init-from"""
+    """environment steps before the first update; actions are random, unless --init-from is given"""
     policy_lr: NonNegative = 3e-4
     """Adam's step size for the actor, at the start"""
     q_lr: NonNegative = 3e-4
@@ -211,7 +211,7 @@ class Args:
     n_step: Annotated[int, Range(1, 1e3)] = 1
     """rewards that a target counts before it asks the critics, within one episode"""
     policy_frequency: Annotated[int, Range(1, 1e3)] = 2
-    """actor and temperature are updated with every so manieth update of the critics"""
+    """updates of the critics for each one of the actor and the temperature"""
     twin: Literal["min", "mean"] = "min"
     """which of the two critics counts: min, the one that says less; mean, both"""
     distributional: bool = True
@@ -996,7 +996,7 @@ def normalize_layer(norm: str, x: jax.Array) -> jax.Array:
     """A layer's outputs [..., width] before their ReLU, of one size whatever the weights.
 
     norm: "rms" divides by the root mean square, "layer" subtracts the mean before, "none" is x.
-    Unlike Flax's layers these have no weights of their own, as the next layer has some.
+    Unlike Flax's layers these have no weights of their own: the next layer's suffice.
     Source: arXiv:1607.06450; arXiv:1910.07467.
     """
     if norm == "none":
