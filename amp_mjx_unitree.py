@@ -1830,11 +1830,16 @@ def ppo_loss(
     demo_obs, demo_action = demo
     demo_obs = normalize(learner.obs_stats["actor"], demo_obs)
     _, policy_there = apply_policy(args, env, params, initial_memory(demo_obs.shape[:-1]), demo_obs)
-    weight = args.imitation_coef * imitation_weight(args, learner.iteration)
+    weight = imitation_weight(args, learner.iteration)
     imitation_loss = weight * jnp.square(policy_there.mean - demo_action).mean()
 
     entropy = policy.entropy()
-    loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss + imitation_loss
+    loss = (
+        policy_loss
+        - ent_coef * entropy
+        + args.vf_coef * value_loss
+        + args.imitation_coef * imitation_loss
+    )
     metrics = {
         "losses/loss": loss,
         "losses/imitation_loss": imitation_loss,
