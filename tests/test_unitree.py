@@ -290,7 +290,8 @@ MOTION = dict(
     angles=[0.1, 0.2, -0.3, 0.4, 0.0, 0.2518, 0, 0, 0, 0.3, 0, 0.5], speeds=[1.0, -2.0] + 10 * [0.0],
     accelerations=[10.0, 0, -20] + 9 * [0.0], torque=[3.0, -4] + 10 * [0.0], action=[1.0] + 11 * [0.0],
     action_before=[0.0, 2] + 10 * [0.0], foot_height=[0.05, 0.02], foot_velocity=[[9.0, 9, 9], [0.1, -0.2, 0.2]],
-    contact=[False, True], stance=[True, True], flight=[0.0, 0.0], clearance=[0.015, 0.0])
+    contact=[False, True], stance=[True, True], flight=[0.0, 0.0], clearance=[0.015, 0.0],
+    capture_error=0.1)
 EXPECTED = {  # by the words and formulas of Unitree's rewards, with the numbers above
     "track_velocity": math.exp(-(0.3**2 + 0.4**2) / (0.04 + 0.21 * math.hypot(0.5, 0.2))),
     "track_yaw": math.exp(-(0.5**2) / 0.25), "alive": 1,
@@ -300,7 +301,7 @@ EXPECTED = {  # by the words and formulas of Unitree's rewards, with the numbers
     "vertical_velocity": 0.09, "roll_pitch_rate": 0.16 + 0.01, "tilt": 0.36, "height": 0.08**2,
     "joint_acceleration": 500, "joint_velocity": 5, "torque": 25, "action_change": 1 + 4,
     "joint_limits": (0.2518 - 0.9 * 0.2618) + (0.5 - 0.9 * 0.2618),  # ankle rolls; all else is within 90%
-    "upright_joints": 0.2**2 + 0.3**2, "lifted_standing": 0}  # it is not told to stand
+    "upright_joints": 0.2**2 + 0.3**2, "lifted_standing": 0, "capture": 0, "standing_pose": 0}  # not told to stand
 
 def motion(**changes) -> unitree.Motion:
     return unitree.Motion(**{name: jnp.array(value) for name, value in (MOTION | changes).items()})
@@ -321,8 +322,9 @@ def test_rewards_at_their_best():
     perfect = motion(
         command=[0.0] * 3, height=0.78, velocity=[0.0] * 3, rates=[0.0] * 3, gravity=[0.0, 0, -1], angles=DEFAULT,
         speeds=[0.0] * 12, accelerations=[0.0] * 12, torque=[0.0] * 12, action_before=[1.0] + 11 * [0.0],
-        foot_height=[0.08, 0.0], foot_velocity=np.zeros((2, 3)), stance=[False, True], clearance=[0.0, 0.0])
-    best = {"track_velocity": 1, "track_yaw": 1, "alive": 1, "gait": 2}
+        foot_height=[0.08, 0.0], foot_velocity=np.zeros((2, 3)), stance=[False, True], clearance=[0.0, 0.0],
+        capture_error=0.0)
+    best = {"track_velocity": 1, "track_yaw": 1, "alive": 1, "gait": 2, "standing_pose": 1}
     for name, term in unitree.unweighted_terms(ROBOT, perfect).items():
         assert term == pytest.approx(best.get(name, 0), abs=1e-6), name
 
@@ -334,14 +336,41 @@ def test_an_error_costs_more_at_low_speed():
     for command, width in ((0.0, 0.04), (0.5, 0.145), (1.0, 0.25), (-1.0, 0.25), (1.5, 0.25)):
         assert earned(command, 0.1) == pytest.approx(math.exp(-0.01 / width), rel=1e-5)
 
-def test_who_is_told_to_stand_pays_for_lifted_feet():
-    """By their height, and not for missing the height of a swing; but not after a push."""
-    lifted = motion(command=[0.0] * 3, velocity=[0.2, 0.1, 0.0], clearance=[0.015, 0.01])
-    terms = unitree.unweighted_terms(ROBOT, lifted)
-    assert terms["lifted_standing"] == pytest.approx(0.025) and ROBOT.weights["lifted_standing"] < 0
-    assert terms["swing_height"] == 0
-    pushed = lifted.replace(velocity=jnp.array([0.2, 0.2, 0.0]))
-    assert unitree.unweighted_terms(ROBOT, pushed)["lifted_standing"] == 0
+def test_who_is_told_to_stand_keeps_still_while_it_can():
+    """Balanced, it pays for lifted feet by their height up to 3 cm, and earns the more, the nearer its joints are to
+    the default pose; about to fall, it may step as it likes, and pays by the way to where a step would hold it."""
+    bent = DEFAULT + 0.1 * np.eye(12)[0]
+    balanced = motion(command=[0.0] * 3, clearance=[0.015, 0.05], capture_error=0.0, angles=bent)
+    falling = balanced.replace(capture_error=jnp.array(0.2))
+    by_hand = {"lifted_standing": (0.015 + 0.03, 0), "capture": (0, 0.2), "gait": (1 - 1, 1), "swing_height": (0, 0),
+               "standing_pose": (math.exp(-(0.01 / 12) / 0.01), 0)}
+    for name, values in by_hand.items():
+        for moved, value in zip((balanced, falling), values, strict=True):
+            assert unitree.unweighted_terms(ROBOT, moved)[name] == pytest.approx(value, rel=1e-5), name
+    walking = unitree.unweighted_terms(ROBOT, falling.replace(command=jnp.array([0.5, 0, 0])))
+    assert walking["gait"] == 0 and walking["capture"] == walking["lifted_standing"] == walking["standing_pose"] == 0
+    assert ROBOT.weights["lifted_standing"] < 0 > ROBOT.weights["capture"] and ROBOT.weights["standing_pose"] > 0
+
+@pytest.mark.parametrize("yaw", [0.0, 0.7, -2.5])
+def test_capture_point(yaw):
+    """Where a body of that height and speed comes to rest, beyond the box around the soles in its own heading."""
+    turn = np.array([[math.cos(yaw), -math.sin(yaw)], [math.sin(yaw), math.cos(yaw)]])
+    quat = jnp.array([math.cos(yaw / 2), 0, 0, math.sin(yaw / 2)])
+    soles = np.array([[0.1, 0.15], [-0.05, 0.15], [0.1, -0.15], [-0.05, -0.15]])
+    place = np.array([3.0, -2.0])  # far from the world's middle
+    height, seconds = 0.7, math.sqrt(0.7 / 9.81)
+    for center, speed, expected in [
+        ((0.02, 0.0), (0.0, 0.0), 0),
+        ((0.02, 0.0), (0.08 / seconds - 1e-3, 0.0), 0),
+        ((0.02, 0.0), (0.3, 0.0), 0.02 + 0.3 * seconds - 0.1),
+        ((-0.02, 0.1), (-0.3, 0.4), math.hypot(0.02 + 0.3 * seconds - 0.05, 0.1 + 0.4 * seconds - 0.15)),
+        ((0.2, 0.0), (-0.3, 0.0), max(0.2 - 0.3 * seconds - 0.1, 0)),
+    ]:
+        com, points = [*(place + turn @ center), height], place + soles @ turn.T
+        found = unitree.capture_error(jnp.array(com), jnp.array(turn @ speed), quat, jnp.array(points))
+        assert found == pytest.approx(expected, abs=2e-6)
+    fallen = unitree.capture_error(jnp.array([0.0, 0, -0.1]), jnp.array([1.0, 0]), quat, jnp.array(soles))
+    assert np.isfinite(fallen)
 
 # ---- Physics: the environment's step, compiled once for all tests, with the model as an argument
 
@@ -412,9 +441,15 @@ def c_readings(model, data) -> dict[str, np.ndarray]:
         velocities.append(velocity[3:].copy())
     touching = {int(model.geom_bodyid[geom]) for pair in still.contact.geom for geom in pair}
     soles = [(model.geom_bodyid == foot) & (model.geom_conaffinity > 0) for foot in FEET]
+    center, height = still.subtree_com[1], still.subtree_com[1, 2]
+    point = center[:2] + data.qvel[:2] * math.sqrt(height / 9.81)
+    ahead = rotation(data.qpos[3:7])[:2, 0] / np.linalg.norm(rotation(data.qpos[3:7])[:2, 0])
+    away = np.array([still.geom_xpos[sole][:, :2] - point for sole in soles]).reshape(-1, 2)
+    away = away @ np.transpose([ahead, [-ahead[1], ahead[0]]])
     lowest = [(still.geom_xpos[sole, 2] - model.geom_size[sole, 0]).min() for sole in soles]
     return {"foot_height": still.xpos[FEET, 2].copy(), "foot_velocity": np.array(velocities),
             "clearance": np.maximum(lowest, 0),
+            "capture_error": np.linalg.norm(np.maximum(0, np.maximum(away.min(0), -away.max(0)))),
             "contact": np.array([foot in touching for foot in FEET])}
 
 def c_model(env, row: int) -> mujoco.MjModel:
@@ -471,7 +506,8 @@ def test_physics_is_c_mujocos(advanced, original):
 def test_readings_mean_the_state_before_the_last_integration(advanced, original):
     """Feet are read where C MuJoCo has them before the last integration, which is not where they are after it."""
     _, readings = advanced
-    for name, most in (("foot_height", 1e-6), ("clearance", 1e-6), ("foot_velocity", 5e-4), ("contact", 0)):
+    for name, most in (("foot_height", 1e-6), ("clearance", 1e-6), ("foot_velocity", 5e-4), ("contact", 0),
+                       ("capture_error", 1e-5)):
         before, after = (np.float64(original[when][name]) for when in ("before", "after"))
         np.testing.assert_allclose(np.float64(readings[name]), before, atol=most, err_msg=name)
         assert np.abs(before - after).max() > max(100 * most, 0.5 if name == "contact" else 0), name
@@ -718,7 +754,8 @@ class Toy(unitree.Env):
         speeds = 0.8 * data.qvel[6:] + domain["strength"] * (DEFAULT + 0.25 * action - data.qpos[7:])
         return data.replace(qpos=qpos, qvel=data.qvel.at[6:].set(speeds)), {
             "torque": action, "contact": knees < 0.3, "foot_height": 0.05 + 0.1 * knees,
-            "foot_velocity": jnp.zeros((2, 3)), "clearance": 0.1 * jnp.maximum(knees - 0.3, 0)}
+            "foot_velocity": jnp.zeros((2, 3)), "clearance": 0.1 * jnp.maximum(knees - 0.3, 0),
+            "capture_error": jnp.abs(data.qvel[0])}
 
 class Short(Toy):
     time_limit = 5
@@ -839,8 +876,8 @@ def test_domains_cover_their_ranges():
         np.testing.assert_allclose(values, np.stack([robots] * unitree.NUM_PAYLOADS), rtol=1e-9)
 
 def test_resets():
-    """Joints at 50 to 150% of their default, the base level, 1.6 cm above the floor and moving; the same key gives the
-    same start, another one another."""
+    """Joints at 50 to 150% of their default, the base level, 1.6 cm above the floor and moving; in half of the worlds a
+    tenth of both; the same key gives the same start, another one another."""
     first = reset_worlds(make(Toy, USUAL), 1000)
     assert_same(first, reset_worlds(make(Toy, USUAL), 1000))
     qpos, qvel = np.asarray(first.data.qpos), np.asarray(first.data.qvel)
@@ -849,6 +886,9 @@ def test_resets():
     assert 0.499 < factor.min() < 0.51 and 1.49 < factor.max() < 1.501 and not qpos[:, 7:][:, DEFAULT == 0].any()
     fastest = np.abs(qvel[:, :6]).max(axis=0)
     assert not qvel[:, 6:].any() and (fastest <= 0.5).all() and (fastest > 0.49).all()
+    rest = np.abs(qvel[:, :6]).max(axis=1) <= 0.05
+    np.testing.assert_array_equal(rest, np.abs(factor - 1).max(axis=1) <= 0.05 + 1e-6)
+    assert 0.4 < rest.mean() < 0.6
     assert len(np.unique(qvel[:, :6].round(6))) > 5900 and len(np.unique(factor.round(6))) > 5500
     assert not first.info["elapsed"].any() and not first.info["action"].any() and not first.done.any()
     assert first.data.qacc_warmstart.shape == (1000, 18) and not first.data.qacc_warmstart.any()

@@ -253,7 +253,7 @@ def motion_of(robot: unitree.Robot, **changes) -> unitree.Motion:
         gravity=np.array([0, 0, -1.0]), angles=robot.joint_array("default"), speeds=zeros, accelerations=zeros,
         torque=zeros, action=np.zeros(len(robot.acted)), action_before=np.zeros(len(robot.acted)),
         foot_height=np.zeros(feet), foot_velocity=np.zeros((feet, 3)), contact=np.full(feet, True),
-        stance=np.full(feet, True), flight=np.zeros(feet), clearance=np.zeros(feet))
+        stance=np.full(feet, True), flight=np.zeros(feet), clearance=np.zeros(feet), capture_error=0.0)
     return unitree.Motion(**{name: jnp.asarray(value) for name, value in (still | changes).items()})
 
 
@@ -261,7 +261,7 @@ def motion_of(robot: unitree.Robot, **changes) -> unitree.Motion:
 def test_standing_still_earns_all_there_is(name):
     """The terms are those of the row, and none is worse where the robot stands as told."""
     robot = ROBOTS[name]
-    best = {"track_velocity": 1, "track_yaw": 1, "alive": 1, "gait": len(robot.feet)}
+    best = {"track_velocity": 1, "track_yaw": 1, "alive": 1, "gait": len(robot.feet), "standing_pose": 1}
     terms = unitree.unweighted_terms(robot, motion_of(robot))
     assert terms.keys() == robot.weights.keys()
     for term, value in terms.items():
@@ -288,7 +288,7 @@ def test_flight_is_counted_from_the_last_contact():
             "airborne": jnp.array([3, 0, 5, 0])}
     readings = {"contact": jnp.array([True, True, False, False]), "torque": jnp.zeros(12),
                 "foot_height": jnp.zeros(4), "foot_velocity": jnp.zeros((4, 3)),
-                "clearance": jnp.zeros(4)}
+                "clearance": jnp.zeros(4), "capture_error": jnp.zeros(())}
     data = unitree.Physics(qpos=jnp.zeros(19).at[3].set(1), qvel=jnp.zeros(18), qacc_warmstart=jnp.zeros(18))
     motion = unitree.Env.describe_motion(env, info, data, data, jnp.zeros(12), readings)
     np.testing.assert_allclose(motion.flight, [0.08, 0, 0, 0])
