@@ -1020,18 +1020,18 @@ def capture_error(center, velocity, quat, soles) -> jax.Array:
     moves on like an inverted pendulum's. While it is between the feet, none has to move; while it
     is not, no ankle can stop the fall, and one must.
 
-    center: [3] m, of mass; velocity: [2] m/s and quat: [4], of the base; soles: [P, 2] m, of the
+    center: [3] m, of mass; velocity: [2] m/s and quat: [4], of the base; soles: [P, 3] m, of the
     points under the feet. The box around them, along the base's heading, stands for their convex
-    hull.
+    hull; the lowest of them for the floor.
     Source: Pratt et al. 2006, "Capture point"; Koolen et al. 2012.
     """
-    height = jnp.maximum(center[2], 0.1)  # m: of a fallen robot it could be 0
+    height = jnp.maximum(center[2] - soles[:, 2].min(), 0.1)  # m: a fallen robot's could be 0
     point = center[:2] + velocity * jnp.sqrt(height / GRAVITY)
     w, x, y, z = quat
     yaw = jnp.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
     ahead = jnp.stack([jnp.cos(yaw), jnp.sin(yaw)])
     left = jnp.stack([-ahead[1], ahead[0]])
-    offsets = (soles - point) @ jnp.stack([ahead, left], axis=1)  # [P, 2]
+    offsets = (soles[:, :2] - point) @ jnp.stack([ahead, left], axis=1)  # [P, 2]
     beyond = jnp.maximum(jnp.maximum(offsets.min(axis=0), -offsets.max(axis=0)), 0.0)
     return jnp.linalg.norm(beyond)
 
@@ -1334,7 +1334,7 @@ class Env:
                     center=full.subtree_com[1],
                     velocity=data.qvel[:2],
                     quat=data.qpos[3:7],
-                    soles=full.geom_xpos[self.soles.ravel(), :2],
+                    soles=full.geom_xpos[self.soles.ravel()],
                 ),
             }
             data = Physics(qpos=full.qpos, qvel=full.qvel, qacc_warmstart=full.qacc_warmstart)

@@ -586,6 +586,8 @@ BIPED_WEIGHTS = {
     "joint_limits": -5.0,
     "upright_joints": -1.0,
     "lifted_standing": -40.0,
+    "capture": -8.0,
+    "standing_pose": 1.5,
 }
 BIPED_COMMANDS = {
     "stand": (0.0, 0.0, 0.0),
@@ -1161,6 +1163,7 @@ def in_mirror(robot: Robot, command, elapsed):
 # stands when told to walk at 0.3 m/s loses 30%, and who drifts by 0.2 m/s when told to stand 15%.
 TRACKING_WIDTH = 0.25  # (m/s)^2 and (rad/s)^2, as in legged_gym's tracking_sigma
 STANDING_WIDTH = 0.04  # (m/s)^2
+STANDING_POSE_WIDTH = 0.01  # rad^2, of the joints' mean square
 
 
 @struct.dataclass
@@ -1188,6 +1191,7 @@ class Motion:
     contact: jax.Array  # [F] bool
     flight: jax.Array  # [F] s that a foot which lands now has been in the air; 0 for the others
     stance: jax.Array  # [F] bool: should be on the floor, by the clock or as told to stand
+    capture_error: jax.Array  # [] m, see the function of this name
 
 
 def is_stance(robot: Robot, elapsed, xp=jnp):
@@ -1200,28 +1204,58 @@ def is_stance(robot: Robot, elapsed, xp=jnp):
     return ticks < round(robot.stance_share * robot.gait_ticks)
 
 
+GRAVITY = 9.81  # m/s^2
+
+
+def capture_error(center, velocity, quat, soles) -> jax.Array:
+    """How far the capture point is from where the feet could hold it: [] m.
+
+    The capture point is where a robot has to step so that it comes to rest: its centre of mass
+    moves on like an inverted pendulum's. While it is between the feet, none has to move; while it
+    is not, no ankle can stop the fall, and one must.
+
+    center: [3] m, of mass; velocity: [2] m/s and quat: [4], of the base; soles: [P, 3] m, of the
+    points under the feet. The box around them, along the base's heading, stands for their convex
+    hull; the lowest of them for the ground.
+    Source: Pratt et al. 2006, "Capture point"; Koolen et al. 2012.
+    """
+    height = jnp.maximum(center[2] - soles[:, 2].min(), 0.1)  # m: a fallen robot's could be 0
+    point = center[:2] + velocity * jnp.sqrt(height / GRAVITY)
+    w, x, y, z = quat
+    yaw = jnp.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+    ahead = jnp.stack([jnp.cos(yaw), jnp.sin(yaw)])
+    left = jnp.stack([-ahead[1], ahead[0]])
+    offsets = (soles[:, :2] - point) @ jnp.stack([ahead, left], axis=1)  # [P, 2]
+    beyond = jnp.maximum(jnp.maximum(offsets.min(axis=0), -offsets.max(axis=0)), 0.0)
+    return jnp.linalg.norm(beyond)
+
+
 def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
     """The terms of the robot's reward before weighting: name -> []."""
     lowest = robot.limits @ [0.95, 0.05]  # of the central 90% of each joint's range
     highest = robot.limits @ [0.05, 0.95]
     beyond = jnp.maximum(m.angles - highest, 0.0).sum() + jnp.maximum(lowest - m.angles, 0.0).sum()
+    standing = stands(m.command)
+    balanced = m.capture_error <= 0
     # Whoever goes down finds the ground late: what the clock wants on the ground may look for it.
-    swings = ~m.contact & ~m.stance & ~stands(m.command)
+    swings = ~m.contact & ~m.stance & ~standing
     too_low = jnp.minimum(m.foot_height - robot.swing_height, 0.0)
     velocity_error = jnp.square(m.command[:2] - m.velocity[:2]).sum()
     yaw_error = jnp.square(m.command[2] - m.rates[2])
     speed = jnp.linalg.norm(m.command[:2])
     walks = speed > 0.1  # m/s
     bent = robot.joint_array("posture") * jnp.square(m.angles - robot.joint_array("default"))
-    slow = jnp.linalg.norm(m.velocity[:2]) < 0.25  # m/s: a faster one that is to stand was pushed
+    in_place = (2.0 * (m.contact == m.stance) - 1).sum()
+    apart = jnp.square(m.angles - robot.joint_array("default")).mean()
 
     width = STANDING_WIDTH + (TRACKING_WIDTH - STANDING_WIDTH) * jnp.minimum(speed, 1.0)
     terms = {
         "track_velocity": jnp.exp(-velocity_error / width),
         "track_yaw": jnp.exp(-yaw_error / TRACKING_WIDTH),
         "alive": jnp.ones(()),
-        # Feet that are where the clock wants them, less the others.
-        "gait": (2.0 * (m.contact == m.stance) - 1).sum(),
+        # Feet that are where they should be, less the others. Who is told to stand but has to step,
+        # as after a push, gets half of the most whatever its feet do, so that no step costs.
+        "gait": jnp.where(standing & ~balanced, len(robot.feet) / 2, in_place),
         "swing_height": (swings * jnp.square(too_low)).sum(),
         "stance_slip": (m.contact * jnp.square(m.foot_velocity).sum(axis=-1)).sum(),
         "vertical_velocity": jnp.square(m.velocity[2]),
@@ -1235,8 +1269,10 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
         "joint_limits": beyond,
         "upright_joints": jnp.square(robot.joint_array("upright") * m.angles).sum(),
         "posture": bent.sum(),
-        # The cost grows with height, so that lowering a step pays at once. A pushed robot may step.
-        "lifted_standing": (stands(m.command) & slow) * m.clearance.sum(),
+        # The cost grows with height, so that lowering a step pays at once.
+        "lifted_standing": (standing & balanced) * jnp.minimum(m.clearance, 0.03).sum(),
+        "capture": standing * m.capture_error,
+        "standing_pose": (standing & balanced) * jnp.exp(-apart / STANDING_POSE_WIDTH),
         # Of each landing, the time in the air beyond half a second.
         "air_time": walks * jnp.where(m.flight > 0, m.flight - 0.5, 0.0).sum(),
     }
@@ -1449,15 +1485,19 @@ class Env:
         ground = self.ground if ground is None else ground
         tile = ground[tile_number(ground_level, ground_kind)]
 
+        # Half of the episodes begin at rest, as a robot's day does.
+        rest_key, velocity_key = jax.random.split(velocity_key)
+        far = jnp.where(jax.random.bernoulli(rest_key), 0.05, 0.5)
         default = self.controller.default
-        angles = default * jax.random.uniform(angle_key, default.shape, minval=0.5, maxval=1.5)
+        factors = jax.random.uniform(angle_key, default.shape, minval=-1.0, maxval=1.0)
+        angles = default * (1 + far * factors)
         # There the ground is flat and at height 0, further than feet reach.
         place = jax.random.uniform(base_keys[0], (2,), minval=-START_HALF, maxval=START_HALF)
         heading = jax.random.uniform(base_keys[1], minval=-math.pi, maxval=math.pi)
         height = jnp.array([self.robot.start_height])
         turn = jnp.array([jnp.cos(heading / 2), 0.0, 0.0, jnp.sin(heading / 2)])
         base = jnp.concatenate([place, height, turn])
-        velocity = jax.random.uniform(velocity_key, (6,), minval=-0.5, maxval=0.5)
+        velocity = far * jax.random.uniform(velocity_key, (6,), minval=-1.0, maxval=1.0)
         action = jnp.zeros(self.action_size)
         qvel = jnp.concatenate([velocity, jnp.zeros_like(angles)])
         data = Physics(
@@ -1537,6 +1577,12 @@ class Env:
                 "sole_position": full.geom_xpos[self.soles],
                 "foot_velocity": cvel[:, 3:] + jnp.cross(cvel[:, :3], arm),
                 "contact": touching.any(axis=(0, 2)),
+                "capture_error": capture_error(
+                    center=full.subtree_com[1],
+                    velocity=data.qvel[:2],
+                    quat=data.qpos[3:7],
+                    soles=full.geom_xpos[self.soles.ravel()],
+                ),
             }
             data = Physics(qpos=full.qpos, qvel=full.qvel, qacc_warmstart=full.qacc_warmstart)
             return data, readings

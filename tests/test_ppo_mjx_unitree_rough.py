@@ -369,7 +369,7 @@ def test_feet_may_swing_higher_and_look_for_the_ground():
         gravity=np.array([0.0, 0.0, -1.0]), angles=joints, speeds=joints, accelerations=joints, torque=joints,
         action=joints, action_before=joints, foot_height=np.array([wanted - 0.05, wanted + 0.05, wanted - 0.1, 0.02]),
         clearance=np.zeros(feet), foot_velocity=np.zeros((feet, 3)), contact=np.array([False, False, False, True]),
-        stance=np.array([False, False, True, False]), flight=np.zeros(feet))  # fmt: skip
+        stance=np.array([False, False, True, False]), flight=np.zeros(feet), capture_error=np.zeros(()))  # fmt: skip
     assert rough.unweighted_terms(ROBOT, motion)["swing_height"] == pytest.approx(0.05**2, rel=1e-4)
     standing = motion.replace(command=np.zeros(3))
     assert rough.unweighted_terms(ROBOT, standing)["swing_height"] == 0
@@ -449,6 +449,7 @@ class Glider(rough.Env):
             "foot_height": jnp.zeros(4),
             "clearance": jnp.zeros(4),
             "foot_velocity": jnp.zeros((4, 3)),
+            "capture_error": jnp.zeros(()),
         }
         return data.replace(qpos=qpos, qvel=qvel), readings
 

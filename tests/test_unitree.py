@@ -357,7 +357,7 @@ def test_capture_point(yaw):
     turn = np.array([[math.cos(yaw), -math.sin(yaw)], [math.sin(yaw), math.cos(yaw)]])
     quat = jnp.array([math.cos(yaw / 2), 0, 0, math.sin(yaw / 2)])
     soles = np.array([[0.1, 0.15], [-0.05, 0.15], [0.1, -0.15], [-0.05, -0.15]])
-    place = np.array([3.0, -2.0])  # far from the world's middle
+    place, ground = np.array([3.0, -2.0]), 0.4  # far from the world's middle
     height, seconds = 0.7, math.sqrt(0.7 / 9.81)
     for center, speed, expected in [
         ((0.02, 0.0), (0.0, 0.0), 0),
@@ -366,10 +366,11 @@ def test_capture_point(yaw):
         ((-0.02, 0.1), (-0.3, 0.4), math.hypot(0.02 + 0.3 * seconds - 0.05, 0.1 + 0.4 * seconds - 0.15)),
         ((0.2, 0.0), (-0.3, 0.0), max(0.2 - 0.3 * seconds - 0.1, 0)),
     ]:
-        com, points = [*(place + turn @ center), height], place + soles @ turn.T
+        com = [*(place + turn @ center), ground + height]
+        points = np.column_stack([place + soles @ turn.T, ground + np.array([0, 0.05, 0, 0.1])])
         found = unitree.capture_error(jnp.array(com), jnp.array(turn @ speed), quat, jnp.array(points))
         assert found == pytest.approx(expected, abs=2e-6)
-    fallen = unitree.capture_error(jnp.array([0.0, 0, -0.1]), jnp.array([1.0, 0]), quat, jnp.array(soles))
+    fallen = unitree.capture_error(jnp.zeros(3), jnp.array([1.0, 0]), quat, jnp.ones((4, 3)))
     assert np.isfinite(fallen)
 
 # ---- Physics: the environment's step, compiled once for all tests, with the model as an argument
@@ -441,7 +442,8 @@ def c_readings(model, data) -> dict[str, np.ndarray]:
         velocities.append(velocity[3:].copy())
     touching = {int(model.geom_bodyid[geom]) for pair in still.contact.geom for geom in pair}
     soles = [(model.geom_bodyid == foot) & (model.geom_conaffinity > 0) for foot in FEET]
-    center, height = still.subtree_com[1], still.subtree_com[1, 2]
+    center = still.subtree_com[1]
+    height = center[2] - min(still.geom_xpos[sole, 2].min() for sole in soles)
     point = center[:2] + data.qvel[:2] * math.sqrt(height / 9.81)
     ahead = rotation(data.qpos[3:7])[:2, 0] / np.linalg.norm(rotation(data.qpos[3:7])[:2, 0])
     away = np.array([still.geom_xpos[sole][:, :2] - point for sole in soles]).reshape(-1, 2)
