@@ -215,6 +215,8 @@ class Args:
     """share of the task in the reward; the rest is for the style, so that 0 is style alone"""
     num_frames: Annotated[int, Range(2, 4)] = 2
     """control steps that the discriminator sees at once"""
+    disc_command: bool = True
+    """it sees the command, too: to stand well is bad style for a robot that is told to walk"""
     disc_loss: Literal["least_squares", "bce"] = "least_squares"
     """the discriminator's loss: least squares, or binary cross-entropy"""
     disc_learning_rate: NonNegative = 1e-4
@@ -887,13 +889,14 @@ def velocity_between(before, after, dt: float, xp=jnp):
     )
 
 
-def describe_frame(qpos, qvel, feet, xp=jnp):
+def describe_frame(qpos, qvel, feet, command=None, xp=jnp):
     """A frame, what the discriminator sees of one moment: [..., K]. Nothing tells the place.
 
     qpos: [..., 7 + J]; qvel: [..., 6 + J], by `velocity_between` for robot and reference alike, so
-    that the way of measuring cannot tell them apart; feet: [..., F, 3] m, in the base's frame.
-    Height, gravity in the base's frame, velocity and rates in it, angles, speeds and feet, in SI
-    units.
+    that the way of measuring cannot tell them apart; feet: [..., F, 3] m, in the base's frame;
+    command: [..., 3] on the way to this pose, or None to leave it out.
+    Height, gravity in the base's frame, velocity and rates in it, angles, speeds, feet and command,
+    in SI units.
     """
     quat = qpos[..., 3:7]
     down = xp.broadcast_to(xp.array([0.0, 0.0, -1.0]), qvel[..., :3].shape)
@@ -906,6 +909,8 @@ def describe_frame(qpos, qvel, feet, xp=jnp):
         qvel[..., 6:],
         feet.reshape(*feet.shape[:-2], -1),
     ]
+    if command is not None:
+        parts.append(command)
     return xp.concatenate(parts, axis=-1)
 
 
@@ -916,7 +921,7 @@ class Motions:
     qpos: jax.Array  # [L, 7 + J]
     qvel: jax.Array  # [L, 6 + J] in each pose: the mean of the ways to it and from it
     frame: jax.Array  # [L, K]
-    command: jax.Array  # [L, 3] that the motion seems to follow: see `command_of`
+    command: jax.Array  # [L, 3] on the way to each pose, as its file tells or by `command_of`
     obs: jax.Array  # [L, O] what the actor would see, without noise
     action: jax.Array  # [L, A] that leads to the next frame: see `resample`
     action_before: jax.Array  # [L, A] that led to this one; in no mirror, unlike the other two
@@ -1156,11 +1161,11 @@ class Env:
             for who, values in obs.items()
         }
 
-    def frame(self, qpos: jax.Array, qvel: jax.Array) -> jax.Array:
+    def frame(self, qpos: jax.Array, qvel: jax.Array, command: jax.Array) -> jax.Array:
         """What the discriminator sees of a moment: [K]. qvel: by `velocity_between`."""
         data = mjx.kinematics(self.model, self.template.replace(qpos=qpos))
         feet = to_base_frame(qpos[3:7], data.xpos[self.feet] - qpos[:3])
-        return describe_frame(qpos, qvel, feet)
+        return describe_frame(qpos, qvel, feet, command if self.args.disc_command else None)
 
     def reset(self, key: jax.Array, level=1.0, start: dict | None = None) -> State:
         """A new episode near the default pose or in a reference, with another body and command.
@@ -1179,7 +1184,7 @@ class Env:
         qpos = jnp.concatenate([base, angles])
         qvel = jnp.concatenate([velocity, jnp.zeros_like(angles)])
         command = self.draw_command(command_key)
-        frame = self.frame(qpos, qvel)
+        frame = self.frame(qpos, qvel, command)
         window = jnp.broadcast_to(frame, (self.args.num_frames, *frame.shape))
         if start is not None:
             chosen = start["chosen"]
@@ -1300,7 +1305,8 @@ class Env:
             "error_velocity": error,
             "error_yaw": jnp.abs(motion.command[2] - motion.rates[2]),
         }
-        frame = self.frame(data.qpos, velocity_between(state.data.qpos, data.qpos, CONTROL_DT))
+        mean_qvel = velocity_between(state.data.qpos, data.qpos, CONTROL_DT)
+        frame = self.frame(data.qpos, mean_qvel, info["command"])
         window = jnp.concatenate([info["window"][1:], frame[None]])
 
         # The step is rewarded for the old command; the next one is observed already.
@@ -2157,7 +2163,7 @@ def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
     }
 
 
-WELL_TRACKED = 0.42  # share of the reward for the velocity; a G1 that falls each second has 0.3
+WELL_TRACKED = 0.5  # share of the reward for the velocity; a G1 that stands still has 0.4
 
 
 def next_level(args: Args, robot: Robot, level: jax.Array, reward: jax.Array) -> jax.Array:
@@ -2255,8 +2261,9 @@ class Clip(NamedTuple):
 
     qpos: np.ndarray  # [T, 7 + J]
     dt: float  # s between two frames
-    # [T, J] rad, where the joints were sent on the way to each frame; None where nobody knows
-    targets: np.ndarray | None = None
+    # On the way to each frame; None where nobody knows.
+    targets: np.ndarray | None = None  # [T, J] rad, where the joints were sent
+    command: np.ndarray | None = None  # [T, 3] what the robot was told
 
 
 # The joints of the G1's CSV files. Names of a robot's joints may have "_joint" at their end.
@@ -2309,20 +2316,23 @@ def read_csv(robot: Robot, file: Path) -> Clip:
 
 
 def read_npz(robot: Robot, file: Path) -> Clip:
-    """MuJoCo's own: qpos [T, 7 + J] and dt, or times [T] in its place; targets [T, J] if recorded."""
+    """MuJoCo's own: qpos [T, 7 + J] and dt, or times [T] in its place.
+
+    If it was recorded from a policy, with targets [T, J] and command [T, 3] as well.
+    """
     with np.load(file, allow_pickle=False) as arrays:
         qpos = to_table(arrays["qpos"], 7 + len(robot.joints))
-        targets = None
-        if "targets" in arrays:
-            targets = to_table(arrays["targets"], len(robot.joints))
-            if len(targets) != len(qpos):
-                raise ValueError(f"{len(targets)} targets for {len(qpos)} frames")
+        widths = {"targets": len(robot.joints), "command": 3}
+        told = {name: to_table(arrays[name], widths[name]) for name in widths if name in arrays}
+        for name, rows in told.items():
+            if len(rows) != len(qpos):
+                raise ValueError(f"{len(rows)} rows of {name} for {len(qpos)} frames")
         if "dt" in arrays:
-            return Clip(qpos=qpos, dt=float(arrays["dt"]), targets=targets)
+            return Clip(qpos=qpos, dt=float(arrays["dt"]), **told)
         steps = np.diff(arrays["times"])
     if not np.allclose(steps, steps.mean(), rtol=0.01):
         raise ValueError("its times are not evenly spaced")
-    return Clip(qpos=qpos, dt=float(steps.mean()), targets=targets)
+    return Clip(qpos=qpos, dt=float(steps.mean()), **told)
 
 
 def read_json(robot: Robot, file: Path) -> Clip:
@@ -2370,12 +2380,12 @@ def read_motion(robot: Robot, file: Path) -> Clip:
     return clip
 
 
-def resample(robot: Robot, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
-    """The poses at the control rate: [T, 7 + J]. Between two frames joints and base move evenly.
+def resample(robot: Robot, clip: Clip) -> Clip:
+    """The clip at the control rate, with targets. Between two frames joints and base move evenly.
 
-    Returns with them where the joints are sent on the way to each pose: [T, J] rad. What the file
-    does not tell is taken to be the pose's angles, ahead by what the controllers' damping takes
-    from their speeds. The weight that joints carry is not in these, so they are a beginning only.
+    Targets that the file does not tell are taken to be the pose's angles, ahead by what the
+    controllers' damping takes from their speeds. The weight that joints carry is not in these, so
+    they are a beginning only.
     """
     last = len(clip.qpos) - 1
     steps = math.floor(last * clip.dt / CONTROL_DT + 1e-3)
@@ -2385,17 +2395,34 @@ def resample(robot: Robot, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
     poses = clip.qpos[before]
     for pose, frame, time_since in zip(poses, before, times - before, strict=True):
         mujoco.mj_integratePos(robot.model, pose, velocity[frame], time_since)
+
     if clip.targets is None:
         lead = robot.joint_array("damping") / robot.joint_array("stiffness")  # s
-        return poses, poses[:, 7:] + lead * np.gradient(poses[:, 7:], CONTROL_DT, axis=0)
-    share = (times - before)[:, None]
-    return poses, (1 - share) * clip.targets[before] + share * clip.targets[before + 1]
+        targets = poses[:, 7:] + lead * np.gradient(poses[:, 7:], CONTROL_DT, axis=0)
+    else:
+        share = (times - before)[:, None]
+        targets = (1 - share) * clip.targets[before] + share * clip.targets[before + 1]
+    command = clip.command
+    if command is not None:
+        command = command[np.ceil(times - 1e-6).astype(int)]  # that on the way to the next frame
+    return Clip(qpos=poses, dt=CONTROL_DT, targets=targets, command=command)
 
 
 def mirror_poses(robot: Robot, qpos: np.ndarray) -> np.ndarray:
     """Poses [..., 7 + J] as a mirror at y = 0 shows them."""
     base = qpos[..., :7] * np.array([1, -1, 1, 1, -1, 1, -1])
     return np.concatenate([base, mirror_joints(robot, qpos[..., 7:])], axis=-1)
+
+
+def mirror_clip(robot: Robot, clip: Clip) -> Clip:
+    """A clip with targets as a mirror at y = 0 shows it."""
+    command = None if clip.command is None else clip.command * np.array([1, -1, -1])
+    return Clip(
+        qpos=mirror_poses(robot, clip.qpos),
+        dt=clip.dt,
+        targets=mirror_joints(robot, clip.targets),
+        command=command,
+    )
 
 
 def trace_feet(robot: Robot, qpos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -2486,11 +2513,12 @@ def demonstrate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the actor would see in each frame of a clip [T, ...], and the action that leads on.
 
-    targets: by `resample`. Returns observations [T, O] and actions [T, A].
+    command, targets: on the way to each frame. Returns observations [T, O] and actions [T, A].
     """
     robot = ROBOTS[args.robot]
     action_before = robot.actions(targets)
     action = np.concatenate([action_before[1:], action_before[-1:]])
+    command = np.concatenate([command[1:], command[-1:]])  # the next one is observed already
     senses = sense(robot, qpos, qvel, command, action_before, np)
     obs = observe(seen_parts(robot, "actor"), senses, np)
     mirrored = in_mirror(args, command)[:, None]
@@ -2505,26 +2533,33 @@ def load_motions(args: Args) -> Motions:
     weights = []
     files = motion_files(args)
     for number, file in enumerate(files):
-        poses, targets = resample(robot, read_motion(robot, file))
-        say(f"{file}: {describe_clip(robot, poses)}")
-        images = [(poses, targets)]
-        if args.mirror:
-            images.append((mirror_poses(robot, poses), mirror_joints(robot, targets)))
-        weight = args.motion_weights[number] if args.motion_weights else len(poses)
+        clip = resample(robot, read_motion(robot, file))
+        say(f"{file}: {describe_clip(robot, clip.qpos)}")
+        images = [clip, mirror_clip(robot, clip)] if args.mirror else [clip]
+        weight = args.motion_weights[number] if args.motion_weights else len(clip.qpos)
         clips += images
         weights += [weight] * len(images)
 
     # A clip's first pose only tells the velocity of its second one.
-    qpos = [poses[1:] for poses, _ in clips]
-    targets = [targets[1:] for _, targets in clips]
+    qpos = [clip.qpos[1:] for clip in clips]
+    targets = [clip.targets[1:] for clip in clips]
     # On the way to each pose, as robots' frames have it; and in it, as simulators do.
-    mean_qvel = [velocity_between(poses[:-1], poses[1:], CONTROL_DT, np) for poses, _ in clips]
+    mean_qvel = [velocity_between(clip.qpos[:-1], clip.qpos[1:], CONTROL_DT, np) for clip in clips]
     qvel = [(speeds + np.concatenate([speeds[1:], speeds[-1:]])) / 2 for speeds in mean_qvel]
-    frames = [
-        describe_frame(poses, speeds, trace_feet(robot, poses)[0], np)
-        for poses, speeds in zip(qpos, mean_qvel, strict=True)
+    commands = [
+        command_of(args, poses, speeds) if clip.command is None else clip.command[1:]
+        for clip, poses, speeds in zip(clips, qpos, mean_qvel, strict=True)
     ]
-    commands = [command_of(args, *clip) for clip in zip(qpos, mean_qvel, strict=True)]
+    frames = [
+        describe_frame(
+            poses,
+            speeds,
+            feet=trace_feet(robot, poses)[0],
+            command=command if args.disc_command else None,
+            xp=np,
+        )
+        for poses, speeds, command in zip(qpos, mean_qvel, commands, strict=True)
+    ]
     demos = [demonstrate(args, *clip) for clip in zip(qpos, qvel, commands, targets, strict=True)]
     length = np.array([len(poses) for poses in qpos], np.int32)
     chance = np.cumsum(weights) / np.sum(weights)

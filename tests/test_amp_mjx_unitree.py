@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import shutil
+import types
 from functools import partial
 from pathlib import Path
 
@@ -91,9 +92,9 @@ def load(*files: str, **settings) -> amp.Motions:
 def parts(robot: amp.Robot, frame: np.ndarray) -> dict[str, np.ndarray]:
     """A frame [..., K] by its parts."""
     joints = len(robot.joints)
-    widths = [1, 3, 3, 3, joints, joints, 3 * len(robot.feet)]
+    widths = [1, 3, 3, 3, joints, joints, 3 * len(robot.feet), 3]
     assert frame.shape[-1] == sum(widths)
-    names = ("height", "gravity", "velocity", "rates", "angles", "speeds", "feet")
+    names = ("height", "gravity", "velocity", "rates", "angles", "speeds", "feet", "command")
     return dict(zip(names, np.split(frame, np.cumsum(widths)[:-1], axis=-1), strict=True))
 
 
@@ -134,6 +135,9 @@ def test_a_glide_at_constant_velocity(tmp_path):
     np.testing.assert_allclose(seen["speeds"], np.tile(0.5 * np.eye(12)[3], (19, 1)), atol=1e-4)
     np.testing.assert_allclose(seen["angles"], poses[1:, 7:], atol=1e-6)
     np.testing.assert_allclose(motions.qvel[:, :3], np.tile([0.7, 0, 0], (19, 1)), atol=1e-5)
+    np.testing.assert_array_equal(seen["command"], motions.command)
+    blind = load(write(tmp_path / "glide.npz", poses), mirror=False, disc_command=False)
+    np.testing.assert_array_equal(blind.frame, motions.frame[:, :-3])
 
 
 def test_a_turn_on_the_spot(tmp_path):
@@ -158,7 +162,7 @@ def test_npz_comes_back(tmp_path):
         np.savez(tmp_path / "clip.npz", qpos=poses, **{name: when})
         clip = amp.read_motion(G1, tmp_path / "clip.npz")
         assert clip.dt == pytest.approx(DT)
-        np.testing.assert_allclose(amp.resample(G1, clip)[0], poses, atol=1e-9)
+        np.testing.assert_allclose(amp.resample(G1, clip).qpos, poses, atol=1e-9)
 
 
 def test_csv(tmp_path):
@@ -170,7 +174,7 @@ def test_csv(tmp_path):
     rows = np.concatenate([poses[:, :3], poses[:, [4, 5, 6, 3]], poses[:, 7:]], axis=1)
     np.savetxt(tmp_path / "clip.csv", rows, delimiter=",")
 
-    resampled, _ = amp.resample(robot, amp.read_motion(robot, tmp_path / "clip.csv"))
+    resampled = amp.resample(robot, amp.read_motion(robot, tmp_path / "clip.csv")).qpos
     assert len(resampled) == 51  # of the first second, both ends included
     np.testing.assert_allclose(resampled[:, 7:], poses[:1, 7:].repeat(51, axis=0), atol=1e-9)
     turned = yaw_quat(1.5 * DT * np.arange(51))
@@ -271,6 +275,23 @@ def test_the_command_that_a_clip_follows(tmp_path):
     command = load(write(tmp_path / "start.npz", starts), mirror=False).command[:, 0]
     assert not command[:25].any() and command[50] == pytest.approx(0.4, abs=0.03)
     np.testing.assert_allclose(command[75:], 0.8, atol=1e-6)
+
+
+def test_recorded_commands_are_those_of_the_clip(tmp_path):
+    """On the way to each pose, at any frame rate; the actor sees the next one; an image has the image's."""
+    told = np.repeat([[0.5, 0.3, -0.4], [0.0, 0.0, 0.8]], 5, axis=0)
+    file = tmp_path / "clip.npz"
+    np.savez(file, qpos=stand(G1, 10), targets=stand(G1, 10)[:, 7:], command=told, dt=DT)
+    motions = load(str(file))
+    np.testing.assert_allclose(motions.command[:9], told[1:], rtol=1e-6)
+    np.testing.assert_allclose(motions.command[9:], told[1:] * [1, -1, -1], rtol=1e-6)
+    np.testing.assert_array_equal(parts(G1, motions.frame)["command"], motions.command)
+    seen = motions.obs[:9, amp.part_slices(G1, amp.seen_parts(G1, "actor"))["command"]]
+    np.testing.assert_allclose(np.abs(seen[:, 2]), 0.25 * np.abs([*told[2:, 2], 0.8]), rtol=1e-6)
+
+    np.savez(file, qpos=stand(G1, 10), command=told, dt=2 * DT)
+    slow = amp.resample(G1, amp.read_motion(G1, file)).command
+    np.testing.assert_array_equal(slow, told[np.ceil(np.arange(19) / 2).astype(int)])
 
 
 def test_what_the_actor_sees_of_a_reference(tmp_path):
@@ -529,7 +550,7 @@ def test_frames_of_robot_and_reference_are_the_same(motions):
     numbers = np.setdiff1d(np.arange(10, len(motions.qpos), 10), motions.first)
     before, after = motions.qpos[numbers - 1], motions.qpos[numbers]
     qvel = amp.velocity_between(before.astype(float), after.astype(float), DT, np)
-    frames = run(jax.vmap(env.frame), after, qvel.astype(np.float32))
+    frames = run(jax.vmap(env.frame), after, qvel.astype(np.float32), motions.command[numbers])
     np.testing.assert_allclose(frames, motions.frame[numbers], atol=1e-4)
 
 
@@ -786,19 +807,19 @@ def test_missing_reference_is_one_line(tmp_path, monkeypatch, capsys):
 
 # ---- Tools ---------------------------------------------------------------------------------------
 def test_recorded_commands_cover_their_ranges():
-    """To stand first; ends of each axis; with the mirror's images, mixtures of all pairs of signs."""
+    """To stand first; ends of each axis; the others as in training, with the mirror's images."""
     ranges = np.array([[-0.6, 1.0], [-0.4, 0.4], [-0.8, 0.8]])
-    commands = record_motion.list_commands(ranges, 50, seed=0)
-    assert not commands[0].any() and len(commands) == 1 + 4 + 2 + 4 + 50
+    commands = record_motion.list_commands(ranges, 2000, standing=0.15, slowest=0.2, seed=0)
+    assert not commands[0].any() and len(commands) == 1 + 4 + 2 + 4 + 2000
     assert (commands[:, 1] >= 0).all()
     np.testing.assert_allclose(commands.max(axis=0), [1.0, 0.4, 0.8])
     np.testing.assert_allclose(commands.min(axis=0), [-0.6, 0.0, -0.8])
-    mixtures = commands[11:]
-    standing = ~mixtures.any(axis=1)
-    assert standing.mean() == pytest.approx(1 / 6, abs=0.02)
-    both = np.concatenate([mixtures[~standing], mixtures[~standing] * [1, -1, -1]])
-    signs, counts = np.unique(np.sign(both), axis=0, return_counts=True)
-    assert len(signs) == 8 and counts.min() >= 3
+    drawn = np.concatenate([commands[11:], commands[11:] * [1, -1, -1]])
+    env = types.SimpleNamespace(args=amp.Args(standing=0.15))
+    trained = run(jax.vmap(partial(amp.Env.draw_command, env)), jax.random.split(jax.random.key(0), 4000))
+    for shares in ((drawn == 0).mean(axis=0), (np.asarray(trained) == 0).mean(axis=0)):
+        np.testing.assert_allclose(shares, [0.23, 0.23, 0.36], atol=0.03)
+    np.testing.assert_allclose(np.std(drawn, axis=0), np.std(trained, axis=0), rtol=0.05)
 
 
 def test_smoothing():
@@ -824,16 +845,19 @@ def test_a_policy_is_recorded(tmp_path, capsys):
     settings = dataclasses.asdict(ppo_mjx_unitree.Args())
     (run_dir / "run.json").write_text(json.dumps({"script": plain.name, "args": settings}))
     out = tmp_path / "out.npz"
-    call = [str(run_dir), "--out", str(out), "--seconds", "1.2", "--mixtures", "0"]
+    call = [str(run_dir), "--out", str(out), "--seconds", "1.2", "--random", "0"]
     record_motion.main(call)
     assert "0% fallen" in capsys.readouterr().out
-    poses, targets = amp.resample(G1, amp.read_motion(G1, out))
+    clip = amp.resample(G1, amp.read_motion(G1, out))
+    poses = clip.qpos
+    np.testing.assert_array_equal(clip.command[-60:], np.tile(clip.command[-1], (60, 1)))
+    assert not clip.command[0].any() and len(np.unique(clip.command, axis=0)) == 11
     assert len(poses) == 11 * 60 - 50 and out.stat().st_size < 100_000
     assert amp.check_clip(G1, poses)["slip"] < 0.3
     assert np.ptp(poses[:, 0]) > 0.2 and poses[:, 2].min() > 0.7
     # Torques of a robot that stands and walks, not of one that hangs: the targets carry it.
     controller = amp.make_controller(G1)
-    torque = controller.stiffness * (targets - poses[:, 7:])
+    torque = controller.stiffness * (clip.targets - poses[:, 7:])
     assert np.abs(torque).mean() > 3 and np.abs(torque).max() < 200
 
     policy = dict(np.load(run_dir / "policy.npz"))
@@ -848,6 +872,6 @@ def test_default_references_are_motions():
     assert files
     for file in files:
         robot = amp.ROBOTS[file.stem]
-        found = amp.check_clip(robot, amp.resample(robot, amp.read_motion(robot, file))[0])
+        found = amp.check_clip(robot, amp.resample(robot, amp.read_motion(robot, file)).qpos)
         assert found["fallen"] == 0 and found["slip"] < 0.3 and found["penetration"] < 0.02
         assert found["beyond"] < 0.05 and file.stat().st_size < 1_000_000

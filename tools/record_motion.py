@@ -5,12 +5,12 @@
 
 The policy of the run walks in C MuJoCo, as in its script's test: the same model, controller and
 start. Without a break it is given one command after the other: to stand, each of the command's
-axes at its ends and halfway, and random mixtures, every sixth of which is to stand again, as in
-training. Commands to the left suffice, with turns to both sides, for the training adds the mirror
-image of all that it reads.
+axes at its ends and halfway, and random ones, drawn as in training. Commands to the left suffice,
+with turns to both sides, for the training adds the mirror image of all that it reads.
 
 The poses are written as an npz of qpos [T, nq] (position, quaternion w x y z, joint angles), the
-joints' targets on the way to each of them [T, J], and dt, smoothed if asked for. By default
+joints' targets on the way to each of them [T, J], the command then [T, 3], and dt. Poses and
+targets are smoothed if asked for. By default
 the file is robots/motions/ROBOT.npz, from which the training of this robot takes its reference.
 """
 
@@ -31,11 +31,16 @@ from tools.show_motion import load_amp
 
 FIRST = 1.0  # s, from the start to the first pose that is kept
 CALM = 3.0  # standard deviations, after which the smoothing stops
-STANDING_EVERY = 6  # commands
 
 
-def list_commands(ranges: np.ndarray, mixtures: int, seed: int) -> np.ndarray:
-    """Commands [n, 3] that cover their ranges [3, 2], none to the right; the first is to stand."""
+def list_commands(
+    ranges: np.ndarray, count: int, standing: float, slowest: float, seed: int
+) -> np.ndarray:
+    """Commands [n, 3] that cover their ranges [3, 2], none to the right; the first is to stand.
+
+    count: of the random ones; standing: the share of these that is to stand. Of the others, what is
+    slower than `slowest` is 0, as in the scripts' Env.draw_command.
+    """
     ranges = np.array(ranges)
     # The mirror changes the signs of the last two at once, and so shows the other half of them.
     ranges[1, 0] = 0.0
@@ -46,23 +51,28 @@ def list_commands(ranges: np.ndarray, mixtures: int, seed: int) -> np.ndarray:
         for share in (0.5, 1.0)
         if end
     ]
-    mixed = np.random.default_rng(seed).uniform(*ranges.T, size=(mixtures, 3))
-    mixed[::STANDING_EVERY] = 0.0
-    return np.concatenate([np.zeros((1, 3)), single, mixed])
+    random = np.random.default_rng(seed)
+    drawn = random.uniform(*ranges.T, size=(count, 3))
+    speed = np.linalg.norm(drawn[:, :2], axis=1)
+    size = np.stack([speed, speed, np.abs(drawn[:, 2])], axis=1)
+    drawn[size < slowest] = 0.0
+    drawn[random.uniform(size=count) < standing] = 0.0
+    return np.concatenate([np.zeros((1, 3)), single, drawn])
 
 
 def walk(
     script: ModuleType, original, policy: dict, commands: np.ndarray, seconds: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """The poses [T, 7 + J] of a policy that follows each command for some seconds.
+) -> dict[str, np.ndarray]:
+    """The motion of a policy that follows each command for some seconds, by the npz's names.
 
-    original: the script's CMujocoEnv. Returns the joints' targets [T, J] rad with them.
+    original: the script's CMujocoEnv.
     """
     steps = round(seconds / script.CONTROL_DT)
     memory = script.initial_memory()
     original.reset(0)
     poses = []
     targets = []
+    told = []
     for command in commands:
         for _ in range(steps):
             memory, action = script.act(policy, memory, original.observe(command))
@@ -70,8 +80,10 @@ def walk(
                 fail(f"the policy fell at the command {command.round(2).tolist()}: train it better")
             poses.append(original.data.qpos.copy())
             targets.append(original.robot.targets(action, np))
+            told.append(command)
     first = round(FIRST / script.CONTROL_DT)
-    return np.array(poses)[first:], np.array(targets)[first:]
+    motion = {"qpos": poses, "targets": targets, "command": told}
+    return {name: np.array(rows)[first:] for name, rows in motion.items()}
 
 
 def smooth(rows: np.ndarray, deviation: float) -> np.ndarray:
@@ -103,13 +115,13 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, metavar="FILE.npz", help="the file to write")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each command")
-    parser.add_argument("--mixtures", type=int, default=48, help="random commands after the others")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each command")
+    parser.add_argument("--random", type=int, default=120, help="random commands after the others")
     parser.add_argument("--smooth", type=float, default=0.0, help="a Gaussian's deviation, s")
     parser.add_argument("--seed", type=int, default=0, help="of the random commands")
     parser.add_argument("--script", type=Path, help="the script that made the run")
     flags = parser.parse_args(argv)
-    for name, least, most in (("seconds", 0.1, 600), ("mixtures", 0, 1000), ("smooth", 0, 1)):
+    for name, least, most in (("seconds", 0.1, 600), ("random", 0, 10000), ("smooth", 0, 1)):
         value = getattr(flags, name)
         if not least <= value <= most:
             fail(f"--{name} {value}: not between {least} and {most}")
@@ -126,14 +138,15 @@ def main(argv: list[str]) -> None:
         fail(f"{flags.run_dir}: no policy ({type(error).__name__}: {error!s:.200})")
 
     ranges = np.array([args.command_x, args.command_y, args.command_yaw])
-    commands = list_commands(ranges, flags.mixtures, flags.seed)
+    slowest = script.MIN_COMMAND
+    commands = list_commands(ranges, flags.random, args.standing, slowest, flags.seed)
     robot = script.ROBOTS[args.robot]
-    poses, targets = walk(script, script.CMujocoEnv(robot), policy, commands, flags.seconds)
+    motion = walk(script, script.CMujocoEnv(robot), policy, commands, flags.seconds)
     deviation = flags.smooth / script.CONTROL_DT
-    poses = smooth_poses(poses, deviation)
-    # Targets to a thousandth of a radian, so that the file packs well.
-    arrays = {"qpos": poses, "targets": smooth(targets, deviation).round(3)}
-    arrays = {name: rows.astype(np.float32) for name, rows in arrays.items()}
+    motion["qpos"] = smooth_poses(motion["qpos"], deviation)
+    # To a thousandth of a radian, so that the file packs well.
+    motion["targets"] = smooth(motion["targets"], deviation).round(3)
+    arrays = {name: rows.astype(np.float32) for name, rows in motion.items()}
 
     amp = load_amp()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +154,7 @@ def main(argv: list[str]) -> None:
     np.savez_compressed(out, **arrays, dt=script.CONTROL_DT)
     print(f"{out}: {len(commands)} commands, {out.stat().st_size / 1e3:.0f} kB")
     if args.robot in amp.ROBOTS:
-        print(amp.describe_clip(amp.ROBOTS[args.robot], poses))
+        print(amp.describe_clip(amp.ROBOTS[args.robot], motion["qpos"]))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
         fail(f"--robot {flags.robot}: not one of {', '.join(amp.ROBOTS)}")
 
     robot = amp.ROBOTS[flags.robot]
-    poses, _ = amp.resample(robot, amp.read_motion(robot, flags.file))
+    poses = amp.resample(robot, amp.read_motion(robot, flags.file)).qpos
     print(f"{flags.file}: {amp.describe_clip(robot, poses)}")
     if not flags.record:
         check_display()
