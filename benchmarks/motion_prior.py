@@ -1,0 +1,257 @@
+"""What a motion prior does for a walk: policies with and without one, beside the reference.
+
+    python benchmarks/motion_prior.py --robot g1
+    python benchmarks/motion_prior.py --robot g1 --policies with=docs/g1_amp_policy.npz without=docs/g1_policy.npz
+
+A policy is LABEL=FILE; the label `with` is driven by amp_mjx_unitree.py, `without` by ppo_mjx_unitree.py, others by
+the one that the label begins with (`with, no replay`).
+
+Two things are measured, in C MuJoCo at 500 Hz, nothing being random but the start:
+
+- The script's own test: falls, and the mean error of the velocity for each command.
+- The likeness to the reference, which no training optimises as it is measured here. The policy follows the commands
+  that the reference was recorded with. For each joint, the Wasserstein distance between the distributions of its angle
+  (rad) and of its speed (rad/s) in the policy's motion and in the reference; the mean over all joints. And the accuracy
+  of a discriminator that has never rewarded the policy: trained anew on half of both motions, in blocks of 2 s, and
+  tested on the other half; 0.5 if it cannot tell them apart.
+
+Beside them: the frequency of steps and the height of the soles in them while walking, the cost of transport (power /
+(weight * speed)), slip and jerk. The reference's own are given where poses tell them.
+
+Writes benchmarks/results/motion_prior_ROBOT.json.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+from types import ModuleType
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import common
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import optax
+import tyro
+from scipy.stats import wasserstein_distance
+
+import amp_mjx_unitree as amp
+import ppo_mjx_unitree as plain
+
+BLOCK = 100  # frames, of 2 s
+TRAINED = 3000  # steps of the fresh discriminator
+BATCH = 512
+
+
+@dataclasses.dataclass
+class Args:
+    robot: str = "g1"
+    policies: tuple[str, ...] = ("with=docs/g1_amp_policy.npz", "without=docs/g1_policy.npz")
+    seeds: tuple[int, ...] = (1, 2, 3)  # of the fresh discriminator
+    smoke: bool = False  # the reference's first 10 s, one start of each command
+
+
+def script_of(label: str) -> ModuleType:
+    return plain if label.startswith("without") else amp
+
+
+# ---- Motions ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Record:
+    """A motion at the control rate."""
+
+    qpos: np.ndarray  # [T, 7 + J]
+    command: np.ndarray  # [T, 3]
+    starts: np.ndarray  # [T] bool: the robot did not come here from the pose before
+    power: float = float("nan")  # W, mean while walking
+    falls: int = 0
+
+
+def read_reference(robot) -> Record:
+    file = amp.MODELS / "motions" / robot.mjcf.replace(".xml", ".npz")
+    clip = amp.resample(robot, amp.read_motion(robot, file))
+    if clip.command is None:
+        raise SystemExit(f"{file}: has no commands; record it with tools/record_motion.py")
+    return Record(qpos=clip.qpos, command=clip.command, starts=np.arange(len(clip.qpos)) == 0)
+
+
+def follow(script: ModuleType, robot, policy: dict, command: np.ndarray) -> Record:
+    """The policy's motion on commands [T, 3]. After a fall it stands up at once and goes on."""
+    original = script.CMujocoEnv(robot)
+    original.reset(0)
+    memory = script.initial_memory()
+    poses = []
+    powers = []
+    falls = 0
+    starts = []
+    fallen = True
+    for now in command:
+        starts.append(fallen)
+        memory, action = script.act(policy, memory, original.observe(now))
+        row = original.step(action)
+        poses.append(original.data.qpos.copy())
+        if now.any():
+            powers.append(row["power"])
+        fallen = row["fallen"]
+        if fallen:
+            falls += 1
+            original.reset(falls)
+            memory = script.initial_memory()
+    return Record(np.array(poses), command, np.array(starts), power=np.mean(powers), falls=falls)
+
+
+def soles_of(robot, qpos: np.ndarray) -> np.ndarray:
+    """Height of each foot's lowest sole over the floor: [T, F] m."""
+    data = mujoco.MjData(robot.model)
+    _, soles = amp.find_feet(robot, robot.model)
+    radius = robot.model.geom_size[soles[0, 0], 0]
+    heights = np.empty((len(qpos), len(soles)))
+    for row, pose in zip(heights, qpos, strict=True):
+        data.qpos[:] = pose
+        mujoco.mj_kinematics(robot.model, data)
+        row[:] = data.geom_xpos[soles, 2].min(axis=1) - radius
+    return heights
+
+
+def gait(robot, record: Record) -> dict[str, float]:
+    """Steps of each foot per second, and how high its sole gets in them, while told to walk."""
+    heights = soles_of(robot, record.qpos)
+    walks = record.command[:, :2].any(axis=1)
+    steps = 0
+    highest = []
+    for foot in heights.T:
+        top = 0.0
+        for height, walking in zip(foot, walks, strict=True):
+            if walking and height > 0.002:
+                top = max(top, height)
+            else:
+                if walking and top > 0.01:  # m: less is no step
+                    steps += 1
+                    highest.append(top)
+                top = 0.0
+    seconds = walks.sum() * amp.CONTROL_DT * heights.shape[1]
+    return {"steps_hz": steps / seconds, "clearance": float(np.mean(highest or [0.0]))}
+
+
+# ---- Likeness -----------------------------------------------------------------------------------
+
+
+def joint_distances(mine: Record, reference: Record) -> dict[str, float]:
+    """Mean over the joints of the Wasserstein distance of angles (rad) and of speeds (rad/s)."""
+    angles = [record.qpos[:, 7:] for record in (mine, reference)]
+    speeds = [
+        np.diff(record.qpos[:, 7:], axis=0)[~record.starts[1:]] / amp.CONTROL_DT
+        for record in (mine, reference)
+    ]
+
+    def mean_distance(one: np.ndarray, other: np.ndarray) -> float:
+        pairs = zip(one.T, other.T, strict=True)
+        return float(np.mean([wasserstein_distance(*pair) for pair in pairs]))
+
+    return {"angle": mean_distance(*angles), "speed": mean_distance(*speeds)}
+
+
+def frames_of(robot, record: Record) -> np.ndarray:
+    """What a discriminator sees, without the command: pairs of frames [T - 2, 2 * K]."""
+    qvel = amp.velocity_between(record.qpos[:-1], record.qpos[1:], amp.CONTROL_DT, np)
+    feet, _ = amp.trace_feet(robot, record.qpos[1:])
+    frames = amp.describe_frame(record.qpos[1:], qvel, feet, xp=np)
+    jumps = record.starts[1:-1] | record.starts[2:]
+    return np.concatenate([frames[:-1], frames[1:]], axis=1)[~jumps]
+
+
+def split(rows: np.ndarray, random) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train and to test on, in blocks, as neighbours are alike."""
+    block = np.arange(len(rows)) // BLOCK
+    chosen = random.permutation(block[-1] + 1)[: (block[-1] + 1) // 2]
+    trains = np.isin(block, chosen)
+    return rows[trains], rows[~trains]
+
+
+def fresh_accuracy(robot, mine: Record, reference: Record, seed: int, steps: int) -> float:
+    """How often a discriminator trained on half of both motions is right about the other half."""
+    random = np.random.default_rng(seed)
+    halves = [split(frames_of(robot, record), random) for record in (reference, mine)]
+    both = np.concatenate([train for train, _ in halves])
+    mean, std = both.mean(axis=0), both.std(axis=0) + 1e-6
+    real, fake = (jnp.asarray((train - mean) / std) for train, _ in halves)
+    discriminator = amp.make_discriminator(amp.Args())
+    params = discriminator.init(jax.random.key(seed), real[0])
+    optimizer = optax.adamw(1e-3, weight_decay=1e-2)
+
+    def loss(params, key):
+        keys = jax.random.split(key)
+        pairs = [
+            rows[jax.random.randint(key, (BATCH,), 0, len(rows))]
+            for rows, key in zip((real, fake), keys, strict=True)
+        ]
+        logits = [discriminator.apply(params, rows)[:, 0] for rows in pairs]
+        return jax.nn.softplus(-logits[0]).mean() + jax.nn.softplus(logits[1]).mean()
+
+    def step(carry, key):
+        params, opt_state = carry
+        updates, opt_state = optimizer.update(jax.grad(loss)(params, key), opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    @jax.jit
+    def train(params, keys):
+        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
+
+    params = train(params, jax.random.split(jax.random.key(seed + 1), steps))
+    right = []
+    for (_, test), sign in zip(halves, (1, -1), strict=True):
+        output = discriminator.apply(params, jnp.asarray((test - mean) / std))[:, 0]
+        right.append(float((sign * output > 0).mean()))
+    return float(np.mean(right))
+
+
+# ---- Table --------------------------------------------------------------------------------------
+
+
+def measure(args: Args, label: str, policy: dict, reference: Record) -> dict:
+    script = script_of(label)
+    robot = script.ROBOTS[args.robot]
+    with contextlib.redirect_stdout(io.StringIO()):
+        test = script.judge(robot, policy)
+    mine = follow(script, robot, policy, reference.command)
+    walks = mine.command[:, :2].any(axis=1)
+    speed = np.linalg.norm(mine.command[walks, :2], axis=1).mean()
+    weight = robot.model.body_mass.sum() * 9.81
+    steps = 20 if args.smoke else TRAINED
+    accuracies = [fresh_accuracy(robot, mine, reference, seed, steps) for seed in args.seeds]
+    return {
+        "label": label,
+        "evaluation": test,
+        "falls": mine.falls,
+        "cost_of_transport": mine.power / (weight * speed),
+        "fresh_accuracy": float(np.median(accuracies)),
+        **joint_distances(mine, reference),
+        **gait(robot, mine),
+    }
+
+
+def main(args: Args) -> None:
+    reference = read_reference(amp.ROBOTS[args.robot])
+    if args.smoke:
+        amp.TEST_STARTS = plain.TEST_STARTS = 1
+        args.seeds = args.seeds[:1]
+        reference = Record(reference.qpos[:500], reference.command[:500], reference.starts[:500])
+    rows = []
+    for entry in args.policies:
+        label, file = entry.split("=", 1)
+        with np.load(common.ROOT / file, allow_pickle=False) as arrays:
+            policy = dict(arrays)
+        rows.append(measure(args, label, policy, reference))
+        numbers = {name: value for name, value in rows[-1].items() if name != "evaluation"}
+        print(numbers, flush=True)
+    result = {"rows": rows, "reference": gait(amp.ROBOTS[args.robot], reference)}
+    common.write(f"motion_prior_{args.robot}", args, result, args.smoke, ["cpu"])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
