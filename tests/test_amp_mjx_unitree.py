@@ -702,7 +702,7 @@ def test_training_logs_and_learns(trained):
     learner = state.learner
     assert learner.iteration == 4 and learner.disc_opt_state.inner_state.count == 4 * amp.Args.disc_updates
     assert learner.frame_stats.count == pytest.approx(4 * 2 * 96, rel=1e-3)
-    assert state.replay.shape == (32, 2, 40) and (state.replay != 0).any(axis=(1, 2)).all()
+    assert state.replay.shape == (32, 2, 43) and (state.replay != 0).any(axis=(1, 2)).all()
     run = json.loads((run_dir / "run.json").read_text())
     assert len(run["motions"]) == 16
 

@@ -12,7 +12,9 @@ from tools import tune
 SCRIPT = """
 import argparse, signal, sys, time
 from pathlib import Path
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 parser = argparse.ArgumentParser()
 for name in ("--runs-dir", "--learning-rate", "--seed", "--eval-every", "--env-id"):
     parser.add_argument(name)
@@ -21,10 +23,13 @@ if flags.env_id == "bad":
     print("error: no such task")
     sys.exit(2)
 folder = Path(flags.runs_dir) / "run"
-writer = SummaryWriter(str(folder))
+folder.mkdir(parents=True)
+writer = RecordWriter(open(folder / "events.out.tfevents.1", "wb"))
 signal.signal(signal.SIGTERM, lambda *_: (Path(FOLDER, "terms").open("a").write("x"), sys.exit(0)))
 for i in range(8):
-    writer.add_scalar("eval/episodic_return", min(10.0 * i, 1000 * float(flags.learning_rate)), i)
+    value = min(10.0 * i, 1000 * float(flags.learning_rate))
+    summary = Summary(value=[Summary.Value(tag="eval/episodic_return", simple_value=value)])
+    writer.write(Event(step=i, wall_time=time.time(), summary=summary).SerializeToString())
     writer.flush()
     time.sleep(0.1)
 time.sleep(LINGER)

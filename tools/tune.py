@@ -145,8 +145,14 @@ def make_objective(flags: argparse.Namespace):
         command = [sys.executable, flags.script, *shlex.split(flags.flags), *shlex.split(values)]
         command += ["--eval-every", "0.05"]
 
+        reported = -1
+
         def report(number: int, seconds: float, missed: float) -> None:
+            nonlocal reported
             step = number * REPORTS + int(REPORTS * seconds / flags.seconds)
+            if step <= reported:
+                return
+            reported = step
             trial.report(missed, step)
             if trial.should_prune():
                 raise TrialPruned
