@@ -5,8 +5,10 @@
 
 The policy of the run walks in C MuJoCo, as in its script's test: the same model, controller and
 start. Without a break it is given one command after the other: to stand, each of the command's
-axes at its ends and halfway, and random ones, drawn as in training. Commands to the left suffice,
-with turns to both sides, for the training adds the mirror image of all that it reads.
+axes at its ends and halfway, and random ones, drawn as in training. After each third one it is told
+to stand, so that the reference shows how to stop and, what is harder to find, how to start.
+Commands to the left suffice, with turns to both sides, for the training adds the mirror image of
+all that it reads.
 
 The poses are written as an npz of qpos [T, nq] (position, quaternion w x y z, joint angles), the
 joints' targets on the way to each of them [T, J], the command then [T, 3], and dt. Poses and
@@ -33,6 +35,9 @@ FIRST = 1.0  # s, from the start to the first pose that is kept
 CALM = 3.0  # standard deviations, after which the smoothing stops
 
 
+STAND_AFTER = 3  # commands
+
+
 def list_commands(
     ranges: np.ndarray, count: int, standing: float, slowest: float, seed: int
 ) -> np.ndarray:
@@ -57,7 +62,8 @@ def list_commands(
     size = np.stack([speed, speed, np.abs(drawn[:, 2])], axis=1)
     drawn[size < slowest] = 0.0
     drawn[random.uniform(size=count) < standing] = 0.0
-    return np.concatenate([np.zeros((1, 3)), single, drawn])
+    commands = np.concatenate([single, drawn])
+    return np.insert(commands, np.arange(0, len(commands), STAND_AFTER), 0.0, axis=0)
 
 
 def walk(
