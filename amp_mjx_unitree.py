@@ -211,6 +211,9 @@ class Args:
     """the reference has each motion's mirror image, too, and the policy is its own mirror image"""
     reference_starts: Fraction = 0.85
     """share of the episodes that begin somewhere in the reference, not in the default pose"""
+    min_progress: Fraction = 0.2
+    """an episode is lost when a robot that is told to move has done less than this share of it for
+    about a second, as standing still is too good a way not to fall; 0: never"""
     task_share: Fraction = 0.5
     """share of the task in the reward; the rest is for the style, so that 0 is style alone"""
     num_frames: Annotated[int, Range(2, 4)] = 2
@@ -1010,6 +1013,7 @@ def reward_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
 
 # ---- 6. Environment ------------------------------------------------------------------------------
 MIN_COMMAND = 0.2  # m/s and rad/s: slower commands become 0
+PROGRESS_TIME = 1.0  # s, over which progress is averaged, with exponential weights
 
 
 @struct.dataclass
@@ -1033,7 +1037,8 @@ class State:
     info: dict[str, Any]
     # key: of the commands, pushes and noise; command: [3]; action: [A], the last one, in no mirror;
     # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
-    # domain, level: see Env.draw_domain; window: [W, K] what the discriminator sees, in no mirror
+    # domain, level: see Env.draw_domain; window: [W, K] what the discriminator sees, in no mirror;
+    # progress: see next_progress
 
 
 # shared: physics
@@ -1066,6 +1071,17 @@ def has_fallen(robot: Robot, qpos, xp=jnp):
     """Whether robots with coordinates [..., 7 + J] have fallen: bool [...]."""
     up = 1 - 2 * (xp.square(qpos[..., 4]) + xp.square(qpos[..., 5]))  # cosine of the tilt
     return (up < math.cos(robot.max_tilt)) | (qpos[..., 2] < robot.min_height)
+
+
+def next_progress(progress, command, velocity) -> jax.Array:
+    """Which share of a command a robot follows: [], a mean over about PROGRESS_TIME.
+
+    progress: [], before the step; command, velocity: [3] m/s, m/s, rad/s. The share is the velocity
+    along the command; told to stand, a robot does as told.
+    """
+    size = jnp.square(command).sum()
+    share = jnp.where(size > 0, command @ velocity / jnp.maximum(size, 1e-6), 1.0)
+    return progress + CONTROL_DT / PROGRESS_TIME * (share - progress)
 
 
 class Env:
@@ -1214,6 +1230,7 @@ class Env:
                 "domain": self.draw_domain(domain_key, level),
                 "level": jnp.float32(level),
                 "window": window,
+                "progress": jnp.ones(()),
             },
         )
 
@@ -1309,15 +1326,20 @@ class Env:
         frame = self.frame(data.qpos, mean_qvel, info["command"])
         window = jnp.concatenate([info["window"][1:], frame[None]])
 
+        velocity = jnp.stack([motion.velocity[0], motion.velocity[1], motion.rates[2]])
+        progress = next_progress(info["progress"], info["command"], velocity)
+        lost = has_fallen(self.robot, data.qpos) | (progress < self.args.min_progress)
+
         # The step is rewarded for the old command; the next one is observed already.
         command = self.next_command(command_key, info["command"])
+        told_anew = (command != info["command"]).any()
         elapsed = info["elapsed"] + 1
         obs = self.observations(noise_key, data, command, action, info["level"])
         return State(
             data=data,
             obs={name: jnp.where(sane, new, state.obs[name]) for name, new in obs.items()},
             reward=jnp.where(sane, reward, 0.0),
-            done=jnp.where(sane & ~has_fallen(self.robot, data.qpos), 0.0, 1.0),
+            done=jnp.where(sane & ~lost, 0.0, 1.0),
             metrics={name: jnp.where(sane, value, 0.0) for name, value in metrics.items()},
             info={
                 "key": next_key,
@@ -1329,6 +1351,7 @@ class Env:
                 "domain": info["domain"],
                 "level": info["level"],
                 "window": jnp.where(sane, window, info["window"]),
+                "progress": jnp.where(told_anew, 1.0, progress),
             },
         )
 

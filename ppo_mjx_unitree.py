@@ -194,7 +194,7 @@ class Args:
     commands are followed; 0: all there from the start"""
 
     # The algorithm, with CleanRL's names
-    total_timesteps: Annotated[int, Range(1, 2**62)] = 18_000_000
+    total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
     """environment steps, over all worlds"""
     learning_rate: NonNegative = 3e-3
     """Adam's step size at the start"""

@@ -298,13 +298,13 @@ def test_training_saves_and_evaluates_by_its_cadence(run_dir, monkeypatch):
 
 
 def test_imitation_is_a_share_of_the_training():
-    """By default it falls to 0 over 1.8 of 18 million steps."""
+    """By default it falls to 0 over 1.5 of 15 million steps."""
     for factor in (1, 4):
-        args = unitree.Args(total_timesteps=factor * 18_000_000)
+        args = unitree.Args(total_timesteps=factor * 15_000_000)
         share = args.steps_per_iteration / factor
-        for steps in (0, 900_000, 1_800_000, 4_500_000):
+        for steps in (0, 750_000, 1_500_000, 4_500_000):
             weight = unitree.imitation_weight(args, jnp.int32(math.ceil(steps / share)))
-            assert weight == pytest.approx(max(1 - steps / 1_800_000, 0), abs=0.01)
+            assert weight == pytest.approx(max(1 - steps / 1_500_000, 0), abs=0.01)
 
 
 # ---- Evaluation
