@@ -1192,10 +1192,14 @@ class Env:
         keys = jax.random.split(key, 6)
         next_key, angle_key, velocity_key, command_key, domain_key, noise_key = keys
 
+        # Half of these episodes begin at rest, as a robot's day does.
+        rest_key, velocity_key = jax.random.split(velocity_key)
+        far = jnp.where(jax.random.bernoulli(rest_key), 0.05, 0.5)
         default = self.controller.default
-        angles = default * jax.random.uniform(angle_key, default.shape, minval=0.5, maxval=1.5)
+        factors = jax.random.uniform(angle_key, default.shape, minval=-1.0, maxval=1.0)
+        angles = default * (1 + far * factors)
         base = jnp.array([0.0, 0.0, self.robot.start_height, 1.0, 0.0, 0.0, 0.0])
-        velocity = jax.random.uniform(velocity_key, (6,), minval=-0.5, maxval=0.5)
+        velocity = far * jax.random.uniform(velocity_key, (6,), minval=-1.0, maxval=1.0)
         action = jnp.zeros(self.action_size)
         qpos = jnp.concatenate([base, angles])
         qvel = jnp.concatenate([velocity, jnp.zeros_like(angles)])

@@ -15,8 +15,7 @@ Trials are kept in a file (--storage): the same call again goes on where it was 
 else should run on the machine, as seconds are what counts; programs come from the user's compile
 cache, if a setting has been compiled before.
 
-docs/ppo_mjx.md has an example with its result. Tune with few seeds, then test the winner with
-others: the best of many trials has been lucky.
+Tune with few seeds, then test the winner with others: the best of many trials has been lucky.
 """
 
 import argparse
