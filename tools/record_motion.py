@@ -17,6 +17,7 @@ the file is robots/motions/ROBOT.npz, from which the training of this robot take
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -71,9 +72,12 @@ def walk(
 ) -> dict[str, np.ndarray]:
     """The motion of a policy that follows each command for some seconds, by the npz's names.
 
-    original: the script's CMujocoEnv.
+    original: the script's CMujocoEnv. Each command takes whole periods of the gait, so that a
+    robot which walks by a clock starts with the same foot each time: a policy without a clock
+    could not know which foot to lift.
     """
-    steps = round(seconds / script.CONTROL_DT)
+    ticks = original.robot.gait_ticks
+    steps = math.ceil(seconds / script.CONTROL_DT / ticks) * ticks
     memory = script.initial_memory()
     original.reset(0)
     poses = []
@@ -122,7 +126,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run_dir", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, metavar="FILE.npz", help="the file to write")
     parser.add_argument("--seconds", type=float, default=1.5, help="of each command")
-    parser.add_argument("--random", type=int, default=120, help="random commands after the others")
+    parser.add_argument("--random", type=int, default=80, help="random commands after the others")
     parser.add_argument("--smooth", type=float, default=0.0, help="a Gaussian's deviation, s")
     parser.add_argument("--seed", type=int, default=0, help="of the random commands")
     parser.add_argument("--script", type=Path, help="the script that made the run")
