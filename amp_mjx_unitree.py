@@ -238,12 +238,13 @@ class Args:
     """windows of earlier policies that are kept, over all devices; half of what it learns from"""
     replay_added: Count = 1024
     """how many of each iteration's windows are kept"""
-    imitation_coef: NonNegative = 0.5
-    """weight at the start of the loss that draws the actor to the reference's next pose"""
-    imitation_until: Annotated[float, Range(1e-9, 1)] = 0.1
-    """share of the training over which that weight falls to 0"""
-    imitation_batch_size: Count = 256
-    """frames of the reference in each minibatch of that loss, over all devices"""
+    clone_updates: CountOrZero = 3000
+    """steps of behavioural cloning before the training, so that the actor begins as a copy of what
+    moved the reference; 0: none"""
+    clone_batch_size: Count = 256
+    """frames of the reference in each of them"""
+    critic_first: Fraction = 0.02
+    """share of the training in which the critic alone learns, as it would mislead that copy"""
 
     # The algorithm, with CleanRL's names
     total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
@@ -1642,11 +1643,49 @@ def reset_worlds(args: Args, env: Env, motions: Motions, keys: jax.Array, level)
     return jax.vmap(kernel(env.reset))(reset_keys, levels, starts)
 
 
+CLONE_RATE = 2e-3  # Adam's step size at the start, falling to 0 as a cosine
+CLONE_WEIGHT = 1e6  # samples that the reference counts as in the actor's statistics
+
+
+def clone(
+    args: Args, env: Env, motions: Motions, actor: dict, stats: RunningStats, key: jax.Array
+) -> dict:
+    """The actor after behavioural cloning: in the reference's frames it does what led on there.
+
+    Observations have the noise that they have in training, the last action among them.
+    """
+    network, _ = make_networks(args, env)
+    optimizer = optax.adam(optax.cosine_decay_schedule(CLONE_RATE, max(args.clone_updates, 1)))
+    last_action = part_slices(env.robot, env.seen["actor"])["action"]
+
+    def loss(params: dict, key: jax.Array) -> jax.Array:
+        moment_key, noise_key, action_key = jax.random.split(key, 3)
+        moment_keys = jax.random.split(moment_key, args.clone_batch_size)
+        moments = jax.vmap(partial(draw_moment, args, motions))(moment_keys)
+        obs = motions.obs[moments]
+        obs += env.noise * jax.random.uniform(noise_key, obs.shape, minval=-1.0, maxval=1.0)
+        shape = obs[:, last_action].shape
+        noise = math.exp(args.init_log_std) * jax.random.normal(action_key, shape)
+        obs = obs.at[:, last_action].add(noise)
+        mean = network.apply(params, normalize(stats, obs))
+        return jnp.square(mean - motions.action[moments]).mean()
+
+    def step(carry, key):
+        params, opt_state = carry
+        gradient = jax.grad(loss)(params, key)
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    keys = jax.random.split(key, args.clone_updates)
+    (params, _), _ = jax.lax.scan(step, (actor, optimizer.init(actor)), keys)
+    return params
+
+
 def init_train_state(args: Args, env: Env, motions: Motions, key: jax.Array) -> TrainState:
     """The state before the first iteration."""
-    keys = jax.random.split(key, 8)
+    keys = jax.random.split(key, 9)
     actor_key, critic_key, net_key, disc_key, shuffle_key, *keys = keys
-    reset_key, clock_key, world_key = keys
+    reset_key, clock_key, world_key, clone_key = keys
 
     n = args.num_envs
     level = jnp.float32(0.0 if args.curriculum else 1.0)
@@ -1663,6 +1702,16 @@ def init_train_state(args: Args, env: Env, motions: Motions, key: jax.Array) -> 
         # With a type: a weak one turns strong in the first update, and jit compiles for each.
         "log_std": jnp.full(env.action_size, args.init_log_std, jnp.float32),
     }
+    obs_stats = {name: start_stats(values.shape) for name, values in obs.items()}
+    if args.clone_updates:
+        # They move slowly, so that the copy goes on seeing what it has learnt to see.
+        obs_stats["actor"] = RunningStats(
+            count=jnp.float32(CLONE_WEIGHT),
+            mean=motions.obs.mean(axis=0),
+            var=motions.obs.var(axis=0) + jnp.square(env.noise) / 3,
+        )
+        stats = obs_stats["actor"]
+        params["actor"] = clone(args, env, motions, params["actor"], stats, clone_key)
     vector, _ = ravel_pytree(params)
     window = env_state.info["window"][0]
     discriminator = make_discriminator(args).init(net_key, window.ravel())
@@ -1672,7 +1721,7 @@ def init_train_state(args: Args, env: Env, motions: Motions, key: jax.Array) -> 
         opt_state=make_optimizer(args).init(vector),
         learning_rate=jnp.float32(args.learning_rate),
         level=level,
-        obs_stats={name: start_stats(values.shape) for name, values in obs.items()},
+        obs_stats=obs_stats,
         return_stats=start_stats(()),
         discriminator=discriminator,
         disc_opt_state=make_optimizer(args).init(disc_vector),
@@ -1822,10 +1871,9 @@ class Batch:
     valid: jax.Array  # bool: to be learnt from
 
 
-def imitation_weight(args: Args, iteration: jax.Array) -> jax.Array:
-    """How much the actor is drawn to the reference: [] in 0 to 1, all at first, then less."""
-    progress = iteration / float(args.num_iterations)  # float: int32 would overflow
-    return jnp.maximum(1 - progress / args.imitation_until, 0.0)
+def actor_learns(args: Args, learner: Learner) -> jax.Array:
+    """Whether the actor learns by now, and not the critic alone: bool []."""
+    return learner.iteration >= round(args.critic_first * args.num_iterations)
 
 
 def ppo_loss(
@@ -1834,15 +1882,13 @@ def ppo_loss(
     learner: Learner,
     params: dict,
     mb: Batch,
-    demo: tuple[jax.Array, jax.Array],
     ent_coef: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a minibatch [B / M, ...], and its metrics by tag.
 
     learner: the one that acted, for its statistics and standard deviation; params: those that are
-    learnt; demo: observations [I, O] of the reference and the actions [I, A] that would follow it;
-    ent_coef: [], weight of the entropy bonus.
-    Source: arXiv:1707.06347, equations 7 and 9; the imitation loss is behavioural cloning.
+    learnt; ent_coef: [], weight of the entropy bonus.
+    Source: arXiv:1707.06347, equations 7 and 9.
     """
     mean_valid = partial(masked_mean, valid=mb.valid)
     memory = initial_memory(mb.advantage.shape)  # single steps have no past
@@ -1860,22 +1906,11 @@ def ppo_loss(
     value = critic.apply(params["critic"], critic_obs)[..., 0]
     value_loss = 0.5 * mean_valid(jnp.square(value - mb.target))
 
-    demo_obs, demo_action = demo
-    demo_obs = normalize(learner.obs_stats["actor"], demo_obs)
-    _, policy_there = apply_policy(args, env, params, initial_memory(demo_obs.shape[:-1]), demo_obs)
-    weight = imitation_weight(args, learner.iteration)
-    imitation_loss = weight * jnp.square(policy_there.mean - demo_action).mean()
-
     entropy = policy.entropy()
-    loss = (
-        policy_loss
-        - ent_coef * entropy
-        + args.vf_coef * value_loss
-        + args.imitation_coef * imitation_loss
-    )
+    actor_loss = jnp.where(actor_learns(args, learner), policy_loss - ent_coef * entropy, 0.0)
+    loss = actor_loss + args.vf_coef * value_loss
     metrics = {
         "losses/loss": loss,
-        "losses/imitation_loss": imitation_loss,
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
@@ -1897,7 +1932,7 @@ def current_learning_rate(args: Args, learner: Learner) -> jax.Array:
 def next_learning_rate(
     args: Args, learning_rate: jax.Array, kl: jax.Array, progress: jax.Array
 ) -> jax.Array:
-    """Adam's step size after an iteration whose mean KL divergence was kl.
+    """Adam's step size after an iteration whose mean KL divergence was kl, 0 before the actor learns.
 
     progress: share of the training that is done. After rsl_rl, but once an iteration: so many
     minibatches would drive it to its bounds.
@@ -1905,7 +1940,7 @@ def next_learning_rate(
     if args.desired_kl is None:
         return learning_rate
     desired = args.desired_kl * (1 + progress * (args.final_kl - 1))
-    factor = jnp.where(kl < desired / 2, 1.5, 1.0)
+    factor = jnp.where((kl > 0) & (kl < desired / 2), 1.5, 1.0)
     factor = jnp.where(kl > 2 * desired, 1 / 1.5, factor)
     return jnp.clip(factor * learning_rate, 1e-5, 1e-2)
 
@@ -1920,7 +1955,7 @@ def mean_over_devices(tree):
 
 
 def update(
-    args: Args, env: Env, motions: Motions, learner: Learner, batch: Batch
+    args: Args, env: Env, learner: Learner, batch: Batch
 ) -> tuple[Learner, dict[str, jax.Array]]:
     """The policy's epochs over a batch [B, ...], each device with its own share of it.
 
@@ -1932,15 +1967,10 @@ def update(
     optimizer = make_optimizer(args)
     vector, unravel = ravel_pytree(learner.params)
 
-    demos = args.imitation_batch_size // jax.lax.axis_size("devices")
-
-    def minibatch_step(carry, mb_and_key):
+    def minibatch_step(carry, mb: Batch):
         vector, opt_state = carry
-        mb, key = mb_and_key
-        moments = jax.vmap(partial(draw_moment, args, motions))(jax.random.split(key, demos))
-        demo = motions.obs[moments], motions.action[moments]
         gradient_and_metrics = jax.grad(ppo_loss, argnums=3, has_aux=True)(
-            args, env, learner, unravel(vector), mb, demo, ent_coef
+            args, env, learner, unravel(vector), mb, ent_coef
         )
         gradient, metrics = mean_over_devices(gradient_and_metrics)
         gradient, _ = ravel_pytree(gradient)
@@ -1951,13 +1981,11 @@ def update(
         return carry, (metrics, opt_state.notfinite_count)
 
     def epoch(carry, key):
-        order_key, demo_key = jax.random.split(key)
-        order = shuffle(order_key, len(batch.target))
+        order = shuffle(key, len(batch.target))
         minibatches = jax.tree.map(
             lambda x: x[order].reshape(args.num_minibatches, -1, *x.shape[1:]), batch
         )
-        demo_keys = jax.random.split(demo_key, args.num_minibatches)
-        return jax.lax.scan(minibatch_step, carry, (minibatches, demo_keys))
+        return jax.lax.scan(minibatch_step, carry, minibatches)
 
     key = jax.random.fold_in(learner.key, learner.iteration)
     key = jax.random.fold_in(key, jax.lax.axis_index("devices"))
@@ -2235,7 +2263,7 @@ def device_iteration(
     learner, replay, disc_metrics = update_discriminator(
         args, motions, learner, disc_key, state.replay, windows
     )
-    learner, metrics = update(args, env, motions, learner, batch)
+    learner, metrics = update(args, env, learner, batch)
     in_a_row = "charts/skipped_in_a_row"
     disc_metrics[in_a_row] = jnp.maximum(disc_metrics[in_a_row], metrics.pop(in_a_row))
     disc_metrics["charts/skipped_updates"] += metrics.pop("charts/skipped_updates")
@@ -3692,7 +3720,6 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
         args.num_envs,
         args.steps_per_iteration // args.num_minibatches,
         args.disc_batch_size // 2,
-        args.imitation_batch_size,
         args.replay_added,
     )
     args = dataclasses.replace(args, num_devices=mesh.size, **call_flags(Args))

@@ -37,7 +37,8 @@ SMALL = amp.Args(
     disc_batch_size=32,
     replay_size=32,
     replay_added=16,
-    imitation_batch_size=16,
+    clone_updates=2,
+    clone_batch_size=16,
 )
 
 
@@ -292,6 +293,50 @@ def test_recorded_commands_are_those_of_the_clip(tmp_path):
     np.savez(file, qpos=stand(G1, 10), command=told, dt=2 * DT)
     slow = amp.resample(G1, amp.read_motion(G1, file)).command
     np.testing.assert_array_equal(slow, told[np.ceil(np.arange(19) / 2).astype(int)])
+
+
+def test_the_actor_begins_as_a_copy_of_the_reference(motions):
+    """In the reference's frames it acts as there, though it sees them with noise; without cloning it does not."""
+    args = dataclasses.replace(SMALL, clone_updates=800, clone_batch_size=64, hidden_sizes=(64,), init_log_std=-2.0)
+    error = {}
+    for updates in (0, 800):
+        args = dataclasses.replace(args, clone_updates=updates)
+        env = make(Toy, args)
+        learner = run(partial(amp.init_train_state, args, env), motions, jax.random.key(0)).learner
+        stats = learner.obs_stats["actor"]
+        _, policy = amp.apply_policy(args, env, learner.params, (), amp.normalize(stats, motions.obs))
+        error[updates] = float(jnp.square(policy.mean - motions.action).mean())
+        if updates:
+            np.testing.assert_allclose(stats.mean, motions.obs.mean(axis=0), atol=1e-5)
+            assert (np.asarray(stats.var) >= np.asarray(env.noise) ** 2 / 3).all() and stats.count == 1e6
+    assert error[800] < 0.3 * error[0]
+
+
+def test_the_critic_learns_first():
+    """The actor stays as it is for that share of the training, and the step size too; then both learn."""
+    args = dataclasses.replace(SMALL, critic_first=0.5, clone_updates=0)  # two of four iterations
+    for iteration, learns in ((0, False), (1, False), (2, True)):
+        learner = types.SimpleNamespace(iteration=jnp.int32(iteration))
+        assert amp.actor_learns(args, learner) == learns
+    for kl, factor in ((0.0, 1.0), (1e-3, 1.5), (0.05, 1.0), (0.2, 1 / 1.5)):
+        rate = amp.next_learning_rate(args, jnp.float32(1e-3), jnp.float32(kl), jnp.float32(0.0))
+        assert rate == pytest.approx(factor * 1e-3, rel=1e-5)
+
+
+def test_who_does_not_do_as_told_is_lost():
+    """Standing still under a command to move takes 1.6 s to fall below a fifth; half of the speed is enough."""
+    def follow(command, velocity, steps):
+        progress = jnp.ones(())
+        for _ in range(steps):
+            progress = amp.next_progress(progress, jnp.array(command), jnp.array(velocity))
+        return float(progress)
+    forward, turn = [0.5, 0.0, 0.0], [0.0, 0.0, -0.6]
+    for command in (forward, turn, [0.3, 0.2, 0.4]):
+        assert follow(command, [0.0, 0.0, 0.0], 50) == pytest.approx(math.exp(-1), abs=0.01)
+        assert follow(command, np.multiply(0.5, command), 500) == pytest.approx(0.5, abs=1e-3)
+    assert follow(forward, [0.0, 0.0, 0.0], 79) > 0.2 > follow(forward, [0.0, 0.0, 0.0], 81)
+    assert follow(forward, [-0.5, 0.7, 0.0], 500) == pytest.approx(-1, abs=1e-3)
+    assert follow([0.0, 0.0, 0.0], [0.3, 0.0, 0.0], 50) == 1
 
 
 def test_what_the_actor_sees_of_a_reference(tmp_path):

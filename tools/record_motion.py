@@ -10,6 +10,10 @@ to stand, so that the reference shows how to stop and, what is harder to find, h
 Commands to the left suffice, with turns to both sides, for the training adds the mirror image of
 all that it reads.
 
+A little noise on the actions (--noise) shows how the policy comes back to its path, which a copy of
+it needs to know, and keeps a discriminator from telling the robots of a training, whose actions are
+noisy, by their jitter alone. What is written are the targets without it.
+
 The poses are written as an npz of qpos [T, nq] (position, quaternion w x y z, joint angles), the
 joints' targets on the way to each of them [T, J], the command then [T, 3], and dt. Poses and
 targets are smoothed if asked for. By default
@@ -68,17 +72,24 @@ def list_commands(
 
 
 def walk(
-    script: ModuleType, original, policy: dict, commands: np.ndarray, seconds: float
+    script: ModuleType,
+    original,
+    policy: dict,
+    commands: np.ndarray,
+    seconds: float,
+    noise: float,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """The motion of a policy that follows each command for some seconds, by the npz's names.
 
-    original: the script's CMujocoEnv. Each command takes whole periods of the gait, so that a
-    robot which walks by a clock starts with the same foot each time: a policy without a clock
-    could not know which foot to lift.
+    original: the script's CMujocoEnv; noise: standard deviation of what is added to the actions.
+    Each command takes whole periods of the gait, so that a robot which walks by a clock starts with
+    the same foot each time: a policy without a clock could not know which foot to lift.
     """
     ticks = original.robot.gait_ticks
     steps = math.ceil(seconds / script.CONTROL_DT / ticks) * ticks
     memory = script.initial_memory()
+    random = np.random.default_rng(seed)
     original.reset(0)
     poses = []
     targets = []
@@ -86,7 +97,7 @@ def walk(
     for command in commands:
         for _ in range(steps):
             memory, action = script.act(policy, memory, original.observe(command))
-            if original.step(action)["fallen"]:
+            if original.step(action + noise * random.standard_normal(action.shape))["fallen"]:
                 fail(f"the policy fell at the command {command.round(2).tolist()}: train it better")
             poses.append(original.data.qpos.copy())
             targets.append(original.robot.targets(action, np))
@@ -127,11 +138,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.npz", help="the file to write")
     parser.add_argument("--seconds", type=float, default=1.5, help="of each command")
     parser.add_argument("--random", type=int, default=80, help="random commands after the others")
+    parser.add_argument("--noise", type=float, default=0.2, help="deviation, of the actions")
     parser.add_argument("--smooth", type=float, default=0.0, help="a Gaussian's deviation, s")
-    parser.add_argument("--seed", type=int, default=0, help="of the random commands")
+    parser.add_argument("--seed", type=int, default=0, help="of random commands and noise")
     parser.add_argument("--script", type=Path, help="the script that made the run")
     flags = parser.parse_args(argv)
-    for name, least, most in (("seconds", 0.1, 600), ("random", 0, 10000), ("smooth", 0, 1)):
+    for name, least, most in (
+        ("seconds", 0.1, 600),
+        ("random", 0, 10000),
+        ("smooth", 0, 1),
+        ("noise", 0, 10),
+    ):
         value = getattr(flags, name)
         if not least <= value <= most:
             fail(f"--{name} {value}: not between {least} and {most}")
@@ -151,7 +168,10 @@ def main(argv: list[str]) -> None:
     slowest = script.MIN_COMMAND
     commands = list_commands(ranges, flags.random, args.standing, slowest, flags.seed)
     robot = script.ROBOTS[args.robot]
-    motion = walk(script, script.CMujocoEnv(robot), policy, commands, flags.seconds)
+    original = script.CMujocoEnv(robot)
+    motion = walk(
+        script, original, policy, commands, flags.seconds, noise=flags.noise, seed=flags.seed
+    )
     deviation = flags.smooth / script.CONTROL_DT
     motion["qpos"] = smooth_poses(motion["qpos"], deviation)
     # To a thousandth of a radian, so that the file packs well.
