@@ -198,7 +198,7 @@ class Args:
     """largest relative error of the torque, the same for all motors, as from a low battery"""
     action_delay: Fraction = 1.0
     """largest delay of an action, in control steps"""
-    curriculum: Fraction = 0.05
+    curriculum: Fraction = 0.3
     """share of the training over which noise, pushes and what is random in the robot grow, as far as
     commands are followed; 0: all there from the start"""
 
@@ -209,7 +209,7 @@ class Args:
     """how often each file is drawn, in any unit; by default as often as it is long"""
     mirror: bool = True
     """the reference has each motion's mirror image, too, and the policy is its own mirror image"""
-    reference_starts: Fraction = 0.85
+    reference_starts: Fraction = 0.6
     """share of the episodes that begin somewhere in the reference, not in the default pose"""
     min_progress: Fraction = 0.2
     """an episode is lost when a robot that is told to move has done less than this share of it for
@@ -249,8 +249,8 @@ class Args:
     # The algorithm, with CleanRL's names
     total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
     """environment steps, over all worlds"""
-    learning_rate: NonNegative = 3e-3
-    """Adam's step size at the start"""
+    learning_rate: NonNegative = 1e-4
+    """Adam's step size at the start; a larger one would undo the copy before it can adapt"""
     num_envs: Count = 512
     """worlds, over all devices"""
     num_steps: Count = 24
@@ -265,21 +265,21 @@ class Args:
     """passes over a rollout"""
     clip_coef: NonNegative = 0.2
     """clipping range of the probability ratio"""
-    ent_coef: NonNegative = 0.006
+    ent_coef: NonNegative = 0.002
     """weight of the entropy bonus at the start"""
-    final_ent_coef: Annotated[float, Range(-1, 1)] = -0.006
+    final_ent_coef: Annotated[float, Range(-1, 1)] = 0.0
     """weight at the end, linear in between; below 0 the actions' noise falls faster"""
     vf_coef: NonNegative = 1.0
     """weight of the value loss"""
     max_grad_norm: NonNegative = 1.0
     """gradients are scaled down to this norm"""
-    desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.05
+    desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.02
     """adapt the step size to this KL divergence; None: anneal the step size linearly to 0"""
-    final_kl: Fraction = 0.2
+    final_kl: Fraction = 0.5
     """share of that divergence that is left at the end; linear in between"""
     hidden_sizes: tuple[int, ...] = (128, 128)
     """widths of the ELU layers, in the actor and in the critic"""
-    init_log_std: Annotated[float, Range(-20, 20)] = -1.0
+    init_log_std: Annotated[float, Range(-20, 20)] = -1.6
     """log of the policy's standard deviation at the start"""
 
     @property
@@ -1644,7 +1644,9 @@ def reset_worlds(args: Args, env: Env, motions: Motions, keys: jax.Array, level)
 
 
 CLONE_RATE = 2e-3  # Adam's step size at the start, falling to 0 as a cosine
-CLONE_WEIGHT = 1e6  # samples that the reference counts as in the actor's statistics
+# Samples that the reference counts as in the actor's statistics: so many that they stay as they are.
+# Those of robots that fall would change what the copy sees, and it would fall more.
+CLONE_WEIGHT = 1e9
 
 
 def clone(
@@ -1704,7 +1706,6 @@ def init_train_state(args: Args, env: Env, motions: Motions, key: jax.Array) -> 
     }
     obs_stats = {name: start_stats(values.shape) for name, values in obs.items()}
     if args.clone_updates:
-        # They move slowly, so that the copy goes on seeing what it has learnt to see.
         obs_stats["actor"] = RunningStats(
             count=jnp.float32(CLONE_WEIGHT),
             mean=motions.obs.mean(axis=0),

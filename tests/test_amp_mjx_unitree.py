@@ -308,8 +308,8 @@ def test_the_actor_begins_as_a_copy_of_the_reference(motions):
         error[updates] = float(jnp.square(policy.mean - motions.action).mean())
         if updates:
             np.testing.assert_allclose(stats.mean, motions.obs.mean(axis=0), atol=1e-5)
-            assert (np.asarray(stats.var) >= np.asarray(env.noise) ** 2 / 3).all() and stats.count == 1e6
-    assert error[800] < 0.3 * error[0]
+            assert (np.asarray(stats.var) >= np.asarray(env.noise) ** 2 / 3).all() and stats.count == 1e9
+    assert error[800] < 0.5 * error[0]
 
 
 def test_the_critic_learns_first():
@@ -318,7 +318,7 @@ def test_the_critic_learns_first():
     for iteration, learns in ((0, False), (1, False), (2, True)):
         learner = types.SimpleNamespace(iteration=jnp.int32(iteration))
         assert amp.actor_learns(args, learner) == learns
-    for kl, factor in ((0.0, 1.0), (1e-3, 1.5), (0.05, 1.0), (0.2, 1 / 1.5)):
+    for kl, factor in ((0.0, 1.0), (1e-3, 1.5), (0.02, 1.0), (0.2, 1 / 1.5)):
         rate = amp.next_learning_rate(args, jnp.float32(1e-3), jnp.float32(kl), jnp.float32(0.0))
         assert rate == pytest.approx(factor * 1e-3, rel=1e-5)
 
