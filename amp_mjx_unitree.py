@@ -1193,7 +1193,7 @@ class Env:
         keys = jax.random.split(key, 6)
         next_key, angle_key, velocity_key, command_key, domain_key, noise_key = keys
 
-        # Half of these episodes begin at rest, as a robot's day does.
+        # Half of these episodes begin nearly at rest, as the test does.
         rest_key, velocity_key = jax.random.split(velocity_key)
         far = jnp.where(jax.random.bernoulli(rest_key), 0.05, 0.5)
         default = self.controller.default

@@ -1485,7 +1485,7 @@ class Env:
         ground = self.ground if ground is None else ground
         tile = ground[tile_number(ground_level, ground_kind)]
 
-        # Half of the episodes begin at rest, as a robot's day does.
+        # Half of the episodes begin nearly at rest, as the test does.
         rest_key, velocity_key = jax.random.split(velocity_key)
         far = jnp.where(jax.random.bernoulli(rest_key), 0.05, 0.5)
         default = self.controller.default

@@ -1,7 +1,7 @@
 """What a motion prior does for a walk: policies with and without one, beside the reference.
 
     python benchmarks/motion_prior.py --robot g1
-    python benchmarks/motion_prior.py --robot g1 --policies with=docs/g1_amp_policy.npz without=docs/g1_policy.npz
+    python benchmarks/motion_prior.py --robot g1 --policies with=runs/NAME/policy.npz without=docs/g1_policy.npz
 
 A policy is LABEL=FILE; the label `with` is driven by amp_mjx_unitree.py, `without` by ppo_mjx_unitree.py, others by
 the one that the label begins with (`with, no replay`).
@@ -49,7 +49,7 @@ BATCH = 512
 @dataclasses.dataclass
 class Args:
     robot: str = "g1"
-    policies: tuple[str, ...] = ("with=docs/g1_amp_policy.npz", "without=docs/g1_policy.npz")
+    policies: tuple[str, ...] = ("without=docs/g1_policy.npz",)
     seeds: tuple[int, ...] = (1, 2, 3)  # of the fresh discriminator
     smoke: bool = False  # the reference's first 10 s, one start of each command
 

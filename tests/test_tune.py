@@ -114,7 +114,10 @@ def test_a_study(command, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     found = lines.index(next(line for line in lines if line.startswith("4 trials")))
     values = [float(line.split()[0]) for line in lines[found + 1 :]]
-    assert len(values) == 4 and values == sorted(values) and "--learning-rate 0.0" in lines[-1]
+    assert len(values) == 4 and values == sorted(values)
+    rates = [float(line.split("--learning-rate ")[1]) for line in lines[found + 1 :]]
+    for value, rate in zip(values, rates, strict=True):  # below 0.02 the returns end before the target
+        assert (value < 20) == (rate >= 0.02)
 
 
 @pytest.mark.parametrize("script", tune.SCRIPTS)
