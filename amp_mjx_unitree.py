@@ -245,12 +245,14 @@ class Args:
     """frames of the reference in each of them"""
     critic_first: Fraction = 0.02
     """share of the training in which the critic alone learns, as it would mislead that copy"""
+    critic_learning_rate: NonNegative = 1e-3
+    """the critic's step size, which nothing adapts: it starts from nothing, unlike the actor"""
 
     # The algorithm, with CleanRL's names
     total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
     """environment steps, over all worlds"""
     learning_rate: NonNegative = 1e-4
-    """Adam's step size at the start; a larger one would undo the copy before it can adapt"""
+    """the actor's step size at the start; a larger one would undo the copy before it can adapt"""
     num_envs: Count = 512
     """worlds, over all devices"""
     num_steps: Count = 24
@@ -1946,6 +1948,16 @@ def next_learning_rate(
     return jnp.clip(factor * learning_rate, 1e-5, 1e-2)
 
 
+def step_sizes(args: Args, params: dict, learning_rate: jax.Array) -> jax.Array:
+    """Each parameter's step size, as a vector: learning_rate [], but the critic has its own."""
+    rates = {name: learning_rate for name in params} | {"critic": args.critic_learning_rate}
+    filled = {
+        name: jax.tree.map(lambda x, rate=rate: jnp.full_like(x, rate), params[name])
+        for name, rate in rates.items()
+    }
+    return ravel_pytree(filled)[0]
+
+
 def mean_over_devices(tree):
     """The mean of the devices' trees, each a mean over about as many samples.
 
@@ -1967,6 +1979,7 @@ def update(
     ent_coef = args.ent_coef + progress * (args.final_ent_coef - args.ent_coef)
     optimizer = make_optimizer(args)
     vector, unravel = ravel_pytree(learner.params)
+    step_size = step_sizes(args, learner.params, learning_rate)
 
     def minibatch_step(carry, mb: Batch):
         vector, opt_state = carry
@@ -1978,7 +1991,7 @@ def update(
         direction, opt_state = optimizer.update(gradient, opt_state)
 
         metrics |= {"losses/grad_norm": jnp.linalg.norm(gradient)}
-        carry = (vector - learning_rate * direction, opt_state)
+        carry = (vector - step_size * direction, opt_state)
         return carry, (metrics, opt_state.notfinite_count)
 
     def epoch(carry, key):

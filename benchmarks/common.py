@@ -17,8 +17,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of child processes
-sys.path.insert(0, str(ROOT))  # the training scripts, and `onekernel`, else this folder's script of the same name
+PYTHONPATH = os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+)  # of child processes
+sys.path.insert(
+    0, str(ROOT)
+)  # the training scripts, and `onekernel`, else this folder's script of the same name
 PACKAGES = ("jax", "llvmlite", "mujoco", "mujoco-mjx", "flax", "optax", "gymnasium", "brax", "stable-baselines3",
             "sbx-rl", "torch")  # fmt: skip
 
@@ -30,7 +34,10 @@ def count_cores() -> int:
 def processor() -> str:
     """The CPU's name where Linux tells it, elsewhere its kind."""
     file = Path("/proc/cpuinfo")
-    return [*re.findall(r"model name\s*: (.*)", file.read_text() if file.exists() else ""), platform.machine()][0]
+    return [
+        *re.findall(r"model name\s*: (.*)", file.read_text() if file.exists() else ""),
+        platform.machine(),
+    ][0]
 
 
 def make_mesh(most: int | None = None, *parts: int):
@@ -62,7 +69,9 @@ def compile_sharded(mesh, function, *operands):
     from jax.sharding import NamedSharding, PartitionSpec as P
 
     start = time.perf_counter()
-    run = jax.shard_map(function, mesh=mesh, in_specs=P("devices"), out_specs=P("devices"), check_vma=False)
+    run = jax.shard_map(
+        function, mesh=mesh, in_specs=P("devices"), out_specs=P("devices"), check_vma=False
+    )
     compiled = jax.jit(run).lower(*operands).compile()
     seconds = time.perf_counter() - start
     placed = jax.device_put(operands, NamedSharding(mesh, P("devices")))
@@ -71,7 +80,9 @@ def compile_sharded(mesh, function, *operands):
 
 def hardly_optimise() -> None:
     """Let XLA compile quickly what then runs slowly, here and in child processes: for short versions."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    )
 
 
 def caches(folder: str | Path) -> dict[str, str]:
@@ -116,17 +127,21 @@ def run_child(command: list[str], timeout: float | None = None, **environment: s
     process = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout)  # fmt: skip
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n"
-                           f"{process.stdout[-2000:]}\n{process.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {process.returncode}:\n"
+            f"{process.stdout[-2000:]}\n{process.stderr[-2000:]}"
+        )
     return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def table(header: list[str], rows: list[list]) -> None:
     """Print as Markdown; numbers with three significant digits, and thousands without an exponent."""
+
     def cell(value) -> str:
         if not isinstance(value, float):
             return "-" if value is None else str(value)
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for row in rows:
         print("| " + " | ".join(map(cell, row)) + " |", flush=True)
@@ -140,16 +155,25 @@ def without_folders(text: str) -> str:
     return text
 
 
-def write(name: str, args, result: dict, smoke: bool = False, devices: list[str] | None = None) -> None:
+def write(
+    name: str, args, result: dict, smoke: bool = False, devices: list[str] | None = None
+) -> None:
     """benchmarks/results/NAME.json (what ran on an accelerator: results/gpu/NAME.json) with what it takes to do it
     again. devices: their kinds; without them JAX is asked."""
     if devices is None:
         import jax
 
         devices = [device.device_kind for device in jax.devices()]
+
     def git(command: str) -> str:
-        return subprocess.run(["git", *command.split()], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    installed = {dist.metadata["Name"].lower().replace("_", "-"): dist.version for dist in metadata.distributions()}
+        return subprocess.run(
+            ["git", *command.split()], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+
+    installed = {
+        dist.metadata["Name"].lower().replace("_", "-"): dist.version
+        for dist in metadata.distributions()
+    }
     note = {
         "command": shlex.join(["python", *(Path(x).relative_to(ROOT).as_posix() if Path(x).is_absolute() and
                                            Path(x).is_relative_to(ROOT) else x for x in sys.argv)]),

@@ -57,7 +57,9 @@ WARMUPS = 2  # blocks; Brax compiles in the first and again in the second
 @dataclasses.dataclass
 class Args:
     modes: tuple[Mode, ...] = ("speed", "lines")  # what to measure
-    peers: tuple[Literal["brax_our_env", "brax_own", "sb3", "sbx"], ...] | None = None  # besides ours; by default all
+    peers: tuple[Literal["brax_our_env", "brax_own", "sb3", "sbx"], ...] | None = (
+        None  # besides ours; by default all
+    )
     rounds: int = 3  # of `speed`; each runs everyone once
     num_envs: int = 256  # worlds of everyone in `speed`; of ours and Brax's in `return`
     iterations: int = 10  # rollouts with their updates in one timed block of `speed`
@@ -66,8 +68,12 @@ class Args:
     total_timesteps: int = 1_000_000  # of `return`, rounded down to whole blocks
     judge_every: int = 4  # our iterations between two policies of `return`
     episodes: int = 20  # to judge a policy
-    brax_backend: Literal["mjx", "generalized", "spring", "positional"] = "mjx"  # physics of brax_own
-    vec_env: Literal["dummy", "subproc"] = "dummy"  # worlds of SB3 and SBX: in turn, or each in a process of its own
+    brax_backend: Literal["mjx", "generalized", "spring", "positional"] = (
+        "mjx"  # physics of brax_own
+    )
+    vec_env: Literal["dummy", "subproc"] = (
+        "dummy"  # worlds of SB3 and SBX: in turn, or each in a process of its own
+    )
     torch_threads: int = 1  # of SB3; for such small networks more only wait for each other
     name: str = "compare_ppo"  # of the JSON file
     smoke: bool = False  # `return` in short, with the peers that are installed
@@ -77,6 +83,7 @@ class Args:
 class Watch:
     """Called by a training after each block of steps: notes the seconds, and keeps the policy where it is asked to.
     What itself takes is not counted."""
+
     def __init__(self, keep: bool):
         self.keep, self.paused, self.points, self.policies = keep, 0.0, [], []
 
@@ -136,7 +143,9 @@ def adapt(env):
             return State(state, state.obs, state.reward, state.done, state.metrics)
 
         def step(self, state, action):
-            new = kernel(env.step)(state.pipeline_state, jnp.clip(action, -1.0, 1.0))  # Brax's Gaussian knows no bounds
+            new = kernel(env.step)(
+                state.pipeline_state, jnp.clip(action, -1.0, 1.0)
+            )  # Brax's Gaussian knows no bounds
             return state.replace(
                 pipeline_state=new, obs=new.obs, reward=new.reward, done=new.done, metrics=new.metrics)  # fmt: skip
 
@@ -202,12 +211,14 @@ def train_sb(args: Args, watch: Watch, block: int, blocks: int) -> None:
 
         tanh, relu = linen.tanh, linen.relu
     if args.modes[0] == "return":  # github.com/DLR-RM/rl-baselines3-zoo, hyperparams/ppo.yml
-        num_envs, steps_per_iteration = 1, args.num_envs * 16  # ours; not imported, as that takes time
+        num_envs = 1
+        steps_per_iteration = args.num_envs * 16  # ours; not imported, as that takes time
         flags = {
             "n_steps": 512, "batch_size": 64, "gamma": 0.98, "learning_rate": 2.0633e-05, "ent_coef": 0.000401762,
             "clip_range": 0.1, "n_epochs": 20, "gae_lambda": 0.92, "max_grad_norm": 0.8, "vf_coef": 0.58096,
         }  # fmt: skip
-        hidden, network = [256, 256], {"activation_fn": relu, "log_std_init": -2.0, "ortho_init": False}
+        hidden = [256, 256]
+        network = {"activation_fn": relu, "log_std_init": -2.0, "ortho_init": False}
     else:
         import ppo_mjx as ppo
 
@@ -219,7 +230,8 @@ def train_sb(args: Args, watch: Watch, block: int, blocks: int) -> None:
             "clip_range": ours.clip_coef, "n_epochs": ours.update_epochs, "gae_lambda": ours.gae_lambda,
             "max_grad_norm": ours.max_grad_norm, "vf_coef": ours.vf_coef,
         }  # fmt: skip
-        hidden, network = list(ours.hidden_sizes), {"activation_fn": tanh, "log_std_init": ours.init_log_std}
+        hidden = list(ours.hidden_sizes)
+        network = {"activation_fn": tanh, "log_std_init": ours.init_log_std}
     network["net_arch"] = {"pi": hidden, "vf": hidden}
     worlds = SubprocVecEnv if args.vec_env == "subproc" else DummyVecEnv
     env = make_vec_env("HalfCheetah-v5", num_envs, seed=args.seeds[0], vec_env_cls=worlds)
@@ -250,7 +262,10 @@ def train_sb(args: Args, watch: Watch, block: int, blocks: int) -> None:
             return True
 
         def _on_rollout_start(self) -> None:
-            if self.model.num_timesteps and self.model.num_timesteps % (block * steps_per_iteration) == 0:
+            if (
+                self.model.num_timesteps
+                and self.model.num_timesteps % (block * steps_per_iteration) == 0
+            ):
                 watch(self.model.num_timesteps, snapshot)
 
         _on_training_end = _on_rollout_start
@@ -274,14 +289,18 @@ def judge(act, episodes: int) -> float:
 
 def count_lines(packages: tuple[str, ...], train) -> dict:
     """Lines of the packages' files in which a function is called by train()."""
-    origins = [Path(importlib.import_module(package.split(".")[0]).__file__) for package in packages]
+    origins = [
+        Path(importlib.import_module(package.split(".")[0]).__file__) for package in packages
+    ]
     roots = [origin.parent if origin.name == "__init__.py" else origin for origin in origins]
     for package in packages:
         importlib.import_module(package)
     files = set()
 
     def trace(frame, *_) -> None:
-        if frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # a function, not the body of a module or class
+        if (
+            frame.f_code.co_flags & inspect.CO_OPTIMIZED
+        ):  # a function, not the body of a module or class
             files.add(frame.f_code.co_filename)
 
     threading.settrace(trace)
@@ -303,7 +322,8 @@ def child(args: Args) -> dict:
     train = {"ours": train_ours, "sb3": train_sb, "sbx": train_sb}.get(args.child, train_brax)
     block, blocks = args.iterations, WARMUPS + args.blocks
     if mode == "return":
-        block, blocks = args.judge_every, args.total_timesteps // (args.num_envs * 16 * args.judge_every)
+        block = args.judge_every
+        blocks = args.total_timesteps // (args.num_envs * 16 * args.judge_every)
     elif mode == "lines":
         block, blocks = 1, WARMUPS + 1
     if mode == "lines":
@@ -313,13 +333,20 @@ def child(args: Args) -> dict:
     if len(watch.points) != blocks:
         raise RuntimeError(f"{args.child}: {len(watch.points)} blocks, not {blocks}")
     if mode == "speed":
-        times = [point["seconds"] for point in watch.points[WARMUPS - 1:]]
+        times = [point["seconds"] for point in watch.points[WARMUPS - 1 :]]
         seconds, steps = np.diff(times).tolist(), watch.points[0]["steps"]
         row = {"steps/s": steps / statistics.median(seconds), "steps": steps, "seconds": seconds}
     elif mode == "return":
         loads = watch.policies
-        curve = [p | {"return": judge(load(), args.episodes)} for p, load in zip(watch.points, loads, strict=True)]
-        row = {"final": curve[-1]["return"], "end_s": curve[-1]["seconds"], "steps": curve[-1]["steps"]}
+        curve = [
+            p | {"return": judge(load(), args.episodes)}
+            for p, load in zip(watch.points, loads, strict=True)
+        ]
+        row = {
+            "final": curve[-1]["return"],
+            "end_s": curve[-1]["seconds"],
+            "steps": curve[-1]["steps"],
+        }
         row |= {f"to {goal}": reached(curve, goal) for goal in GOALS} | {"curve": curve}
     kinds = ["cpu"]
     if args.child != "sb3":
@@ -353,8 +380,10 @@ def summarise(mode: str, runs: dict[str, list[dict]]) -> dict[str, dict]:
             summary[name] = {"lines": rows[0]["lines"], "files": rows[0]["files"]}
         elif rows and mode == "speed":
             speeds = [[row["steps/s"] for row in side] for side in zip(*both, strict=True)]
-            summary[name] = {"steps/s": statistics.median(row["steps/s"] for row in rows),
-                             "ours / this": common.ratio(*speeds) if both else None}
+            summary[name] = {
+                "steps/s": statistics.median(row["steps/s"] for row in rows),
+                "ours / this": common.ratio(*speeds) if both else None,
+            }
         elif rows:
             faster = []
             for ours, row in both:  # to the return that this one has at its end
@@ -374,9 +403,13 @@ def main(args: Args) -> None:
     if args.child:
         return print("\n" + json.dumps(child(args)))
     peers = tuple(PACKAGES)[1:] if args.peers is None else args.peers
-    missing = [name for name in peers if not importlib.util.find_spec(PACKAGES[name][0].split(".")[0])]
+    missing = [
+        name for name in peers if not importlib.util.find_spec(PACKAGES[name][0].split(".")[0])
+    ]
     if missing and (args.peers or not args.smoke):
-        sys.exit(f"error: not installed: {', '.join(missing)}; pip install -r benchmarks/requirements.txt")
+        sys.exit(
+            f"error: not installed: {', '.join(missing)}; pip install -r benchmarks/requirements.txt"
+        )
     if missing:
         print(f"left out, as they are not installed: {', '.join(missing)}")
     if args.smoke:
@@ -385,15 +418,36 @@ def main(args: Args) -> None:
                                    judge_every=1, episodes=1)  # fmt: skip
     names = ["ours", *(name for name in peers if name not in missing)]
     # Brax's own HalfCheetah is another model, so its policies cannot be judged in Gymnasium's.
-    runs = {mode: {name: [] for name in names if (mode, name) != ("return", "brax_own")} for mode in args.modes}
+    runs = {
+        mode: {name: [] for name in names if (mode, name) != ("return", "brax_own")}
+        for mode in args.modes
+    }
     turns, failed = {"speed": range(args.rounds), "return": args.seeds, "lines": (0,)}, []
     flags = [f"--brax-backend={args.brax_backend}", f"--vec-env={args.vec_env}"]
-    for name in "num_envs", "iterations", "blocks", "total_timesteps", "judge_every", "episodes", "torch_threads":
+    for name in (
+        "num_envs",
+        "iterations",
+        "blocks",
+        "total_timesteps",
+        "judge_every",
+        "episodes",
+        "torch_threads",
+    ):
         flags.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
     with tempfile.TemporaryDirectory() as shared:
-        for mode, turn, name in [(m, turn, name) for m in args.modes for turn in turns[m] for name in runs[m]]:
+        for mode, turn, name in [
+            (m, turn, name) for m in args.modes for turn in turns[m] for name in runs[m]
+        ]:
             seed = turn if mode == "return" else 1
-            command = [sys.executable, str(Path(__file__).resolve()), *flags, "--child", name, "--modes", mode]
+            command = [
+                sys.executable,
+                str(Path(__file__).resolve()),
+                *flags,
+                "--child",
+                name,
+                "--modes",
+                mode,
+            ]
             with tempfile.TemporaryDirectory() as empty:
                 cache = shared if args.smoke else empty
                 try:
@@ -403,14 +457,21 @@ def main(args: Args) -> None:
                     print(f"FAIL {mode} {name} {turn}: {error}", file=sys.stderr, flush=True)
                 else:
                     runs[mode][name].append({"turn": turn} | row)
-                    note = {key: row[key] for key in ("steps/s", "final", "end_s", "lines") if key in row}
+                    note = {
+                        key: row[key]
+                        for key in ("steps/s", "final", "end_s", "lines")
+                        if key in row
+                    }
                     print(f"{mode} {name} {turn}: {note}", flush=True)
             save(args, runs, failed)
     for mode in args.modes:
         rows = summarise(mode, runs[mode])
         if rows:
             print(f"\n{mode}")
-            common.table(["", *next(iter(rows.values()))], [[name, *row.values()] for name, row in rows.items()])
+            common.table(
+                ["", *next(iter(rows.values()))],
+                [[name, *row.values()] for name, row in rows.items()],
+            )
     if failed:
         sys.exit(f"{len(failed)} runs have failed")
 
@@ -420,9 +481,15 @@ def save(args: Args, runs: dict, failed: list) -> None:
     rows = [row for by_name in runs.values() for rows in by_name.values() for row in rows]
     if not rows:
         return
-    result = {"summary": {mode: summarise(mode, runs[mode]) for mode in runs}, "runs": runs, "failed": failed}
+    result = {
+        "summary": {mode: summarise(mode, runs[mode]) for mode in runs},
+        "runs": runs,
+        "failed": failed,
+    }
     if "return" in runs:
-        ends = {n: r["all s"] for n, r in result["summary"]["return"].items() if n in ("sb3", "sbx")}
+        ends = {
+            n: r["all s"] for n, r in result["summary"]["return"].items() if n in ("sb3", "sbx")
+        }
         result["fastest_cpu_peer"] = min(ends, key=ends.get) if ends else None
     with contextlib.redirect_stdout(io.StringIO()):  # it tells of each file
         common.write(args.name, args, result, args.smoke, rows[0]["devices"])

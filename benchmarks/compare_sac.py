@@ -61,7 +61,8 @@ def ours(args: Args) -> dict:
 
     common.make_mesh()  # starts JAX with all cores
     settings = sac.parse_args([f"--seed={args.seeds[0]}", *args.flags.split()])
-    mesh, env = sac.make_mesh(settings.num_devices, settings.num_envs, settings.batch_size), sac.Env(settings)
+    mesh = sac.make_mesh(settings.num_devices, settings.num_envs, settings.batch_size)
+    env = sac.Env(settings)
     settings = dataclasses.replace(settings, num_devices=mesh.size)
     state = sac.init_train_state(settings, env, mesh, jax.random.key(settings.seed))
     compile_start = time.perf_counter()
@@ -73,12 +74,20 @@ def ours(args: Args) -> dict:
         policies.append((time.perf_counter() - START, policy))
     row = {"seconds": None, "steps": None, "compile_s": compile_s, "end_s": policies[-1][0]}
     for i, (seconds, policy) in enumerate(policies):
-        if judge(lambda obs, policy=policy: sac.act(policy, (), obs)[1], args.episodes) >= args.threshold:
+        if (
+            judge(lambda obs, policy=policy: sac.act(policy, (), obs)[1], args.episodes)
+            >= args.threshold
+        ):
             row |= {"seconds": seconds, "steps": (i + 1) * settings.steps_per_iteration}
-            row["training_s"] = seconds - policies[0][0] + (policies[-1][0] - policies[0][0]) / (len(policies) - 1)
+            row["training_s"] = (
+                seconds - policies[0][0] + (policies[-1][0] - policies[0][0]) / (len(policies) - 1)
+            )
             break
     value = judge(lambda obs: sac.act(policies[-1][1], (), obs)[1], args.episodes)
-    return row | {"return_at_end": value, "devices": [device.device_kind for device in mesh.devices]}
+    return row | {
+        "return_at_end": value,
+        "devices": [device.device_kind for device in mesh.devices],
+    }
 
 
 def peer(args: Args) -> dict:
@@ -95,22 +104,31 @@ def peer(args: Args) -> dict:
 
     class Judge(BaseCallback):
         """Stops the training once the policy passes."""
+
         paused, value = 0.0, -np.inf
 
         def _on_step(self) -> bool:
             if self.num_timesteps % 500 == 0:
                 pause = time.perf_counter()
-                self.value = judge(lambda obs: self.model.predict(obs, deterministic=True)[0], args.episodes)
+                self.value = judge(
+                    lambda obs: self.model.predict(obs, deterministic=True)[0], args.episodes
+                )
                 self.paused += time.perf_counter() - pause
             return self.value < args.threshold
 
-    model, callback = SAC("MlpPolicy", "Pendulum-v1", learning_rate=1e-3, seed=args.seeds[0]), Judge()
+    model = SAC("MlpPolicy", "Pendulum-v1", learning_rate=1e-3, seed=args.seeds[0])
+    callback = Judge()
     learn_start = time.perf_counter()
     model.learn(20_000, callback=callback)
     end = time.perf_counter() - callback.paused
     passed = callback.value >= args.threshold
-    return {"seconds": end - START if passed else None, "steps": model.num_timesteps if passed else None,
-            "training_s": end - learn_start, "end_s": end - START, "return_at_end": callback.value}
+    return {
+        "seconds": end - START if passed else None,
+        "steps": model.num_timesteps if passed else None,
+        "training_s": end - learn_start,
+        "end_s": end - START,
+        "return_at_end": callback.value,
+    }
 
 
 def run_child(args: Args, name: str, seed: int) -> dict:
@@ -121,7 +139,11 @@ def run_child(args: Args, name: str, seed: int) -> dict:
                f"--torch-threads={args.torch_threads}"]  # fmt: skip
     with tempfile.TemporaryDirectory() as cache:
         row = {"seed": seed} | common.run_child(command, **common.caches(cache))
-    print(name, {key: round(x, 2) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
+    print(
+        name,
+        {key: round(x, 2) if isinstance(x, float) else x for key, x in row.items()},
+        flush=True,
+    )
     return row
 
 
@@ -147,7 +169,9 @@ def main(args: Args) -> None:
     for name, runs in rows.items():
         for key in ("seconds", "training_s", "steps", "return_at_end"):
             values = [math.inf if run.get(key) is None else run[key] for run in runs]
-            print(f"{name:5} {key:14} median {statistics.median(values or [math.nan]):10.2f} of {len(values)}")
+            print(
+                f"{name:5} {key:14} median {statistics.median(values or [math.nan]):10.2f} of {len(values)}"
+            )
     if failed:
         sys.exit(f"{len(failed)} runs have failed")
 

@@ -20,11 +20,31 @@ import tyro
 
 DEVICES = "import jax, json; print(json.dumps([device.device_kind for device in jax.devices()]))"
 PEERS = {  # means in Gymnasium: CleanRL (v4) and Tianshou (v3) on a CPU, mjlab (v5) on a GPU
-    "HalfCheetah": {"CleanRL, 1M": 1443, "Tianshou, 1M": 5784, "Tianshou, 3M": 7337, "mjlab, 167M": 6490},
-    "Hopper": {"CleanRL, 1M": 2383, "Tianshou, 1M": 2609, "Tianshou, 3M": 3128, "mjlab, 148M": 3100},
-    "Walker2d": {"CleanRL, 1M": 2288, "Tianshou, 1M": 3589, "Tianshou, 3M": 4896, "mjlab, 128M": 7046},
+    "HalfCheetah": {
+        "CleanRL, 1M": 1443,
+        "Tianshou, 1M": 5784,
+        "Tianshou, 3M": 7337,
+        "mjlab, 167M": 6490,
+    },
+    "Hopper": {
+        "CleanRL, 1M": 2383,
+        "Tianshou, 1M": 2609,
+        "Tianshou, 3M": 3128,
+        "mjlab, 148M": 3100,
+    },
+    "Walker2d": {
+        "CleanRL, 1M": 2288,
+        "Tianshou, 1M": 3589,
+        "Tianshou, 3M": 4896,
+        "mjlab, 128M": 7046,
+    },
     "Ant": {"CleanRL, 8M": 1824, "Tianshou, 1M": 3258, "Tianshou, 3M": 4079, "mjlab, 148M": 6294},
-    "Humanoid": {"CleanRL, 1M": 716, "Tianshou, 1M": 787, "Tianshou, 3M": 1360, "mjlab, 628M": 12049},
+    "Humanoid": {
+        "CleanRL, 1M": 716,
+        "Tianshou, 1M": 787,
+        "Tianshou, 3M": 1360,
+        "mjlab, 628M": 12049,
+    },
 }
 
 
@@ -36,7 +56,9 @@ class Args:
     checkpoint_every: int = 10  # iterations between two policies
     episodes: int = 20  # by which a policy is judged
     flags: tuple[str, ...] = ()  # further flags of ppo_mjx.py for a task, as TASK=FLAGS
-    keep: str | None = None  # folder to which each training's run folder is copied, to film or compare its policy
+    keep: str | None = (
+        None  # folder to which each training's run folder is copied, to film or compare its policy
+    )
     resume: bool = False  # keep the rows that the file has already
     name: str = "curves"  # of the JSON file
     smoke: bool = False  # one short training of one task
@@ -57,13 +79,18 @@ def finished_rows(args: Args, devices: list[str]) -> list[dict]:
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     for row in rows:
         if row["env_id"] in args.env_ids and row["settings"] != describe(args, row["env_id"]):
-            raise SystemExit(f"--resume: {file} has a row of {row['env_id']} with other settings: {row['settings']}")
+            raise SystemExit(
+                f"--resume: {file} has a row of {row['env_id']} with other settings: {row['settings']}"
+            )
     return rows
 
 
 def describe(args: Args, env_id: str) -> dict:
     training = settings(args, env_id)
-    return {name: getattr(training, name) for name in ("total_timesteps", "checkpoint_every", "episodes", "flags")}
+    return {
+        name: getattr(training, name)
+        for name in ("total_timesteps", "checkpoint_every", "episodes", "flags")
+    }
 
 
 def summarize(rows: list[dict]) -> dict:
@@ -81,11 +108,15 @@ def summarize(rows: list[dict]) -> dict:
 
 def main(args: Args) -> None:
     if args.smoke:
-        args = dataclasses.replace(args, env_ids=("Hopper",), seeds=(1,), total_timesteps=60_000, episodes=2)
+        args = dataclasses.replace(
+            args, env_ids=("Hopper",), seeds=(1,), total_timesteps=60_000, episodes=2
+        )
     tasks = [pair.split("=", 1)[0] for pair in args.flags]
     if unknown := [task for task in tasks if task not in PEERS]:
         raise SystemExit(f"--flags: no such task: {unknown}")
-    devices = common.run_child([sys.executable, "-c", DEVICES])  # a child, which leaves a GPU's memory to the trainings
+    devices = common.run_child(
+        [sys.executable, "-c", DEVICES]
+    )  # a child, which leaves a GPU's memory to the trainings
     rows, failed = finished_rows(args, devices) if args.resume else [], []
     for seed in args.seeds:
         for env_id in args.env_ids:
@@ -99,10 +130,15 @@ def main(args: Args) -> None:
                 continue
             rows.append(row | {"settings": describe(args, env_id)})
             final = row["final"]["mean"]
-            print(f"{env_id}, seed {seed}: return {final:.0f} after {row['process_s']:.0f} s", flush=True)
+            print(
+                f"{env_id}, seed {seed}: return {final:.0f} after {row['process_s']:.0f} s",
+                flush=True,
+            )
             result = {"peers": PEERS, "summary": summarize(rows), "rows": rows}
             common.write(args.name, args, result, args.smoke, devices)
-    for env_id, numbers in summarize(rows).items():  # a table for each, since the peers' steps differ
+    for env_id, numbers in summarize(
+        rows
+    ).items():  # a table for each, since the peers' steps differ
         common.table(["task", *numbers], [[env_id, *map(float, numbers.values())]])
         print()
     if failed:

@@ -21,7 +21,11 @@ LAYERS = {  # rows, inputs, outputs: the actors of the scripts' default minibatc
     "HalfCheetah": [(64, 17, 64), (64, 64, 64), (64, 64, 6)],
     "G1": [(256, 47, 256), (256, 256, 128), (256, 128, 12)],
 }
-PRODUCTS = {"layer": "plain", "gradient of weights": "left transposed", "gradient of inputs": "right transposed"}
+PRODUCTS = {
+    "layer": "plain",
+    "gradient of weights": "left transposed",
+    "gradient of inputs": "right transposed",
+}
 
 
 @dataclasses.dataclass
@@ -34,17 +38,24 @@ class Args:
 
 def make_loop(product, calls: int):
     """A program that computes a product again and again, each from what the one before gave."""
+
     def turn(left, right):
         return left + 1e-9 * product(left, right)[:1, :1]
 
-    return jax.jit(lambda left, right: jax.lax.fori_loop(0, calls, lambda _, left: turn(left, right), left))
+    return jax.jit(
+        lambda left, right: jax.lax.fori_loop(0, calls, lambda _, left: turn(left, right), left)
+    )
 
 
 def operands(rows: int, inputs: int, outputs: int, layout: str):
     x = jax.random.normal(jax.random.key(0), (rows, inputs))
     weights = jax.random.normal(jax.random.key(1), (inputs, outputs))
     error = jax.random.normal(jax.random.key(2), (rows, outputs))
-    return {"plain": (x, weights), "left transposed": (x, error), "right transposed": (error, weights)}[layout]
+    return {
+        "plain": (x, weights),
+        "left transposed": (x, error),
+        "right transposed": (error, weights),
+    }[layout]
 
 
 def measure(args: Args, size: tuple[int, int, int], layout: str) -> dict:
@@ -59,8 +70,13 @@ def measure(args: Args, size: tuple[int, int, int], layout: str) -> dict:
         loop = make_loop(product, args.calls)
         programs[name] = lambda loop=loop: jax.block_until_ready(loop(left, right))
     seconds = common.take_turns(programs, args.repeats)
-    row = {f"{name} us": 1e6 * statistics.median(times) / args.calls for name, times in seconds.items()}
-    return row | {"XLA / onekernel": common.ratio(seconds["XLA"], seconds["onekernel"]), "seconds": seconds}
+    row = {
+        f"{name} us": 1e6 * statistics.median(times) / args.calls for name, times in seconds.items()
+    }
+    return row | {
+        "XLA / onekernel": common.ratio(seconds["XLA"], seconds["onekernel"]),
+        "seconds": seconds,
+    }
 
 
 def main(args: Args) -> None:
@@ -71,9 +87,13 @@ def main(args: Args) -> None:
     for network, layers in LAYERS.items():
         for size in layers:
             for product, layout in PRODUCTS.items():
-                row = {"network": network, "size": size, "product": product} | measure(args, size, layout)
+                row = {"network": network, "size": size, "product": product} | measure(
+                    args, size, layout
+                )
                 rows.append(row)
-                print(f"{network:12} {size!s:16} {product:20} {row['onekernel us']:8.2f} us, XLA {row['XLA us']:8.2f}")
+                print(
+                    f"{network:12} {size!s:16} {product:20} {row['onekernel us']:8.2f} us, XLA {row['XLA us']:8.2f}"
+                )
     common.write(args.name, args, {"rows": rows}, args.smoke)
 
 

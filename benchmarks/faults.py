@@ -99,16 +99,24 @@ def environment(**more) -> dict:
 
 
 def call(argv: list[str], **options) -> subprocess.CompletedProcess:
-    return subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=900, **options)
+    return subprocess.run(
+        argv, env=environment(), capture_output=True, text=True, timeout=900, **options
+    )
 
 
 class Run:
     """A process in the background, its output in a file; the lines of progress show how far it is."""
+
     def __init__(self, argv: list[str], folder: Path, **options):
         self.file, self.start = folder / f"output_{time.time_ns()}.txt", time.perf_counter()
         with open(self.file, "w") as out:
             self.process = subprocess.Popen(
-                argv, stdout=out, stderr=subprocess.STDOUT, env=environment(**options.pop("env", {})), **options)
+                argv,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment(**options.pop("env", {})),
+                **options,
+            )
 
     @property
     def text(self) -> str:
@@ -138,7 +146,9 @@ class Run:
 
 
 def only_run(folder: Path) -> Path | None:
-    runs = [run for run in folder.iterdir() if (run / "run.json").exists()] if folder.exists() else []
+    runs = (
+        [run for run in folder.iterdir() if (run / "run.json").exists()] if folder.exists() else []
+    )
     return runs[0] if runs else None
 
 
@@ -164,8 +174,17 @@ def curves(run_dir: Path) -> dict[str, list[tuple]]:
 def same_end(one: Path, other: Path) -> list[str]:
     """In what two finished runs differ, bit for bit."""
     a, b = read(checkpoints(one)[0]), read(checkpoints(other)[0])
-    differ = [name for name in a.keys() | b.keys() if name != "args" and not (
-        name in a and name in b and a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes())]
+    differ = [
+        name
+        for name in a.keys() | b.keys()
+        if name != "args"
+        and not (
+            name in a
+            and name in b
+            and a[name].dtype == b[name].dtype
+            and a[name].tobytes() == b[name].tobytes()
+        )
+    ]
     if (one / "policy.npz").read_bytes() != (other / "policy.npz").read_bytes():
         differ.append("policy.npz")
     mine, theirs = curves(one), curves(other)
@@ -181,7 +200,10 @@ def whole_run(script: str, folder: Path, iterations: int) -> Path:
 
 
 def row(fault: str, script: str, times: int, good: int, seen: str) -> dict:
-    print(f"{'pass' if good == times else 'FAIL'}  {fault:<42} {script:<18} {good:4} of {times:4}  {seen}", flush=True)
+    print(
+        f"{'pass' if good == times else 'FAIL'}  {fault:<42} {script:<18} {good:4} of {times:4}  {seen}",
+        flush=True,
+    )
     return {"fault": fault, "script": script, "times": times, "as_promised": good, "seen": seen}
 
 
@@ -202,7 +224,11 @@ def kill(args: Args, script: str, folder: Path):
     whole, runs, kills, cut = whole_run(script, folder, iterations), folder / "runs", 0, 0
     while True:
         run_dir = only_run(runs)
-        flags = ["--resume", str(run_dir)] if run_dir else [*flags_of(script, iterations), "--runs-dir", str(runs)]
+        flags = (
+            ["--resume", str(run_dir)]
+            if run_dir
+            else [*flags_of(script, iterations), "--runs-dir", str(runs)]
+        )
         before, run = parts(runs), Run(command(script, *flags), folder)
         if kills % 3 == 2 and kills < args.kills:
             time.sleep(dice.uniform(0, 15))
@@ -222,7 +248,9 @@ def kill(args: Args, script: str, folder: Path):
             return [row("kill -9, then --resume", script, args.kills, 0, run.text[-300:])]
         break
     differ = same_end(whole, only_run(runs))
-    seen = f"{cut} in the middle of a checkpoint; " + (f"differs in {differ[:5]}" if differ else "equal to the bit")
+    seen = f"{cut} in the middle of a checkpoint; " + (
+        f"differs in {differ[:5]}" if differ else "equal to the bit"
+    )
     return [row("kill -9, then --resume", script, args.kills, 0 if differ else kills, seen)]
 
 
@@ -234,9 +262,13 @@ def damage(args: Args, script: str, folder: Path):
     newest, before = checkpoints(whole)[:2]
     good = newest.read_bytes()
     cases = {
-        "cut short": lambda: good[:dice.randrange(1, len(good))], "empty": lambda: b"",
-        "noise": lambda: good[:(i := dice.randrange(len(good) - 512))] + dice.randbytes(512) + good[i + 512:],
-        "a checkpoint of another script": lambda: checkpoints(foreign)[0].read_bytes()}
+        "cut short": lambda: good[: dice.randrange(1, len(good))],
+        "empty": lambda: b"",
+        "noise": lambda: (
+            good[: (i := dice.randrange(len(good) - 512))] + dice.randbytes(512) + good[i + 512 :]
+        ),
+        "a checkpoint of another script": lambda: checkpoints(foreign)[0].read_bytes(),
+    }
     rows = []
     for name, broken in cases.items():
         copy = folder / "copy"
@@ -245,17 +277,25 @@ def damage(args: Args, script: str, folder: Path):
         done = call(command(script, "--resume", str(copy)))
         if "another script" in name:
             line = done.stderr.strip()
-            passed = done.returncode == 2 and line.count("\n") == 0 and "differs from run.json in" in line
+            passed = (
+                done.returncode == 2
+                and line.count("\n") == 0
+                and "differs from run.json in" in line
+            )
         else:
             lines = [line for line in done.stdout.splitlines() if "is broken" in line]
             line = lines[0] if lines else done.stdout[-200:] + done.stderr[-200:]
-            passed = len(lines) == 1 and "trying the one before" in line and not same_end(whole, copy)
-        rows.append(row(f"checkpoint: {name}", script, 1, int(passed), line.replace(str(folder), "")[:150]))
+            passed = (
+                len(lines) == 1 and "trying the one before" in line and not same_end(whole, copy)
+            )
+        rows.append(
+            row(f"checkpoint: {name}", script, 1, int(passed), line.replace(str(folder), "")[:150])
+        )
         shutil.rmtree(copy)
     told = same = 0
     for _ in range(args.flips):  # what `restore` reads, as it reads it
         i, file = dice.randrange(len(good)), folder / "flipped.npz"
-        file.write_bytes(good[:i] + bytes([good[i] ^ 1 << dice.randrange(8)]) + good[i + 1:])
+        file.write_bytes(good[:i] + bytes([good[i] ^ 1 << dice.randrange(8)]) + good[i + 1 :])
         try:
             arrays, right = read(file), read(newest)
             # The zip file's directory may lose its last entries; the scripts count them.
@@ -273,7 +313,9 @@ def signals(args: Args, script: str, folder: Path):
     rows, whole = [], whole_run(script, folder, 200)
     for number in signal.SIGINT, signal.SIGTERM:
         runs = folder / number.name
-        run = Run(command(script, *flags_of(script, 200, every=1000), "--runs-dir", str(runs)), folder)
+        run = Run(
+            command(script, *flags_of(script, 200, every=1000), "--runs-dir", str(runs)), folder
+        )
         run.wait_for(lambda run=run: "step " in run.text)
         run.process.send_signal(number)
         code, told = run.end(), re.search(r"to continue: python (.*)", run.text)
@@ -282,12 +324,19 @@ def signals(args: Args, script: str, folder: Path):
             call([sys.executable, *shlex.split(told[1])])
             differ = same_end(whole, only_run(runs))
             passed = passed and not differ
-        seen = f"exit code {code}; resumed by the printed command, " + ("equal" if passed else "not as promised")
+        seen = f"exit code {code}; resumed by the printed command, " + (
+            "equal" if passed else "not as promised"
+        )
         rows.append(row(f"{number.name}, then --resume", script, 1, int(bool(passed)), seen))
     runs = folder / "twice"
-    change = ("import time\nreal = m.os.replace\ndef replace(part, file):\n    if '10.npz' in str(file):\n"
-              "        print('half', flush=True)\n        time.sleep(60)\n    real(part, file)\nm.os.replace = replace")
-    run = Run(command(script, *flags_of(script, 200, every=5), "--runs-dir", str(runs), change=change), folder)
+    change = (
+        "import time\nreal = m.os.replace\ndef replace(part, file):\n    if '10.npz' in str(file):\n"
+        "        print('half', flush=True)\n        time.sleep(60)\n    real(part, file)\nm.os.replace = replace"
+    )
+    run = Run(
+        command(script, *flags_of(script, 200, every=5), "--runs-dir", str(runs), change=change),
+        folder,
+    )
     run.wait_for(lambda: "half" in run.text)
     run.process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -309,7 +358,9 @@ def disk(args: Args, script: str, folder: Path):
     """A full disk, and a folder that loses its write right, after the first checkpoint."""
     rows, small = [], folder / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(small)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(small)], capture_output=True
+    )
     run = Run(command(script, *flags_of(script, 5000), "--runs-dir", str(small / "runs")), folder)
     run.wait_for(lambda: (run_dir := only_run(small / "runs")) and checkpoints(run_dir))
     if mounted.returncode == 0:
@@ -322,10 +373,14 @@ def disk(args: Args, script: str, folder: Path):
             pass
     else:
         how = "disk full (no file may grow)"
-        resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (4096, 4096))  # output, but no checkpoint
+        resource.prlimit(
+            run.process.pid, resource.RLIMIT_FSIZE, (4096, 4096)
+        )  # output, but no checkpoint
     code, errors = run.end(120), run.errors()
     last = checkpoints(only_run(small / "runs"))
-    passed = code == 1 and len(errors) == 1 and "Traceback" not in run.text and last and read(last[0])
+    passed = (
+        code == 1 and len(errors) == 1 and "Traceback" not in run.text and last and read(last[0])
+    )
     if mounted.returncode == 0:
         (small / "ballast").unlink()
     resumed = Run(command(script, "--resume", str(only_run(small / "runs"))), folder)
@@ -340,13 +395,22 @@ def disk(args: Args, script: str, folder: Path):
     rows.append(row(how, script, 1, int(bool(passed and goes_on)), f"exit code {code}; {seen}"))
 
     runs = folder / "locked"
-    run = Run(command(script, *flags_of(script, 5000), "--runs-dir", str(runs)), folder, preexec_fn=obey_modes)
+    run = Run(
+        command(script, *flags_of(script, 5000), "--runs-dir", str(runs)),
+        folder,
+        preexec_fn=obey_modes,
+    )
     run.wait_for(lambda: (run_dir := only_run(runs)) and checkpoints(run_dir))
     run_dir = only_run(runs)
     for path in (run_dir, run_dir / "checkpoints"):
         path.chmod(0o555)
     code, errors = run.end(120), run.errors()
-    passed = code == 1 and len(errors) == 1 and "Traceback" not in run.text and read(checkpoints(run_dir)[0])
+    passed = (
+        code == 1
+        and len(errors) == 1
+        and "Traceback" not in run.text
+        and read(checkpoints(run_dir)[0])
+    )
     seen = (errors or [run.text[-200:]])[0].replace(str(folder), "")[:160]
     seen = f"exit code {code}; {seen}"
     return [*rows, row("the run folder loses its write right", script, 1, int(bool(passed)), seen)]
@@ -355,7 +419,11 @@ def disk(args: Args, script: str, folder: Path):
 def nan(args: Args, script: str, folder: Path):
     """A model that explodes, and a loss that is not a number."""
     change, runs = EXPLODING[script], folder / "runs"
-    run = Run(command(script, *flags_of(script, 6), "--runs-dir", str(runs), change=change), folder, cwd=folder)
+    run = Run(
+        command(script, *flags_of(script, 6), "--runs-dir", str(runs), change=change),
+        folder,
+        cwd=folder,
+    )
     run.wait_for(lambda: "trained for" in run.text)
     run.process.kill()
     run.end()
@@ -374,7 +442,12 @@ def nan(args: Args, script: str, folder: Path):
     flags = [*flags_of(script, 60), "--runs-dir", str(folder / "loss")]
     run = Run(command(script, *flags, change=NAN_LOSS[script]), folder)
     code, errors = run.end(), run.errors()
-    passed = code == 1 and len(errors) == 1 and "in a row are not finite" in errors[0] and "Traceback" not in run.text
+    passed = (
+        code == 1
+        and len(errors) == 1
+        and "in a row are not finite" in errors[0]
+        and "Traceback" not in run.text
+    )
     seen = f"exit code {code}; {(errors or [run.text[-200:]])[0].replace(str(folder), '')}"
     return rows + [row("gradients that are not finite", script, 1, int(passed), seen)]
 
@@ -422,11 +495,27 @@ def fuzz(args: Args, script: str, folder: Path):
     ints = "0 -1 1 2 3 8 17 1000 1000000 1000000000000 100000000000000000000 1.5 abc nan".split()
     floats = "0 -1 1e-9 0.1 0.5 1 3 1e6 1e30 nan inf -inf abc".split()
     tuples = ["", "0", "-1 1", "8", "8 8", "1 -1", "0.5 0.5", "1000000", "nan nan", "abc"]
-    words = ["", "a b", "../x", "x" * 300, "a_file", "a_folder", "missing", "foreign", "own", "a_file/x", "\x00", "é"]
+    words = [
+        "",
+        "a b",
+        "../x",
+        "x" * 300,
+        "a_file",
+        "a_folder",
+        "missing",
+        "foreign",
+        "own",
+        "a_file/x",
+        "\x00",
+        "é",
+    ]
     left_out = {"smoke", "capture_video", "track", "total_timesteps", "coordinator_address"}
+
     def draw() -> list[str]:
         argv = [*base, "--runs-dir", "runs"]
-        for field in dice.sample([f for f in fields if f.name not in left_out], dice.choice([1, 1, 2, 3])):
+        for field in dice.sample(
+            [f for f in fields if f.name not in left_out], dice.choice([1, 1, 2, 3])
+        ):
             flag, kind = "--" + field.name.replace("_", "-"), str(field.type)
             if field.type is bool:
                 argv += [dice.choice([flag, "--no-" + flag[2:], flag + "=maybe"])]
@@ -439,25 +528,38 @@ def fuzz(args: Args, script: str, folder: Path):
         if dice.random() < 0.1:
             argv += [dice.choice(["--no-such-flag", "stray", "--", "-x", "--seed"])]
         return argv
+
     quiet = "m.judge = lambda *_: {'passed': True, 'C MuJoCo': {'mean': 0.0}}"
     code = FUZZER.format(script=script, quiet=quiet)
     calls = [draw() for _ in range(args.fuzz)]
-    done = call([sys.executable, "-c", code], input="\n".join(map(json.dumps, calls)) + "\n", cwd=work)
-    results, ran, refused, bad = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "["], 0, 0, []
+    done = call(
+        [sys.executable, "-c", code], input="\n".join(map(json.dumps, calls)) + "\n", cwd=work
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "["]
+    ran = 0
+    refused = 0
+    bad = []
     for argv, code, error, trace, new, _ in results:
         left = [path for path in new if path != "runs" and not path.startswith("MUJOCO_LOG")]
         if trace or code not in (0, 2):
-            bad.append((argv[len(base):], trace or code))
+            bad.append((argv[len(base) :], trace or code))
         elif code == 2 and (error.count("\n") != 1 or not error.startswith("error: ") or left):
-            bad.append((argv[len(base):], error, left))
+            bad.append((argv[len(base) :], error, left))
         ran, refused = ran + (code == 0 and not trace), refused + (code == 2)
     for problem in bad:
         print("     ", problem)
     if len(results) < args.fuzz:
         print("     ", calls[len(results)], done.returncode, done.stderr[-500:])
     slowest = max(result[-1] for result in results)
-    return [row("random flags", script, args.fuzz, len(results) - len(bad),
-                f"{ran} ran, {refused} refused by one line; the slowest took {slowest:.0f} s")]
+    return [
+        row(
+            "random flags",
+            script,
+            args.fuzz,
+            len(results) - len(bad),
+            f"{ran} ran, {refused} refused by one line; the slowest took {slowest:.0f} s",
+        )
+    ]
 
 
 def free_port() -> int:
@@ -481,20 +583,42 @@ def processes(args: Args, script: str, folder: Path):
         flags[flags.index("--num-devices") + 1] = str(count)
         alone, many = folder / f"alone{count}", folder / f"many{count}"
         call(command(script, *flags, "--runs-dir", str(alone)))
-        codes = [run.end() for run in together(script, folder, count, *flags, "--runs-dir", str(many))]
+        codes = [
+            run.end() for run in together(script, folder, count, *flags, "--runs-dir", str(many))
+        ]
         one, two = only_run(alone), only_run(many)
         if not (one and two):
             rows.append(row(f"{count} processes", script, 1, 0, f"exit codes {codes}"))
             continue
         a, b = curves(one), curves(two)
-        few = 4 if script == "ppo_mjx_unitree" else 8  # iterations; its contacts amplify rounding soon
-        early, late = (max(abs(x - y) / (abs(x) + 1e-3) for tag in a for (step, x), (_, y) in zip(
-            a[tag], b[tag], strict=True) if step <= last * STEPS[script]) for last in (few, 60))
+        few = (
+            4 if script == "ppo_mjx_unitree" else 8
+        )  # iterations; its contacts amplify rounding soon
+        early, late = (
+            max(
+                abs(x - y) / (abs(x) + 1e-3)
+                for tag in a
+                for (step, x), (_, y) in zip(a[tag], b[tag], strict=True)
+                if step <= last * STEPS[script]
+            )
+            for last in (few, 60)
+        )
         files = len(list(two.glob("events*")))
-        passed = all(code in FINISHED for code in codes) and early < 1e-3 and len(list(many.iterdir())) == files == 1
-        rows.append(row(f"{count} processes against {count} devices of one", script, 1, int(passed),
-                        f"largest relative difference of all curves: {early:.1e} in {few} iterations, "
-                        f"{late:.1e} in 60"))
+        passed = (
+            all(code in FINISHED for code in codes)
+            and early < 1e-3
+            and len(list(many.iterdir())) == files == 1
+        )
+        rows.append(
+            row(
+                f"{count} processes against {count} devices of one",
+                script,
+                1,
+                int(passed),
+                f"largest relative difference of all curves: {early:.1e} in {few} iterations, "
+                f"{late:.1e} in 60",
+            )
+        )
     flags = flags_of(script, 60)
     flags[flags.index("--num-devices") + 1] = "2"
     for first, second in ((2, 1), (1, 2)):
@@ -507,11 +631,25 @@ def processes(args: Args, script: str, folder: Path):
             runs = together(script, folder, 2, "--resume", str(copy))
         codes, there = [run.end() for run in runs], read(checkpoints(copy)[0])
         right = read(checkpoints(only_run(folder / "alone2"))[0])
-        error = max(float(np.abs(there[name].astype(float) - right[name].astype(float)).max(initial=0))
-                    for name in right if name != "args")
-        passed = all(code in FINISHED for code in codes) and int(there[".learner.iteration"]) == 60 and error < 1e-3
-        rows.append(row(f"a checkpoint of {first} resumed by {second}", script, 1, int(passed),
-                        f"largest difference of the final state: {error:.1e}"))
+        error = max(
+            float(np.abs(there[name].astype(float) - right[name].astype(float)).max(initial=0))
+            for name in right
+            if name != "args"
+        )
+        passed = (
+            all(code in FINISHED for code in codes)
+            and int(there[".learner.iteration"]) == 60
+            and error < 1e-3
+        )
+        rows.append(
+            row(
+                f"a checkpoint of {first} resumed by {second}",
+                script,
+                1,
+                int(passed),
+                f"largest difference of the final state: {error:.1e}",
+            )
+        )
     for victim in (1, 0):
         flags = flags_of(script, 5000)
         flags[flags.index("--num-devices") + 1] = "2"
@@ -529,16 +667,30 @@ def processes(args: Args, script: str, folder: Path):
             run.process.kill()
             run.end()
         good = code not in (0, -999) and clear and goes_on
-        rows.append(row(f"process {victim} of two is killed", script, 1, int(good),
-                        f"the other ended after {seconds:.1f} s with code {code}; resumed by both: {goes_on}"))
+        rows.append(
+            row(
+                f"process {victim} of two is killed",
+                script,
+                1,
+                int(good),
+                f"the other ended after {seconds:.1f} s with code {code}; resumed by both: {goes_on}",
+            )
+        )
     runs = folder / "stopped"
     pair = together(script, folder, 2, *flags, "--runs-dir", str(runs))
     pair[0].wait_for(lambda: "step " in pair[0].text)
     pair[1].process.terminate()
     codes = [run.end(90) for run in pair]
     stopped = codes == [143, 143] and "to continue" in pair[0].text
-    rows.append(row("SIGTERM to process 1 of two", script, 1, int(stopped),
-                    f"exit codes {codes}, both after the same iteration"))
+    rows.append(
+        row(
+            "SIGTERM to process 1 of two",
+            script,
+            1,
+            int(stopped),
+            f"exit codes {codes}, both after the same iteration",
+        )
+    )
     return rows
 
 
@@ -554,16 +706,23 @@ def memory(args: Args, script: str, folder: Path):
         time.sleep(min(10, 6 * args.minutes))
         pages = int(Path(f"/proc/{run.process.pid}/statm").read_text().split()[1])
         samples.append((round(seconds), pages * resource.getpagesize() // 2**20))
-        lags.append(time.time() - max(file.stat().st_mtime for file in folder.glob("runs/*/events*")))
+        lags.append(
+            time.time() - max(file.stat().st_mtime for file in folder.glob("runs/*/events*"))
+        )
     run.process.terminate()
     code = run.end()
     tail = [mib for seconds, mib in samples if seconds > 6 * args.minutes]  # after the first tenth
     third = len(tail) // 3
     growth = statistics.median(tail[-third:]) - statistics.median(tail[:third])
-    seen = (f"{tail[0]} MiB after {args.minutes / 10:.0f} minutes, {tail[-1]} at the end, {growth:+.0f} between the "
-            f"first and the last third; TensorBoard's file at most {max(lags):.1f} s old")
+    seen = (
+        f"{tail[0]} MiB after {args.minutes / 10:.0f} minutes, {tail[-1]} at the end, {growth:+.0f} between the "
+        f"first and the last third; TensorBoard's file at most {max(lags):.1f} s old"
+    )
     passed = code == 143 and growth < 0.02 * tail[0]
-    return [row(f"{args.minutes:.0f} minutes of training", script, 1, int(passed), seen) | {"samples": samples}]
+    return [
+        row(f"{args.minutes:.0f} minutes of training", script, 1, int(passed), seen)
+        | {"samples": samples}
+    ]
 
 
 FAULTS = {f.__name__: f for f in (kill, damage, signals, disk, nan, fuzz, processes, memory)}
@@ -582,7 +741,9 @@ def main(args: Args) -> int:
                 try:
                     rows += FAULTS[name](args, script, Path(folder))
                 except Exception as error:
-                    rows.append(row(name, script, 1, 0, f"the benchmark itself failed: {error!r:.300}"))
+                    rows.append(
+                        row(name, script, 1, 0, f"the benchmark itself failed: {error!r:.300}")
+                    )
                     subprocess.run(["umount", f"{folder}/small"], capture_output=True)  # of `disk`
             file = ROOT / "benchmarks" / "results" / f"{args.name}.json"
             file.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")

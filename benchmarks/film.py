@@ -35,7 +35,9 @@ def film(env_id: str, policy: dict, args: Args) -> np.ndarray:
     """One episode's frames [T, size, size, 3] of uint8."""
     env, path = ppo.Env(ppo.Args(env_id=env_id)), []
     original = ppo.CMujocoEnv(env)
-    (total,) = ppo.evaluate_on_host(original, policy, 1, args.seed, lambda: path.append(original.data.qpos.copy()))
+    (total,) = ppo.evaluate_on_host(
+        original, policy, 1, args.seed, lambda: path.append(original.data.qpos.copy())
+    )
     print(f"{env_id}: return {total:.0f} in {len(path)} steps")
     renderer, frames = ppo.make_renderer(original.model), []
     for t in args.start + np.arange(round(args.seconds * args.fps)) / args.fps:
@@ -62,11 +64,15 @@ def still(env_id: str) -> dict:
 def main(args: Args) -> None:
     folder = common.ROOT / "docs"
     if args.smoke:
-        args, folder = dataclasses.replace(args, start=0.0, seconds=0.1, name="film_smoke"), common.RESULTS
+        args = dataclasses.replace(args, start=0.0, seconds=0.1, name="film_smoke")
+        folder = common.RESULTS
         panes = [(env_id, still(env_id)) for env_id in ("Hopper", "Ant")]
     else:
         ppo.require(args.runs, "--runs: which run folders?")
-        panes = [(ppo.read_run(Path(run)).env_id, dict(np.load(Path(run) / "policy.npz"))) for run in args.runs]
+        panes = [
+            (ppo.read_run(Path(run)).env_id, dict(np.load(Path(run) / "policy.npz")))
+            for run in args.runs
+        ]
     rows = np.concatenate([film(*pane, args) for pane in panes], axis=2)
     imageio.mimsave(folder / f"{args.name}.gif", rows, duration=1000 / args.fps, loop=0)
     print(folder / f"{args.name}.gif")

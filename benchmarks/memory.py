@@ -45,11 +45,18 @@ NO_ROOM = "resource_exhausted", "out of memory", "out_of_memory"  # in the text 
 class Args:
     programs: tuple[str, ...] = ("HalfCheetah", "SAC", "G1")  # or Hopper, Walker2d
     num_envs: tuple[int, ...] = (32, 64, 128, 256, 1024, 4096, 8192)
-    g1_num_envs: tuple[int, ...] = (32, 256, 1024, 8192)  # of the G1, which takes longest to compile
+    g1_num_envs: tuple[int, ...] = (
+        32,
+        256,
+        1024,
+        8192,
+    )  # of the G1, which takes longest to compile
     gibibytes: tuple[int, ...] = (8, 24, 80)  # memories to fill, by the line
     name: str = "memory"  # of the JSON file
     most_num_envs: int = 2**22  # where the search on an accelerator ends
-    child: str | None = None  # program, worlds and 1 to run them as well: what the processes of this benchmark do
+    child: str | None = (
+        None  # program, worlds and 1 to run them as well: what the processes of this benchmark do
+    )
     smoke: bool = False
 
 
@@ -62,20 +69,31 @@ def build(program: str, num_envs: int):
     mesh = make_mesh(1)
     if program == "SAC":
         import sac_mjx_pendulum as script
+
         args = script.Args()
     elif program == "G1":
         import ppo_mjx_unitree as script
+
         args = script.Args()
     else:
         import ppo_mjx as script
+
         args = ppo_args(program)
     steps = num_envs * args.num_steps  # an iteration, of which there has to be one
-    args = dataclasses.replace(args, num_envs=num_envs, total_timesteps=max(args.total_timesteps, steps))
+    args = dataclasses.replace(
+        args, num_envs=num_envs, total_timesteps=max(args.total_timesteps, steps)
+    )
     script.check_args(args)
     env = script.Env(args)
     shardings = jax.tree.map(partial(NamedSharding, mesh), script.STATE_SPEC)
     operands = (args, env, mesh) if program == "SAC" else (args, env)
-    return script, args, env, mesh, jax.jit(partial(script.init_train_state, *operands), out_shardings=shardings)
+    return (
+        script,
+        args,
+        env,
+        mesh,
+        jax.jit(partial(script.init_train_state, *operands), out_shardings=shardings),
+    )
 
 
 def form_of(script, mesh, init, key):
@@ -85,10 +103,14 @@ def form_of(script, mesh, init, key):
 
     def place(part, spec):
         sharding = NamedSharding(mesh, spec)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part
+        )
 
     form = jax.eval_shape(init, key)
-    return form.replace(**{name: place(getattr(form, name), spec) for name, spec in vars(script.STATE_SPEC).items()})
+    return form.replace(
+        **{name: place(getattr(form, name), spec) for name, spec in vars(script.STATE_SPEC).items()}
+    )
 
 
 def peak_resident() -> int:
@@ -108,7 +130,10 @@ def run_once(compiled, init, key) -> dict:
     jax.block_until_ready(compiled(init(key)))
     stats = device.memory_stats()
     if stats:
-        return {"peak_bytes_in_use": stats["peak_bytes_in_use"], "bytes_limit": stats["bytes_limit"]}
+        return {
+            "peak_bytes_in_use": stats["peak_bytes_in_use"],
+            "bytes_limit": stats["bytes_limit"],
+        }
     return {"resident_rise": before and peak_resident() - before}
 
 
@@ -122,10 +147,17 @@ def measure(program: str, num_envs: int, run: bool) -> dict:
     compiled = script.train_iteration.lower(args, env, mesh, form).compile()
     analysis = compiled.memory_analysis()
     row = {"num_envs": num_envs, "device": device.device_kind} | {
-        part: getattr(analysis, f"{part}_size_in_bytes") for part in ("argument", "output", "alias", "temp")}
+        part: getattr(analysis, f"{part}_size_in_bytes")
+        for part in ("argument", "output", "alias", "temp")
+    }
     row["total"] = row["argument"] + row["output"] - row["alias"] + row["temp"]
-    row |= {name: script.count_bytes(part) for name, part in vars(form).items()}  # learner, worlds, buffer
-    row |= {"bytes_per_world": row["worlds"] / num_envs, "transitions": getattr(args, "buffer_size", None)}
+    row |= {
+        name: script.count_bytes(part) for name, part in vars(form).items()
+    }  # learner, worlds, buffer
+    row |= {
+        "bytes_per_world": row["worlds"] / num_envs,
+        "transitions": getattr(args, "buffer_size", None),
+    }
     return row | (run_once(compiled, init, key) if run or device.memory_stats() else {})
 
 
@@ -141,7 +173,14 @@ def child(program: str, num_envs: str, run: str) -> dict:
 
 # ---- All of them ----------------------------------------------------------------------------------------------------
 def start(program: str, num_envs: int, run: bool = False) -> dict:
-    return run_child([sys.executable, str(Path(__file__).resolve()), "--child", f"{program} {num_envs} {int(run)}"])
+    return run_child(
+        [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--child",
+            f"{program} {num_envs} {int(run)}",
+        ]
+    )
 
 
 def fit(rows: list[dict]) -> dict:
@@ -149,7 +188,12 @@ def fit(rows: list[dict]) -> dict:
     sizes, totals = (np.array([row[name] for row in rows], float) for name in ("num_envs", "total"))
     b, a = np.polyfit(sizes, totals, 1)
     errors = np.abs(a + b * sizes - totals) / totals
-    return {"a": a, "b": b, "largest_error": errors.max(), "largest_error_at": int(sizes[errors.argmax()])}
+    return {
+        "a": a,
+        "b": b,
+        "largest_error": errors.max(),
+        "largest_error_at": int(sizes[errors.argmax()]),
+    }
 
 
 def search(program: str, first: int, most: int) -> dict:
@@ -157,7 +201,10 @@ def search(program: str, first: int, most: int) -> dict:
     ran, failed, size, tried = None, None, first, []
     while 0 < size <= most and not (ran and failed):
         tried.append(row := start(program, size, run=True))
-        print(f"{program}, {size} worlds: {'out of memory' if 'out_of_memory' in row else 'run'}", flush=True)
+        print(
+            f"{program}, {size} worlds: {'out of memory' if 'out_of_memory' in row else 'run'}",
+            flush=True,
+        )
         if "out_of_memory" in row:
             failed, size = size, size // 2
         else:
@@ -178,18 +225,41 @@ def measure_program(program: str, args: Args, failures: list[str]) -> dict:
     told = [row for row in rows if "out_of_memory" not in row]
     mib = 2.0**20
     print(f"\n{program}: MiB of one device")
-    table(["worlds", "argument", "output", "alias", "temp", "in all", "KiB a world", "of them state", "buffer",
-           "when run"],
-          [[row["num_envs"], *(row[part] / mib for part in ("argument", "output", "alias", "temp", "total")),
-            row["total"] / row["num_envs"] / 1024, row["bytes_per_world"] / 1024,
-            row["buffer"] / mib if "buffer" in row else None,
-            peak / mib if (peak := row.get("peak_bytes_in_use", row.get("resident_rise"))) else None] for row in told])
+    table(
+        [
+            "worlds",
+            "argument",
+            "output",
+            "alias",
+            "temp",
+            "in all",
+            "KiB a world",
+            "of them state",
+            "buffer",
+            "when run",
+        ],
+        [
+            [
+                row["num_envs"],
+                *(row[part] / mib for part in ("argument", "output", "alias", "temp", "total")),
+                row["total"] / row["num_envs"] / 1024,
+                row["bytes_per_world"] / 1024,
+                row["buffer"] / mib if "buffer" in row else None,
+                peak / mib
+                if (peak := row.get("peak_bytes_in_use", row.get("resident_rise")))
+                else None,
+            ]
+            for row in told
+        ],
+    )
     result["sizes"] = rows
     if len(told) < 2:
         return result
     result["line"] = line = fit(told)
     most = told[0]["transitions"] or sys.maxsize
-    result["worlds_in"] = {f"{gb} GiB": min(most, int((gb * GIB - line["a"]) / line["b"])) for gb in args.gibibytes}
+    result["worlds_in"] = {
+        f"{gb} GiB": min(most, int((gb * GIB - line["a"]) / line["b"])) for gb in args.gibibytes
+    }
     if "bytes_limit" in told[0]:
         most = min(most, args.most_num_envs)
         by_line = max(sizes[0], (told[0]["bytes_limit"] - line["a"]) / line["b"])
@@ -213,16 +283,42 @@ def main(args: Args) -> None:
         result[program] = measure_program(program, args, failures)
     print()
     lines = {program: row for program, row in result.items() if "line" in row}
-    table(["program", "a, MiB", "b, KiB a world", "largest error of the line, %", "at",
-           *(f"worlds in {gb} GiB" for gb in args.gibibytes), "largest run", "out of memory at"],
-          [[program, (line := row["line"])["a"] / 2**20, line["b"] / 1024, 100 * line["largest_error"],
-            line["largest_error_at"], *row["worlds_in"].values(),
-            *((row["search"]["ran"], row["search"]["failed"]) if "search" in row else (None, None))]
-           for program, row in lines.items()])
+    table(
+        [
+            "program",
+            "a, MiB",
+            "b, KiB a world",
+            "largest error of the line, %",
+            "at",
+            *(f"worlds in {gb} GiB" for gb in args.gibibytes),
+            "largest run",
+            "out of memory at",
+        ],
+        [
+            [
+                program,
+                (line := row["line"])["a"] / 2**20,
+                line["b"] / 1024,
+                100 * line["largest_error"],
+                line["largest_error_at"],
+                *row["worlds_in"].values(),
+                *(
+                    (row["search"]["ran"], row["search"]["failed"])
+                    if "search" in row
+                    else (None, None)
+                ),
+            ]
+            for program, row in lines.items()
+        ],
+    )
     for text in failures:
         print(f"FAIL  {text}")
-    kinds = sorted({row["device"] for run in result.values() for row in run["sizes"] if "device" in row})
-    write(args.name, args, {"results": result, "seeds": [1], "failures": failures}, args.smoke, kinds)
+    kinds = sorted(
+        {row["device"] for run in result.values() for row in run["sizes"] if "device" in row}
+    )
+    write(
+        args.name, args, {"results": result, "seeds": [1], "failures": failures}, args.smoke, kinds
+    )
     raise SystemExit(bool(failures))
 
 

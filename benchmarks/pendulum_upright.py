@@ -41,9 +41,23 @@ class Args:
 
 def train(env_id: str, seed: int, flags: list[str], folder: str) -> tuple[Path, dict]:
     """The run's folder, and its seconds. Fails where the run does."""
-    command = [sys.executable, "sac_mjx_pendulum.py", "--env-id", env_id, "--seed", str(seed), "--runs-dir", folder]
+    command = [
+        sys.executable,
+        "sac_mjx_pendulum.py",
+        "--env-id",
+        env_id,
+        "--seed",
+        str(seed),
+        "--runs-dir",
+        folder,
+    ]
     start = time.perf_counter()
-    subprocess.run([*command, "--eval-every", "0", *flags], cwd=common.ROOT, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(
+        [*command, "--eval-every", "0", *flags],
+        cwd=common.ROOT,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
     run_dir, seconds = next(Path(folder).iterdir()), time.perf_counter() - start
     run = json.loads((run_dir / "run.json").read_text())
     told = {name: run[name] for name in ("train_s", "compile_s", "devices", "versions")}
@@ -57,7 +71,12 @@ def last_second(run_dir: Path, starts: int) -> dict[str, np.ndarray]:
         policy = dict(file)
     original = sac.CMujocoEnv(env)
     returns = sac.evaluate_on_host(
-        original, policy, starts, 1_000_000, lambda: path.append((original.data.qpos[0], original.data.qvel[0])))
+        original,
+        policy,
+        starts,
+        1_000_000,
+        lambda: path.append((original.data.qpos[0], original.data.qvel[0])),
+    )
     steps = round(1 / env.task.dt)
     angle, speed = np.abs(np.reshape(path, (starts, env.time_limit, 2))[:, -steps:]).max(axis=1).T
     return {"return": returns, "angle": angle, "speed": speed}
@@ -70,22 +89,39 @@ def measure(args: Args, seed: int) -> dict:
         run_dir, row = train(args.env_id, seed, flags, folder)
         ends = last_second(run_dir, args.starts)
     upright, moving = (ends["angle"] < ANGLE) & (ends["speed"] < SPEED), ends["speed"] >= SPEED
-    row |= {"seed": seed, "upright": float(upright.mean()), "return": float(ends["return"].mean()),
-            "moving": int(moving.sum()), "ends": {name: values.tolist() for name, values in ends.items()}}
-    print(f"| {seed} | {row['upright']:.2f} | {row['return']:.1f} | {row['train_s']:.1f} | {row['process_s']:.1f} "
-          f"| {(~upright).sum()} | {moving.sum()} | {np.sort(ends['angle'][~upright]).round(2).tolist()} |", flush=True)
+    row |= {
+        "seed": seed,
+        "upright": float(upright.mean()),
+        "return": float(ends["return"].mean()),
+        "moving": int(moving.sum()),
+        "ends": {name: values.tolist() for name, values in ends.items()},
+    }
+    print(
+        f"| {seed} | {row['upright']:.2f} | {row['return']:.1f} | {row['train_s']:.1f} | {row['process_s']:.1f} "
+        f"| {(~upright).sum()} | {moving.sum()} | {np.sort(ends['angle'][~upright]).round(2).tolist()} |",
+        flush=True,
+    )
     return row
 
 
 def main(args: Args) -> None:
     if args.smoke:
         args = dataclasses.replace(args, seeds=(1,), starts=10)
-    print(f"{args.env_id}, {args.starts} starts\n"
-          "| seed | upright | return | training s | process s | not upright | of these moving | their largest angles |")
+    print(
+        f"{args.env_id}, {args.starts} starts\n"
+        "| seed | upright | return | training s | process s | not upright | of these moving | their largest angles |"
+    )
     print("|---" * 8 + "|")
     rows = [measure(args, seed) for seed in args.seeds]
-    medians = {name: statistics.median(row[name] for row in rows) for name in ("upright", "return", "train_s")}
-    print("median: upright {upright:.2f}, return {return:.1f}, training {train_s:.1f} s".format(**medians))
+    medians = {
+        name: statistics.median(row[name] for row in rows)
+        for name in ("upright", "return", "train_s")
+    }
+    print(
+        "median: upright {upright:.2f}, return {return:.1f}, training {train_s:.1f} s".format(
+            **medians
+        )
+    )
     devices, _ = ([row.pop(name) for row in rows][0] for name in ("devices", "versions"))
     result = {"medians": medians, "runs": rows}
     common.write(f"{args.name}_{args.env_id}", args, result, args.smoke, devices)

@@ -51,7 +51,9 @@ def plot_walking(args: Args) -> None:
     for line, (robot, rows) in zip(axes, robots.items(), strict=True):
         for axis, (key, (label, mark)) in zip(line, WALK_MARKS.items(), strict=True):
             for row in rows:
-                minutes, values = ([point[name] for point in row["curve"]] for name in ("seconds", key))
+                minutes, values = (
+                    [point[name] for point in row["curve"]] for name in ("seconds", key)
+                )
                 axis.plot([x / 60 for x in minutes], values, ".-", label=f"seed {row['seed']}")
             axis.axhline(mark, color="black", linestyle=":", label="to pass")
             axis.set(title=ROBOT_NAMES[robot], ylabel=label, xlim=(0, None), ylim=(0, None))
@@ -72,16 +74,22 @@ def on_grid(curves: list[tuple[list, list]], points: int = 200) -> tuple[np.ndar
     return grid, np.array([np.interp(grid, x, y) for x, y in curves])
 
 
-def draw_band(axis, curves: list[tuple[list, list]], label: str, color: str, style: str = "-") -> None:
+def draw_band(
+    axis, curves: list[tuple[list, list]], label: str, color: str, style: str = "-"
+) -> None:
     """Mean and range."""
     grid, values = on_grid(curves)
     axis.plot(grid, values.mean(axis=0), style, color=color, label=label)
-    axis.fill_between(grid, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
+    axis.fill_between(
+        grid, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0
+    )
 
 
 def thousands(axis) -> None:
     """Steps as 200k or 1.5M."""
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
+    axis.xaxis.set_major_formatter(
+        lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0"
+    )
 
 
 def plot_learning(args: Args, name: str = "curves") -> None:
@@ -91,21 +99,33 @@ def plot_learning(args: Args, name: str = "curves") -> None:
     figure, axes = plt.subplots(2, len(tasks), figsize=(max(4.5 * len(tasks), 6), 7), squeeze=False)
     for column, task in enumerate(tasks):
         mine = [row["curve"] for row in rows if row["env_id"] == task]
-        for line, (key, label) in enumerate((("steps", "environment steps"), ("seconds", "seconds since the start"))):
+        for line, (key, label) in enumerate(
+            (("steps", "environment steps"), ("seconds", "seconds since the start"))
+        ):
             axis = axes[line][column]
-            curves = [tuple([point[name] for point in curve] for name in (key, "mean")) for curve in mine]
+            curves = [
+                tuple([point[name] for point in curve] for name in (key, "mean")) for curve in mine
+            ]
             if key == "steps":
                 draw_band(axis, curves, "ppo_mjx.py", BLUE)
             else:  # the seeds' processes do not start equally fast, so that a mean would mix up their steps
                 seeds = f"{len(mine)} seeds; above: mean and range" if len(mine) > 1 else "one seed"
                 for i, curve in enumerate(curves):
-                    axis.plot(*curve, color=BLUE, linewidth=1, label=None if i else f"ppo_mjx.py: {seeds}")
-            for (peer, mark), color in zip(peers[task].items(), (ORANGE, PURPLE, VERMILION, GREEN), strict=True):
-                axis.axhline(mark, color=color, linestyle=":", linewidth=1.8, label=f"{peer} steps: {mark}")
+                    axis.plot(
+                        *curve, color=BLUE, linewidth=1, label=None if i else f"ppo_mjx.py: {seeds}"
+                    )
+            for (peer, mark), color in zip(
+                peers[task].items(), (ORANGE, PURPLE, VERMILION, GREEN), strict=True
+            ):
+                axis.axhline(
+                    mark, color=color, linestyle=":", linewidth=1.8, label=f"{peer} steps: {mark}"
+                )
             axis.set(xlabel=label, ylabel=f"return in {task}-v5", xlim=(0, None))
             axis.grid(alpha=0.3)
         thousands(axes[0][column])
-        axes[1][column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize=9)
+        axes[1][column].legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize=9
+        )
     save(figure, args.output / f"{name}.png")
 
 
@@ -114,7 +134,9 @@ def plot_validation(args: Args) -> None:
     result = json.loads((args.results / "validate.json").read_text())
     rows, end = result["curves"], result["args"]["timesteps"]
     tasks = list(dict.fromkeys(row["env_id"] for row in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(max(4.5 * len(tasks), 6), 3.5), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(max(4.5 * len(tasks), 6), 3.5), squeeze=False
+    )
     for axis, task in zip(axes[0], tasks, strict=True):
         for arm, (color, style) in ARM_STYLES.items():
             mine = [row["curve"] for row in rows if (row["env_id"], row["arm"]) == (task, arm)]

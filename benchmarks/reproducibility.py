@@ -31,7 +31,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # its processes share an accelerator's memory
+os.environ.setdefault(
+    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+)  # its processes share an accelerator's memory
 os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")
 
 import jax
@@ -57,7 +59,9 @@ RUNS = {  # script and flags, of three iterations; SAC's first update comes afte
 }  # fmt: skip
 STILL = {"obs_noise": 0.0, "push_speed": 0.0, "friction": (1.0, 1.0), "added_mass": (0.0, 0.0), "shifted_center": 0.0,
          "gain_noise": 0.0, "strength_noise": 0.0, "action_delay": 0.0}  # fmt: skip
-QUICK = {"xla_llvm_disable_expensive_passes": True}  # a Runge-Kutta 4 of MJX takes a minute to compile else
+QUICK = {
+    "xla_llvm_disable_expensive_passes": True
+}  # a Runge-Kutta 4 of MJX takes a minute to compile else
 
 
 @dataclasses.dataclass
@@ -67,15 +71,26 @@ class Args:
     tasks: tuple[str, ...] = TASKS  # of resets (with SAC's) and trajectories
     starts: int = 64
     name: str = "reproducibility"  # of the JSON file
-    steps: tuple[int, ...] = (1, 10, 50, 100, 200)  # of the environment, after which states are compared
+    steps: tuple[int, ...] = (
+        1,
+        10,
+        50,
+        100,
+        200,
+    )  # of the environment, after which states are compared
     seed: int = 1
-    child: str | None = None  # file of starts and actions that a process of this benchmark takes through MJX in float64
+    child: str | None = (
+        None  # file of starts and actions that a process of this benchmark takes through MJX in float64
+    )
     smoke: bool = False  # in short, and without runs unless they are named
 
 
 # ---- Comparing ------------------------------------------------------------------------------------------------------
-PARTS = {"parameters": (".learner.params", ".learner.actor", ".learner.critics"), "worlds": ".worlds",
-         "buffer": ".buffer"}  # by how the names of a checkpoint's arrays begin
+PARTS = {
+    "parameters": (".learner.params", ".learner.actor", ".learner.critics"),
+    "worlds": ".worlds",
+    "buffer": ".buffer",
+}  # by how the names of a checkpoint's arrays begin
 
 
 def difference(one: dict, other: dict, part: str | tuple = "") -> dict | None:
@@ -88,7 +103,12 @@ def difference(one: dict, other: dict, part: str | tuple = "") -> dict | None:
     for name in names:
         a, b = one[name], other[name]
         if a.dtype.kind == "f" and a.size:
-            off = max(off, float(np.nan_to_num(np.abs(a - b)).max() / max(np.nan_to_num(np.abs(a)).max(), 1e-30)))
+            off = max(
+                off,
+                float(
+                    np.nan_to_num(np.abs(a - b)).max() / max(np.nan_to_num(np.abs(a)).max(), 1e-30)
+                ),
+            )
     return {"bits": all(one[name].tobytes() == other[name].tobytes() for name in names), "off": off}
 
 
@@ -97,11 +117,20 @@ def told(found: dict) -> str:
 
 
 def arrays_of(tree) -> dict[str, np.ndarray]:
-    return {jax.tree_util.keystr(path): np.asarray(ppo_mjx.bare(x)) for path, x in jax.tree.leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(ppo_mjx.bare(x))
+        for path, x in jax.tree.leaves_with_path(tree)
+    }
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
-def train(name: str, seed: int, cache: Path, *folders: Path, flags: tuple[str, ...] = ("--num-devices", "1")) -> list:
+def train(
+    name: str,
+    seed: int,
+    cache: Path,
+    *folders: Path,
+    flags: tuple[str, ...] = ("--num-devices", "1"),
+) -> list:
     """A process that trains once into each folder, or goes on with the run in it; the folders of the runs. A run ends
     with the exit code 1 where the policy fails its test, as here it does."""
     script, short = RUNS[name]
@@ -119,7 +148,9 @@ print(json.dumps("done"))"""
     run_child([sys.executable, "-c", code], PYTHONPATH=PYTHONPATH, **caches(cache))
     runs = [only_run(folder) for folder in folders]
     for run in runs:
-        assert [int(file.stem) for file in checkpoints(run)] == [3, 2, 1], f"{run}: not all checkpoints are there"
+        assert [int(file.stem) for file in checkpoints(run)] == [3, 2, 1], (
+            f"{run}: not all checkpoints are there"
+        )
     return runs
 
 
@@ -139,12 +170,20 @@ def compare_runs(name: str, seed: int, devices: int) -> list[dict]:
         if devices > 1:
             others["2 devices"] = lambda: go(folder / "two", flags=("--num-devices", "2"))[0]
         for what, run in others.items():
-            files, exact = list(zip(checkpoints(first), checkpoints(run()), strict=True)), what != "2 devices"
+            files = list(zip(checkpoints(first), checkpoints(run()), strict=True))
+            exact = what != "2 devices"
             for iteration, pair in ((3, files[0]), (1, files[-1])):
                 one, other = map(read, pair)
-                rows.append({"run": name, "what": what, "iteration": iteration, "promised": exact,
-                             "bits": difference(one, other)["bits"]}
-                            | {part: difference(one, other, names) for part, names in PARTS.items()})
+                rows.append(
+                    {
+                        "run": name,
+                        "what": what,
+                        "iteration": iteration,
+                        "promised": exact,
+                        "bits": difference(one, other)["bits"],
+                    }
+                    | {part: difference(one, other, names) for part, names in PARTS.items()}
+                )
                 if exact and iteration == 3:
                     break
     return rows
@@ -161,12 +200,27 @@ def measure_runs(args: Args, failures: list[str]) -> list[dict]:
             rows += future.result()
         except (RuntimeError, AssertionError) as error:
             failures.append(f"{name}: {error}")
-    failures += [f"{row['run']}: {row['what']}: not equal to the bit" for row in rows
-                 if row["promised"] and not row["bits"]]
-    print("\nagainst a first run: all arrays of the checkpoint to the bit; largest relative differences")
-    table(["run", "what", "after iteration", "all equal", *PARTS],
-          [[row["run"], row["what"], row["iteration"], "yes" if row["bits"] else "no",
-            *(row[part] and told(row[part]) for part in PARTS)] for row in rows])
+    failures += [
+        f"{row['run']}: {row['what']}: not equal to the bit"
+        for row in rows
+        if row["promised"] and not row["bits"]
+    ]
+    print(
+        "\nagainst a first run: all arrays of the checkpoint to the bit; largest relative differences"
+    )
+    table(
+        ["run", "what", "after iteration", "all equal", *PARTS],
+        [
+            [
+                row["run"],
+                row["what"],
+                row["iteration"],
+                "yes" if row["bits"] else "no",
+                *(row[part] and told(row[part]) for part in PARTS),
+            ]
+            for row in rows
+        ],
+    )
     if devices == 1:
         print("there is one device only: two were not compared")
     return rows
@@ -175,7 +229,9 @@ def measure_runs(args: Args, failures: list[str]) -> list[dict]:
 # ---- Resets ---------------------------------------------------------------------------------------------------------
 def measure_resets(args: Args, failures: list[str]) -> list[dict]:
     envs = {
-        task: unitree.Env(unitree.Args()) if task == "G1" else ppo_mjx.Env(ppo_mjx.Args(env_id=task))
+        task: unitree.Env(unitree.Args())
+        if task == "G1"
+        else ppo_mjx.Env(ppo_mjx.Args(env_id=task))
         for task in args.tasks
     }
     envs["SAC"] = sac.Env(sac.Args())
@@ -187,41 +243,67 @@ def measure_resets(args: Args, failures: list[str]) -> list[dict]:
         whole = arrays_of(run(keys))
         found = {"other places": {x: y[::-1] for x, y in arrays_of(run(keys[::-1])).items()}}
         for mesh in meshes[1:]:
-            split = jax.jit(jax.shard_map(jax.vmap(reset), mesh=mesh, in_specs=P("devices"),
-                                          out_specs=P("devices"), check_vma=False))
-            found["2 devices"] = arrays_of(split(jax.device_put(keys, NamedSharding(mesh, P("devices")))))
+            split = jax.jit(
+                jax.shard_map(
+                    jax.vmap(reset),
+                    mesh=mesh,
+                    in_specs=P("devices"),
+                    out_specs=P("devices"),
+                    check_vma=False,
+                )
+            )
+            found["2 devices"] = arrays_of(
+                split(jax.device_put(keys, NamedSharding(mesh, P("devices"))))
+            )
         alone = jax.jit(reset)
         singles = [arrays_of(alone(key)) for key in keys]
         found["one at a time"] = {x: np.stack([single[x] for single in singles]) for x in whole}
         for what, other in found.items():
             rows.append({"env": name, "what": what} | difference(whole, other))
         jax.clear_caches()
-    failures += [f"resets of {row['env']}: {row['what']}: not equal to the bit" for row in rows if not row["bits"]]
+    failures += [
+        f"resets of {row['env']}: {row['what']}: not equal to the bit"
+        for row in rows
+        if not row["bits"]
+    ]
     whats = list(dict.fromkeys(row["what"] for row in rows))
     print("\n64 resets by the same keys, largest relative difference")
-    table(["", *whats], [[name, *(told(row) for row in rows if row["env"] == name)] for name in envs])
+    table(
+        ["", *whats], [[name, *(told(row) for row in rows if row["env"] == name)] for name in envs]
+    )
     return rows
 
 
 # ---- Trajectories ---------------------------------------------------------------------------------------------------
 def make_env(task: str):
     """With nothing random in the G1's steps."""
-    return unitree.Env(unitree.Args(**STILL)) if task == "G1" else ppo_mjx.Env(ppo_mjx.Args(env_id=task))
+    return (
+        unitree.Env(unitree.Args(**STILL))
+        if task == "G1"
+        else ppo_mjx.Env(ppo_mjx.Args(env_id=task))
+    )
 
 
 def draw(task: str, args: Args):
     """Starts (qpos, qvel) in float64, and actions [S, T, A] that are the same number in all precisions."""
     env, random = make_env(task), np.random.default_rng(args.seed)
-    state = jax.jit(jax.vmap(ppo_mjx.kernel(env.reset)))(jax.random.split(jax.random.key(args.seed), args.starts))
-    actions = random.uniform(-1, 1, (args.starts, max(args.steps), env.action_size)).astype(np.float32)
-    return [np.asarray(x, np.float32).astype(float) for x in (state.data.qpos, state.data.qvel)], actions.astype(float)
+    state = jax.jit(jax.vmap(ppo_mjx.kernel(env.reset)))(
+        jax.random.split(jax.random.key(args.seed), args.starts)
+    )
+    actions = random.uniform(-1, 1, (args.starts, max(args.steps), env.action_size)).astype(
+        np.float32
+    )
+    return [
+        np.asarray(x, np.float32).astype(float) for x in (state.data.qpos, state.data.qvel)
+    ], actions.astype(float)
 
 
 def in_c(task: str, starts, actions) -> np.ndarray:
     """Coordinates [S, T, nq] by C MuJoCo."""
     if task == "G1":
         robot = unitree.ROBOTS["g1"]
-        (default, stiffness, damping, most), substeps = unitree.make_controller(robot), unitree.Args.decimation
+        (default, stiffness, damping, most) = unitree.make_controller(robot)
+        substeps = unitree.Args.decimation
         model = unitree.load_model(robot, unitree.CONTROL_DT / substeps, visuals=False)
     else:
         model, substeps = ppo_mjx.load_model(ppo_mjx.TASKS[task]), ppo_mjx.TASKS[task].frame_skip
@@ -249,6 +331,7 @@ def in_mjx(task: str, starts, actions) -> np.ndarray:
         def one(state, action):
             state = jax.vmap(step)(state, action)
             return state, state.data.qpos
+
         return jax.lax.scan(one, state, actions.swapaxes(0, 1))[1].swapaxes(0, 1)
 
     count, mesh = len(actions), make_mesh()
@@ -256,8 +339,12 @@ def in_mjx(task: str, starts, actions) -> np.ndarray:
     state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), count))
     qpos, qvel = (jnp.asarray(x, float) for x in starts)
     state = state.replace(data=type(state.data)(qpos, qvel, jnp.zeros_like(qvel)))
-    operands = jax.device_put((state, jnp.asarray(actions, float)), NamedSharding(mesh, P("devices")))
-    split = jax.shard_map(run, mesh=mesh, in_specs=P("devices"), out_specs=P("devices"), check_vma=False)
+    operands = jax.device_put(
+        (state, jnp.asarray(actions, float)), NamedSharding(mesh, P("devices"))
+    )
+    split = jax.shard_map(
+        run, mesh=mesh, in_specs=P("devices"), out_specs=P("devices"), check_vma=False
+    )
     path = jax.jit(split).lower(*operands).compile(QUICK)(*operands)
     jax.clear_caches()
     assert path.dtype == jnp.zeros(()).dtype, path.dtype
@@ -278,7 +365,10 @@ def measure_task(task: str, args: Args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "in.npz"
         np.savez(file, task=task, qpos=starts[0], qvel=starts[1], actions=actions)
-        run_child([sys.executable, str(Path(__file__).resolve()), "--child", str(file)], JAX_ENABLE_X64="1")
+        run_child(
+            [sys.executable, str(Path(__file__).resolve()), "--child", str(file)],
+            JAX_ENABLE_X64="1",
+        )
         rows["MJX, float64"] = errors(np.load(file.with_suffix(".out.npy")), reference, args.steps)
     return rows | {"MJX, float32": errors(in_mjx(task, starts, actions), reference, args.steps)}
 
@@ -294,7 +384,9 @@ def measure_trajectories(args: Args, failures: list[str]) -> dict:
     for task, settings in result.items():
         for setting, found in settings.items():
             quantiles = [np.quantile(found[str(t)], [0.5, 0.9, 1.0]) for t in args.steps]
-            rows.append([task, setting, *(" ".join(f"{x:.0e}" for x in three) for three in quantiles)])
+            rows.append(
+                [task, setting, *(" ".join(f"{x:.0e}" for x in three) for three in quantiles)]
+            )
             if not np.isfinite(quantiles).all():
                 failures.append(f"trajectories of {task}: {setting}: not finite")
     print("\nlargest difference of a coordinate, m or rad: median, 90 %, maximum")
@@ -312,10 +404,16 @@ def main(args: Args) -> None:
         return
     if args.smoke:
         parts = args.parts[1:] if args.parts == Args.parts else args.parts
-        args = dataclasses.replace(args, parts=parts, runs=("SAC",), tasks=("HalfCheetah",), starts=4, steps=(1, 5))
+        args = dataclasses.replace(
+            args, parts=parts, runs=("SAC",), tasks=("HalfCheetah",), starts=4, steps=(1, 5)
+        )
         hardly_optimise()
     make_mesh()  # starts JAX with a device for each core
-    measures = {"runs": measure_runs, "resets": measure_resets, "trajectories": measure_trajectories}
+    measures = {
+        "runs": measure_runs,
+        "resets": measure_resets,
+        "trajectories": measure_trajectories,
+    }
     failures, result = [], {}
     for part in args.parts:
         result[part] = measures[part](args, failures)

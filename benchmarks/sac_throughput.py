@@ -45,21 +45,29 @@ class Args:
     smoke: bool = False  # one short measurement
 
 
-def act_only(args: sac.Args, env: sac.Env, steps: int, learner: sac.Learner, worlds: sac.Worlds) -> sac.Worlds:
+def act_only(
+    args: sac.Args, env: sac.Env, steps: int, learner: sac.Learner, worlds: sac.Worlds
+) -> sac.Worlds:
     """A scan of the script's `interact`; what it gives for the buffer and the log is not used, so not computed."""
+
     def step(worlds, _):
         return sac.interact(args, env, learner, worlds)[0], None
+
     return jax.lax.scan(step, worlds, None, length=steps)[0]
 
 
-def update_only(args: sac.Args, env: sac.Env, mbs: sac.Transition, learner: sac.Learner) -> tuple[sac.Learner, dict]:
+def update_only(
+    args: sac.Args, env: sac.Env, mbs: sac.Transition, learner: sac.Learner
+) -> tuple[sac.Learner, dict]:
     """A scan of the script's `update` over minibatches [M, B, ...]; metrics are returned, as in training."""
     return jax.lax.scan(partial(sac.update, args, env), learner, mbs)
 
 
 def compile_scan(mesh, function, in_specs, out_specs, *operands):
     """The function over the devices, compiled; the last operand is donated."""
-    run = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    run = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
     return jax.jit(run, donate_argnums=len(operands) - 1).lower(*operands).compile()
 
 
@@ -86,22 +94,31 @@ def measure(num_envs: int, rounds: int, seconds: float) -> dict:
     compile_s["train"] = time.perf_counter() - start
     while int(state.learner.updates) == 0:  # the first steps are by chance, without updates
         state, _ = train(state)
-    acting_learner, learner, worlds = jax.tree.map(jnp.copy, (state.learner, state.learner, state.worlds))
+    acting_learner, learner, worlds = jax.tree.map(
+        jnp.copy, (state.learner, state.learner, state.worlds)
+    )
     rng, shape = np.random.default_rng(args.seed), (BARE_UPDATES, args.batch_size)
     rows = rng.integers(min(int(learner.steps), args.buffer_rows), size=shape)
     mbs = sac.gather(jax.device_get(state.buffer), (rows, rng.integers(num_envs, size=shape)))
     mbs = jax.device_put(mbs, NamedSharding(mesh, split))
 
     start = time.perf_counter()
-    act = compile_scan(mesh, partial(act_only, args, env, acting_steps), (P(), one), one, acting_learner, worlds)
+    act = compile_scan(
+        mesh, partial(act_only, args, env, acting_steps), (P(), one), one, acting_learner, worlds
+    )
     compile_s["act"] = time.perf_counter() - start
     start = time.perf_counter()
     update = compile_scan(mesh, partial(update_only, args, env), (split, P()), P(), mbs, learner)
     compile_s["update"] = time.perf_counter() - start
 
-    programs = {"act": partial(act, acting_learner), "train": lambda state: train(state)[0],
-                "update": lambda learner: update(mbs, learner)[0]}
-    carries, calls, samples = {"act": worlds, "train": state, "update": learner}, {}, {name: [] for name in programs}
+    programs = {
+        "act": partial(act, acting_learner),
+        "train": lambda state: train(state)[0],
+        "update": lambda learner: update(mbs, learner)[0],
+    }
+    carries = {"act": worlds, "train": state, "update": learner}
+    calls = {}
+    samples = {name: [] for name in programs}
     for name, program in programs.items():
         carries[name], _ = sample(program, carries[name], 2)
         carries[name], once = sample(program, carries[name], 1)
@@ -118,15 +135,26 @@ def measure(num_envs: int, rounds: int, seconds: float) -> dict:
         raise SystemExit(f"{num_envs} worlds: the actor is not finite")
 
     train_s = np.array(samples["train"])
-    acting_s = np.array(samples["act"]) / acting_steps * args.num_steps  # as many steps and updates as an iteration's
+    acting_s = (
+        np.array(samples["act"]) / acting_steps * args.num_steps
+    )  # as many steps and updates as an iteration's
     bare_s = np.array(samples["update"]) / BARE_UPDATES * updates
     figures = {
-        "acting steps/s": args.steps_per_iteration / acting_s, "training steps/s": args.steps_per_iteration / train_s,
-        "updates/s in training": updates / train_s, "bare updates/s": updates / bare_s,
-        "update / bare": bare_s / train_s, "acting": acting_s / train_s}
+        "acting steps/s": args.steps_per_iteration / acting_s,
+        "training steps/s": args.steps_per_iteration / train_s,
+        "updates/s in training": updates / train_s,
+        "bare updates/s": updates / bare_s,
+        "update / bare": bare_s / train_s,
+        "acting": acting_s / train_s,
+    }
     return {name: float(np.median(values)) for name, values in figures.items()} | {
-        "compile_s": compile_s, "devices": mesh.size, "acting steps a call": acting_steps,
-        "bare updates a call": BARE_UPDATES, "calls a sample": calls, "seconds a call": samples}
+        "compile_s": compile_s,
+        "devices": mesh.size,
+        "acting steps a call": acting_steps,
+        "bare updates a call": BARE_UPDATES,
+        "calls a sample": calls,
+        "seconds a call": samples,
+    }
 
 
 def main(args: Args) -> None:
@@ -136,12 +164,18 @@ def main(args: Args) -> None:
         args = dataclasses.replace(args, num_envs=(64,), rounds=2, seconds=0.1)
     common.make_mesh()  # starts JAX with all cores
     rows = {}
-    print("| worlds | acting steps/s | training steps/s | updates/s in training | bare updates/s | update / bare "
-          "| acting | compile s |\n" + "|---" * 8 + "|")
+    print(
+        "| worlds | acting steps/s | training steps/s | updates/s in training | bare updates/s | update / bare "
+        "| acting | compile s |\n" + "|---" * 8 + "|"
+    )
     for num_envs in args.num_envs:
         row = rows[num_envs] = measure(num_envs, args.rounds, args.seconds)
-        numbers = [f"{value:.0f}" if value > 10 else f"{value:.2f}" for value in list(row.values())[:6]]
-        print(f"| {num_envs} | {' | '.join(numbers)} | {row['compile_s']['train']:.1f} |", flush=True)
+        numbers = [
+            f"{value:.0f}" if value > 10 else f"{value:.2f}" for value in list(row.values())[:6]
+        ]
+        print(
+            f"| {num_envs} | {' | '.join(numbers)} | {row['compile_s']['train']:.1f} |", flush=True
+        )
     common.write(args.name, args, {"worlds": rows}, args.smoke)
 
 

@@ -42,8 +42,12 @@ class Args:
     episodes: int = 20
     name: str = "time_to_return"  # of the JSON file
     flags: str = ""  # further flags for ppo_mjx.py
-    keep: str | None = None  # folder to which each training's run folder is copied, to film or compare its policy
-    evaluate: bool = True  # let the script evaluate its last policy; else it is stopped once that is there
+    keep: str | None = (
+        None  # folder to which each training's run folder is copied, to film or compare its policy
+    )
+    evaluate: bool = (
+        True  # let the script evaluate its last policy; else it is stopped once that is there
+    )
     compile_cache: bool = False  # take compiled programs from the cache, and keep them
     smoke: bool = False  # one short run of the first task
 
@@ -84,7 +88,9 @@ def last_iteration(folder: Path) -> int:
     return args["total_timesteps"] // (args["num_envs"] * args["num_steps"])
 
 
-def watch(command: list[str], folder: Path, evaluate: bool = True) -> tuple[list[dict], dict, float]:
+def watch(
+    command: list[str], folder: Path, evaluate: bool = True
+) -> tuple[list[dict], dict, float]:
     """Train by a process of its own, with runs in folder / "runs". Returns its policies with the seconds at which each
     was there, run.json and first_update_s, and all its seconds. evaluate: go on when the last policy is there."""
     policies, seen, first_update, start = [], set(), None, time.perf_counter()
@@ -92,14 +98,19 @@ def watch(command: list[str], folder: Path, evaluate: bool = True) -> tuple[list
         process = subprocess.Popen(command, cwd=common.ROOT, stdout=log, stderr=subprocess.STDOUT)
         while True:
             ended = process.poll() is not None
-            if not first_update and any(b"charts/SPS" in file.read_bytes() for file in folder.glob("runs/*/events*")):
+            if not first_update and any(
+                b"charts/SPS" in file.read_bytes() for file in folder.glob("runs/*/events*")
+            ):
                 first_update = round(time.perf_counter() - start, 2)
             for checkpoint in sorted((folder / "runs").glob("*/checkpoints/*.npz")):
                 if checkpoint.name not in seen:  # its policy.npz has been written before it
                     seen.add(checkpoint.name)
-                    seconds, copy = time.perf_counter() - start, folder / f"policy_{len(policies)}.npz"
+                    seconds = time.perf_counter() - start
+                    copy = folder / f"policy_{len(policies)}.npz"
                     shutil.copy(checkpoint.parent.parent / "policy.npz", copy)
-                    policies.append({"seconds": seconds, "iteration": int(checkpoint.stem), "file": copy})
+                    policies.append(
+                        {"seconds": seconds, "iteration": int(checkpoint.stem), "file": copy}
+                    )
             if ended:
                 break
             if not evaluate and policies and policies[-1]["iteration"] == last_iteration(folder):
@@ -119,7 +130,10 @@ def train(args: Args, env_id: str, seed: int, folder: Path) -> tuple[list[dict],
     command = [sys.executable, "ppo_mjx.py", "--env-id", env_id, "--seed", str(seed)]
     command += ["--runs-dir", str(folder / "runs"), "--total-timesteps", str(args.total_timesteps)]
     command += ["--checkpoint-every", str(args.checkpoint_every), "--eval-every", "0"]
-    command += ["--compile-cache" if args.compile_cache else "--no-compile-cache", *args.flags.split()]
+    command += [
+        "--compile-cache" if args.compile_cache else "--no-compile-cache",
+        *args.flags.split(),
+    ]
     return watch(command, folder, args.evaluate)
 
 
@@ -131,7 +145,9 @@ def measure(args: Args, env_id: str, seed: int) -> dict:
             (trained,) = (Path(folder) / "runs").iterdir()
             shutil.copytree(trained, Path(args.keep) / trained.name)
         with ProcessPoolExecutor(common.count_cores()) as pool:
-            jobs = [pool.submit(judge, env_id, policy["file"], args.episodes) for policy in policies]
+            jobs = [
+                pool.submit(judge, env_id, policy["file"], args.episodes) for policy in policies
+            ]
             returns = [job.result() for job in jobs]
     batch = run["args"]["num_envs"] * run["args"]["num_steps"]
     curve = [
@@ -140,7 +156,9 @@ def measure(args: Args, env_id: str, seed: int) -> dict:
         for p, r in zip(policies, returns, strict=True)
     ]  # fmt: skip
     passed = {
-        str(goal): next(((point["seconds"], point["steps"]) for point in curve if point["mean"] >= goal), None)
+        str(goal): next(
+            ((point["seconds"], point["steps"]) for point in curve if point["mean"] >= goal), None
+        )
         for goal in THRESHOLDS[env_id]
     }
     row = {"env_id": env_id, "seed": seed, "process_s": seconds, "first_update_s": run["first_update_s"],
@@ -150,7 +168,9 @@ def measure(args: Args, env_id: str, seed: int) -> dict:
 
 def main(args: Args) -> None:
     if args.smoke:
-        args = dataclasses.replace(args, env_ids=args.env_ids[:1], seeds=(1,), total_timesteps=60_000, episodes=2)
+        args = dataclasses.replace(
+            args, env_ids=args.env_ids[:1], seeds=(1,), total_timesteps=60_000, episodes=2
+        )
     rows = []
     for seed in args.seeds:
         for env_id in args.env_ids:
@@ -169,7 +189,9 @@ def main(args: Args) -> None:
             summary[env_id][f"seconds to {goal}"] = statistics.median(seconds)
             summary[env_id][f"steps to {goal}"] = statistics.median(steps)
     print(json.dumps(summary, indent=2))
-    common.write(args.name, args, {"summary": summary, "rows": rows}, args.smoke, rows[0]["run"]["devices"])
+    common.write(
+        args.name, args, {"summary": summary, "rows": rows}, args.smoke, rows[0]["run"]["devices"]
+    )
 
 
 if __name__ == "__main__":

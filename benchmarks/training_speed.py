@@ -39,31 +39,41 @@ class Args:
 
 
 def shard(mesh: Mesh, function, spec):
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    return jax.jit(
+        jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    )
 
 
 def own_steps(env: ppo.Env, steps: int, state: ppo.State) -> ppo.State:
     """A scan of the script's environment."""
     action, step = jnp.zeros((len(state.obs), env.action_size)), ppo.kernel(env.step)
-    return jax.lax.scan(lambda state, _: (jax.vmap(step)(state, action), None), state, None, length=steps)[0]
+    return jax.lax.scan(
+        lambda state, _: (jax.vmap(step)(state, action), None), state, None, length=steps
+    )[0]
 
 
 def bare_steps(env: ppo.Env, steps: int, state: ppo.State) -> ppo.State:
     """A scan of the physics of as many environment steps."""
+
     @ppo.kernel
     def env_step(data: ppo.Physics) -> ppo.Physics:
         def substep(data, _):
             full = ppo.physics_step(env.model, env.template.replace(**data.fields()))
             return ppo.Physics(full.qpos, full.qvel, full.qacc_warmstart), None
+
         return jax.lax.scan(substep, data, None, length=env.task.frame_skip)[0]
 
-    return state.replace(data=jax.lax.scan(lambda x, _: (jax.vmap(env_step)(x), None), state.data, None, steps)[0])
+    return state.replace(
+        data=jax.lax.scan(lambda x, _: (jax.vmap(env_step)(x), None), state.data, None, steps)[0]
+    )
 
 
 def measure(env_id: str, num_envs: int, warmups: int, repeats: int) -> dict:
     """Seconds of one training iteration, and of the same steps by the environment and by its physics alone."""
     args = common.ppo_args(env_id, num_envs=num_envs)
-    mesh = ppo.make_mesh(args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches)
+    mesh = ppo.make_mesh(
+        args.num_devices, args.num_envs, args.steps_per_iteration // args.num_minibatches
+    )
     env = ppo.Env(ppo.Args(env_id=env_id))
     shardings = jax.tree.map(partial(NamedSharding, mesh), ppo.STATE_SPEC)
     init = jax.jit(ppo.init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
@@ -84,21 +94,40 @@ def measure(env_id: str, num_envs: int, warmups: int, repeats: int) -> dict:
         start = time.perf_counter()
         state, _ = jax.block_until_ready(train(state))
         seconds["train"].append(time.perf_counter() - start)
-    row = {f"{name} steps/s": args.steps_per_iteration / float(np.median(times)) for name, times in seconds.items()}
+    row = {
+        f"{name} steps/s": args.steps_per_iteration / float(np.median(times))
+        for name, times in seconds.items()
+    }
     for name in "env.step", "physics":
-        row[f"train / {name}"] = float(np.median(np.array(seconds[name]) / np.array(seconds["train"])))
+        row[f"train / {name}"] = float(
+            np.median(np.array(seconds[name]) / np.array(seconds["train"]))
+        )
     return row | {"seconds": seconds}
 
 
 def first_update(env_id: str, cache: str) -> float:
     """Seconds from the start of the script to the end of its first iteration."""
     with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, "ppo_mjx.py", "--env-id", env_id, "--total-timesteps", "4096", "--eval-every", "0"]
+        command = [
+            sys.executable,
+            "ppo_mjx.py",
+            "--env-id",
+            env_id,
+            "--total-timesteps",
+            "4096",
+            "--eval-every",
+            "0",
+        ]
         environment = os.environ | common.caches(cache)
         start = time.perf_counter()
         command += ["--runs-dir", runs]
-        process = subprocess.Popen(command, cwd=common.ROOT, env=environment, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT)  # no terminal, where it would show a bar and no lines
+        process = subprocess.Popen(
+            command,
+            cwd=common.ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # no terminal, where it would show a bar and no lines
         lines, seconds = [], None
         for line in process.stdout:
             lines.append(line.decode())
@@ -115,16 +144,24 @@ def first_update(env_id: str, cache: str) -> float:
 def main(args: Args) -> None:
     if args.smoke:
         common.hardly_optimise()
-        args = dataclasses.replace(args, env_ids=("Hopper",), num_envs=(8,), warmups=1, repeats=1, starts=1)
+        args = dataclasses.replace(
+            args, env_ids=("Hopper",), num_envs=(8,), warmups=1, repeats=1, starts=1
+        )
     common.refuse_fallbacks()
     common.make_mesh()  # starts JAX with all cores
     speed, starts = {}, {}
-    print("| task | worlds | train steps/s | env.step | physics | train / env.step | train / physics |")
+    print(
+        "| task | worlds | train steps/s | env.step | physics | train / env.step | train / physics |"
+    )
     print("|---" * 7 + "|")
     for env_id in args.env_ids:
         for num_envs in args.num_envs:
-            row = speed[f"{env_id} {num_envs}"] = measure(env_id, num_envs, args.warmups, args.repeats)
-            numbers = [f"{value:.0f}" if value > 10 else f"{value:.2f}" for value in list(row.values())[:5]]
+            row = speed[f"{env_id} {num_envs}"] = measure(
+                env_id, num_envs, args.warmups, args.repeats
+            )
+            numbers = [
+                f"{value:.0f}" if value > 10 else f"{value:.2f}" for value in list(row.values())[:5]
+            ]
             print(f"| {env_id} | {num_envs} | {' | '.join(numbers)} |", flush=True)
     common.write(args.name, args, {"speed": speed}, args.smoke)
     for env_id in args.env_ids:
@@ -133,7 +170,9 @@ def main(args: Args) -> None:
             with tempfile.TemporaryDirectory() as cache:
                 for kind in times:
                     times[kind].append(first_update(env_id, cache))
-        starts[env_id] = {kind: float(np.median(values)) for kind, values in times.items()} | {"all": times}
+        starts[env_id] = {kind: float(np.median(values)) for kind, values in times.items()} | {
+            "all": times
+        }
         cold, warm = starts[env_id]["cold"], starts[env_id]["warm"]
         print(f"{env_id}: first update after {cold:.1f} s cold, {warm:.1f} s warm", flush=True)
     common.write(args.name, args, {"speed": speed, "first_update_s": starts}, args.smoke)

@@ -50,7 +50,11 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 @dataclasses.dataclass
 class Args:
     modes: tuple[Mode, ...] = ("smoke", "equivalence", "performance", "jit")  # what to check
-    env_ids: tuple[Literal["HalfCheetah", "Hopper", "Walker2d"], ...] = ("HalfCheetah", "Hopper", "Walker2d")  # tasks
+    env_ids: tuple[Literal["HalfCheetah", "Hopper", "Walker2d"], ...] = (
+        "HalfCheetah",
+        "Hopper",
+        "Walker2d",
+    )  # tasks
     seeds: tuple[int, ...] = (1, 2, 3)  # trainings of each kind of rollout, for each task
     timesteps: int = 300_000  # steps of each training
     num_envs: int = 64  # worlds of these trainings; few, so that whole episodes end early
@@ -95,7 +99,14 @@ class MJX:
 
 
 @partial(jax.jit, static_argnames=("args", "env"))
-def sample(args: ppo.Args, env: ppo.Env, params: dict, obs_stats: ppo.RunningStats, obs: jax.Array, key: jax.Array):
+def sample(
+    args: ppo.Args,
+    env: ppo.Env,
+    params: dict,
+    obs_stats: ppo.RunningStats,
+    obs: jax.Array,
+    key: jax.Array,
+):
     """Actions [N, A] of the policy and their log densities [N]."""
     mean = ppo.make_networks(args, env)[0].apply(params["actor"], ppo.normalize(obs_stats, obs))
     policy = ppo.Gaussian(mean, params["log_std"])
@@ -104,7 +115,14 @@ def sample(args: ppo.Args, env: ppo.Env, params: dict, obs_stats: ppo.RunningSta
 
 
 @partial(jax.jit, static_argnames=("args", "env", "mesh"))
-def learn(args: ppo.Args, env: ppo.Env, mesh: Mesh, learner: ppo.Learner, worlds: ppo.Worlds, steps: ppo.Transition):
+def learn(
+    args: ppo.Args,
+    env: ppo.Env,
+    mesh: Mesh,
+    learner: ppo.Learner,
+    worlds: ppo.Worlds,
+    steps: ppo.Transition,
+):
     """The script's iteration with a rollout that is there already."""
 
     def run(learner, worlds, steps):
@@ -113,7 +131,9 @@ def learn(args: ppo.Args, env: ppo.Env, mesh: Mesh, learner: ppo.Learner, worlds
         return state.learner, metrics
 
     specs = (P(), P("devices"), P(None, "devices"))
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(learner, worlds, steps)
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
+        learner, worlds, steps
+    )
 
 
 class CMujoco:
@@ -123,12 +143,16 @@ class CMujoco:
         self.args, self.env, self.mesh, self.task = args, env, mesh, env.task
         state = init(args, env, mesh, seed)
         self.learner, self.elapsed = state.learner, np.array(state.worlds.env_state.info["elapsed"])
-        self.batch = Batch(ppo.load_model(env.task), nsim=args.num_envs, nthread=common.count_cores())
+        self.batch = Batch(
+            ppo.load_model(env.task), nsim=args.num_envs, nthread=common.count_cores()
+        )
         self.key, self.draws = jax.random.key(seed), 0
         self.qpos, self.qvel, self.warmstart, self.ctrl = map(
             self.batch.bind, ("qpos", "qvel", "qacc_warmstart", "ctrl"))  # fmt: skip
         self.discounted, self.total, self.length = np.zeros((3, args.num_envs), np.float32)
-        self.starts = jax.jit(lambda key: jax.vmap(ppo.kernel(env.reset))(jax.random.split(key, args.num_envs)).data)
+        self.starts = jax.jit(
+            lambda key: jax.vmap(ppo.kernel(env.reset))(jax.random.split(key, args.num_envs)).data
+        )
         self.reset(np.full(args.num_envs, True))
 
     def draw(self) -> jax.Array:
@@ -143,11 +167,15 @@ class CMujoco:
 
     def reset(self, done: np.ndarray) -> None:
         start = jax.device_get(self.starts(self.draw()))
-        self.qpos[done], self.qvel[done], self.warmstart[done] = start.qpos[done], start.qvel[done], 0
+        self.qpos[done] = start.qpos[done]
+        self.qvel[done] = start.qvel[done]
+        self.warmstart[done] = 0
 
     def rollout(self) -> tuple[ppo.Worlds, ppo.Transition]:
         """What ppo.rollout returns, without the fields that the update does not read."""
-        acting = jax.device_put((self.learner.params, self.learner.obs_stats), jax.local_devices()[0])
+        acting = jax.device_put(
+            (self.learner.params, self.learner.obs_stats), jax.local_devices()[0]
+        )
         records, no = [], np.full(self.args.num_envs, False)
         for _ in range(self.args.num_steps):
             obs, x = self.observe(), self.qpos[:, 0].copy()
@@ -156,11 +184,15 @@ class CMujoco:
             self.batch.step(nstep=self.task.frame_skip)
             now = self.now()
             healthy = self.task.is_healthy(now, np)
-            terms = self.task.reward_terms(now, (now.x - x) / self.env.control_dt, clipped, healthy, np)
+            terms = self.task.reward_terms(
+                now, (now.x - x) / self.env.control_dt, clipped, healthy, np
+            )
             terms = {name: term.astype(np.float32) for name, term in terms.items()}
             reward = sum(terms.values())
-            self.discounted, self.total = self.args.gamma * self.discounted + reward, self.total + reward
-            self.length, self.elapsed = self.length + 1, self.elapsed + 1
+            self.discounted = self.args.gamma * self.discounted + reward
+            self.total = self.total + reward
+            self.length = self.length + 1
+            self.elapsed = self.elapsed + 1
             terminated = ~healthy
             done = terminated | (self.elapsed >= self.env.time_limit)
             state = ppo.State(None, self.observe(), reward, None, terms, {"broken": no})
@@ -189,7 +221,8 @@ class CMujoco:
             if done.any():
                 self.reset(done)
             self.discounted, self.total, self.length, self.elapsed = (
-                np.where(done, 0, x).astype(x.dtype) for x in (self.discounted, self.total, self.length, self.elapsed)
+                np.where(done, 0, x).astype(x.dtype)
+                for x in (self.discounted, self.total, self.length, self.elapsed)
             )
         return end, jax.tree.map(lambda *xs: np.stack(xs), *records)
 
@@ -202,7 +235,12 @@ ARMS = {"MJX": MJX, "C MuJoCo": CMujoco}
 
 
 def training_args(args: Args, env_id: str) -> ppo.Args:
-    return ppo.Args(env_id=env_id, num_envs=args.num_envs, num_steps=args.num_steps, total_timesteps=args.timesteps)
+    return ppo.Args(
+        env_id=env_id,
+        num_envs=args.num_envs,
+        num_steps=args.num_steps,
+        total_timesteps=args.timesteps,
+    )
 
 
 # ---- smoke ----------------------------------------------------------------------------------------------------------
@@ -211,7 +249,9 @@ def check_smoke(args: Args, checks: Checks) -> None:
     commands += ["sac_mjx_pendulum.py --smoke", "ppo_mjx_unitree.py --smoke"]
     for command in [commands[-2]] if args.smoke else commands:
         start = time.perf_counter()
-        process = subprocess.run([sys.executable, *command.split()], cwd=common.ROOT, capture_output=True, text=True)
+        process = subprocess.run(
+            [sys.executable, *command.split()], cwd=common.ROOT, capture_output=True, text=True
+        )
         if process.returncode:
             print(f"{process.stdout[-2000:]}\n{process.stderr[-2000:]}")
         measured = f"{process.returncode} after {time.perf_counter() - start:.0f} s"
@@ -222,23 +262,34 @@ def check_smoke(args: Args, checks: Checks) -> None:
 def record(env_id: str, count: int) -> list[np.ndarray]:
     """Steps of random episodes in Gymnasium: qpos, qvel, warmstart before it, action; then what it gave: qpos, qvel,
     observation, reward, terminated."""
-    env, rng, rows, over = gymnasium.make(env_id + "-v5").unwrapped, np.random.default_rng(0), [], True
+    env = gymnasium.make(env_id + "-v5").unwrapped
+    rng = np.random.default_rng(0)
+    rows = []
+    over = True
     while len(rows) < count:
         if over or len(rows) % 100 == 0:
             env.reset(seed=len(rows))
-        action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32).astype(float)  # exact in any precision
+        action = (
+            rng.uniform(-1, 1, env.action_space.shape).astype(np.float32).astype(float)
+        )  # exact in any precision
         before = [x.copy() for x in (env.data.qpos, env.data.qvel, env.data.qacc_warmstart)]
         obs, reward, over, _, _ = env.step(action)
-        rows.append((*before, action, env.data.qpos.copy(), env.data.qvel.copy(), obs, reward, over))
+        rows.append(
+            (*before, action, env.data.qpos.copy(), env.data.qvel.copy(), obs, reward, over)
+        )
     return [np.array(x) for x in zip(*rows, strict=True)]
 
 
 def step_mjx(env: ppo.Env, qpos, qvel, warmstart, action) -> ppo.State:
     """One compiled step from each state."""
     data = ppo.Physics(*(jnp.asarray(x, jnp.float32) for x in (qpos, qvel, warmstart)))
-    reset = jax.jit(jax.vmap(ppo.kernel(env.reset)))(jax.random.split(jax.random.key(0), len(action)))
+    reset = jax.jit(jax.vmap(ppo.kernel(env.reset)))(
+        jax.random.split(jax.random.key(0), len(action))
+    )
     start = reset.replace(data=data, info=reset.info | {"x": data.qpos[:, 0]})
-    return jax.device_get(jax.jit(jax.vmap(ppo.kernel(env.step)))(start, jnp.asarray(action, jnp.float32)))
+    return jax.device_get(
+        jax.jit(jax.vmap(ppo.kernel(env.step)))(start, jnp.asarray(action, jnp.float32))
+    )
 
 
 def threshold_distance(task: ppo.Task, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
@@ -251,7 +302,9 @@ def threshold_distance(task: ppo.Task, qpos: np.ndarray, qvel: np.ndarray) -> np
 
 def check_steps(args: Args, env_id: str, checks: Checks) -> None:
     """One step against Gymnasium's."""
-    qpos, qvel, warmstart, action, next_qpos, next_qvel, obs, reward, terminated = record(env_id, args.states)
+    qpos, qvel, warmstart, action, next_qpos, next_qvel, obs, reward, terminated = record(
+        env_id, args.states
+    )
     original, rows = ppo.CMujocoEnv(ppo.Env(ppo.Args(env_id=env_id))), []
     original.reset(0)
     for start in zip(qpos, qvel, warmstart, action, strict=True):
@@ -263,7 +316,9 @@ def check_steps(args: Args, env_id: str, checks: Checks) -> None:
     checks.below(f"{env_id}: CMujocoEnv off Gymnasium, observation and reward, worst", worst, 1e-9)
     wrong = int((ours[2] != terminated).sum())
     falls = int(terminated.sum())
-    checks.add(f"{env_id}: CMujocoEnv's terminations that differ", f"{wrong} of {falls}", "0", wrong == 0)
+    checks.add(
+        f"{env_id}: CMujocoEnv's terminations that differ", f"{wrong} of {falls}", "0", wrong == 0
+    )
     if env_id != "HalfCheetah":  # which never terminates
         checks.add(f"{env_id}: steps that terminate", falls, ">= 1%", falls >= 0.01 * args.states)
     distance = threshold_distance(original.task, next_qpos, next_qvel)
@@ -273,10 +328,16 @@ def check_steps(args: Args, env_id: str, checks: Checks) -> None:
     ):  # fmt: skip
         error = np.abs(mine - theirs).reshape(args.states, -1).max(axis=1)
         checks.below(f"{env_id}: {label} of MJX off Gymnasium's, median", np.median(error), median)
-        checks.below(f"{env_id}: {label} of MJX off Gymnasium's, 99%", np.quantile(error, 0.99), most)
+        checks.below(
+            f"{env_id}: {label} of MJX off Gymnasium's, 99%", np.quantile(error, 0.99), most
+        )
     differ = (state.done > 0) != terminated
     far = float(distance[differ].max(initial=0))
-    checks.below(f"{env_id}: {differ.sum()} terminations of MJX differ, farthest off the threshold", far, bounds[4])
+    checks.below(
+        f"{env_id}: {differ.sum()} terminations of MJX differ, farthest off the threshold",
+        far,
+        bounds[4],
+    )
 
 
 def check_rewards(env_id: str, mesh: Mesh, checks: Checks, smoke: bool) -> None:
@@ -288,12 +349,18 @@ def check_rewards(env_id: str, mesh: Mesh, checks: Checks, smoke: bool) -> None:
     spread = partial(ppo.rollout, args, env)
     run = jax.jit(jax.shard_map(lambda *state: spread(*state)[1].end.env_state.reward, mesh=mesh, check_vma=False,
                                 in_specs=(P(), P("devices")), out_specs=P(None, "devices")))  # fmt: skip
-    mjx, original = np.asarray(run(learned, worlds)), CMujoco(args, env, mesh, 0).rollout()[1].end.env_state.reward
+    mjx = np.asarray(run(learned, worlds))
+    original = CMujoco(args, env, mesh, 0).rollout()[1].end.env_state.reward
     error = math.sqrt(sum(x.mean(axis=0).var() / args.num_envs for x in (mjx, original)))
     checks.below(f"{env_id}: reward of the untrained policy, |{mjx.mean():.3f} - {original.mean():.3f}|",
                  abs(mjx.mean() - original.mean()), 0.05 * original.std() + 2 * error)  # fmt: skip
     ratio = mjx.std() / original.std()
-    checks.add(f"{env_id}: its std, MJX over C MuJoCo", float(ratio), "0.95 .. 1.05", bool(0.95 <= ratio <= 1.05))
+    checks.add(
+        f"{env_id}: its std, MJX over C MuJoCo",
+        float(ratio),
+        "0.95 .. 1.05",
+        bool(0.95 <= ratio <= 1.05),
+    )
 
 
 def train(settings: ppo.Args, env: ppo.Env, mesh: Mesh, name: str, seed: int) -> dict:
@@ -311,7 +378,11 @@ def mean_return(curve: list[dict], first: float, last: float) -> float:
     """Of all episodes that end in these steps."""
     points = [point for point in curve if first <= point["steps"] <= last]
     episodes = sum(point["episodes"] for point in points)
-    return sum(point["episodes"] * point["return"] for point in points) / episodes if episodes else math.nan
+    return (
+        sum(point["episodes"] * point["return"] for point in points) / episodes
+        if episodes
+        else math.nan
+    )
 
 
 def check_curves(args: Args, env_id: str, mesh: Mesh, checks: Checks) -> list[dict]:
@@ -322,15 +393,24 @@ def check_curves(args: Args, env_id: str, mesh: Mesh, checks: Checks) -> list[di
     rows, ends, gains = [], {}, []
     for name in ARMS:
         mine = [train(settings, env, mesh, name, seed) for seed in args.seeds]
-        ends[name] = [mean_return(row["curve"], 0.8 * args.timesteps, args.timesteps) for row in mine]
+        ends[name] = [
+            mean_return(row["curve"], 0.8 * args.timesteps, args.timesteps) for row in mine
+        ]
         firsts = [mean_return(row["curve"][:1], 0, args.timesteps) for row in mine]
         gains += [end - first for end, first in zip(ends[name], firsts, strict=True)]
         rows += mine
         listed = ", ".join(f"{end:.0f}" for end in ends[name])
         checks.add(f"{env_id}: last returns of {name}, seeds {args.seeds}", listed)
-    checks.add(f"{env_id}: smallest gain over the first episodes", min(gains), "> 0", all(gain > 0 for gain in gains))
+    checks.add(
+        f"{env_id}: smallest gain over the first episodes",
+        min(gains),
+        "> 0",
+        all(gain > 0 for gain in gains),
+    )
     mjx, original = (np.array(ends[name]) for name in ARMS)
-    errors = [x.std(ddof=1) ** 2 / len(x) for x in (mjx, original)] if len(args.seeds) > 1 else [0.0]
+    errors = (
+        [x.std(ddof=1) ** 2 / len(x) for x in (mjx, original)] if len(args.seeds) > 1 else [0.0]
+    )
     bound = 2 * math.sqrt(sum(errors)) + 0.1 * abs(original.mean())
     checks.below(f"{env_id}: last returns, |{mjx.mean():.0f} - {original.mean():.0f}|",
                  abs(mjx.mean() - original.mean()), bound)  # fmt: skip
@@ -348,15 +428,23 @@ def check_speed(args: Args, env_id: str, mesh: Mesh, checks: Checks) -> dict[str
 
     def steps(state):
         action = jnp.zeros((len(state.obs), env.action_size))
-        return jax.lax.scan(lambda x, _: (jax.vmap(step)(x, action), None), state, None, settings.num_steps)[0]
+        return jax.lax.scan(
+            lambda x, _: (jax.vmap(step)(x, action), None), state, None, settings.num_steps
+        )[0]
 
     worlds = init(settings, env, mesh, 1).worlds.env_state
     programs["env.step"] = common.compile_sharded(mesh, steps, worlds)[0]
     seconds = common.take_turns(programs, args.repeats, warmups=2)
     for name, times in seconds.items():
         speed = settings.steps_per_iteration / float(np.median(times))
-        checks.add(f"{env_id}: steps/s, {name if name == 'env.step' else f'training with {name}'}", f"{speed:.0f}")
-    checks.add(f"{env_id}: env.step's share of MJX training", common.ratio(seconds["env.step"], seconds["MJX"]))
+        checks.add(
+            f"{env_id}: steps/s, {name if name == 'env.step' else f'training with {name}'}",
+            f"{speed:.0f}",
+        )
+    checks.add(
+        f"{env_id}: env.step's share of MJX training",
+        common.ratio(seconds["env.step"], seconds["MJX"]),
+    )
     ratio = common.ratio(seconds["C MuJoCo"], seconds["MJX"])
     checks.add(f"{env_id}: training steps/s, MJX over C MuJoCo", ratio, "> 1", ratio > 1)
     return seconds
@@ -376,7 +464,11 @@ def on_host(jaxpr) -> list[str]:
     found = []
     for equation in equations(jaxpr):
         name = equation.primitive.name
-        if any(part in name for part in HOST_PRIMITIVES) or name == "device_put" and "host" in str(equation.params):
+        if (
+            any(part in name for part in HOST_PRIMITIVES)
+            or name == "device_put"
+            and "host" in str(equation.params)
+        ):
             found.append(name)
     return found
 
@@ -407,7 +499,9 @@ def check_jit(args: Args, mesh: Mesh, checks: Checks) -> dict:
     for names in [sizes] if args.smoke else [(name,) for name in sizes]:
         settings = dataclasses.replace(base, **{name: 2 * getattr(base, name) for name in names})
         doubled = sum(1 for _ in equations(trace(settings)))
-        checks.add(f"equations with twice the {', '.join(names)}", doubled, f"{size}", doubled == size)
+        checks.add(
+            f"equations with twice the {', '.join(names)}", doubled, f"{size}", doubled == size
+        )
     probe = jax.make_jaxpr(jax.jit(lambda x: jax.pure_callback(np.sin, x, x)))(1.0)
     checks.add("host primitives in a program with one (control)", len(on_host(probe.jaxpr)), "1",
                len(on_host(probe.jaxpr)) == 1)  # fmt: skip
@@ -437,11 +531,22 @@ def check_jit(args: Args, mesh: Mesh, checks: Checks) -> dict:
     checks.add("the guard lets a NumPy argument pass (control)", passed, "False", not passed)
     passed = guarded(three)
     checks.add("the guard lets 3 iterations pass", passed, "True", passed)
-    metrics += [{tag: value for tag, value in values.items() if tag != "black_box"} for values in later]
+    metrics += [
+        {tag: value for tag, value in values.items() if tag != "black_box"} for values in later
+    ]
     metrics += [arm.iterate() for _ in range(settings.num_iterations - len(metrics))]
     norms = np.array([float(values["losses/grad_norm"]) for values in metrics])
-    finite = bool(all(np.isfinite(value) for values in metrics for tag, value in values.items() if "losses/" in tag))
-    checks.add(f"losses and gradients finite, {settings.total_timesteps} steps", finite, "True", finite)
+    finite = bool(
+        all(
+            np.isfinite(value)
+            for values in metrics
+            for tag, value in values.items()
+            if "losses/" in tag
+        )
+    )
+    checks.add(
+        f"losses and gradients finite, {settings.total_timesteps} steps", finite, "True", finite
+    )
     checks.add("gradient norm, mean of an iteration: median", float(np.median(norms)))
     checks.below("gradient norm, mean of an iteration: largest", norms.max(), 20)
     for tag in "charts/skipped_updates", "charts/nan_resets":
@@ -452,7 +557,9 @@ def check_jit(args: Args, mesh: Mesh, checks: Checks) -> dict:
 
 def main(args: Args) -> None:
     if args.smoke:
-        args = dataclasses.replace(args, env_ids=("Hopper",), seeds=(1, 2), timesteps=24_576, states=200, repeats=2)
+        args = dataclasses.replace(
+            args, env_ids=("Hopper",), seeds=(1, 2), timesteps=24_576, states=200, repeats=2
+        )
     common.refuse_fallbacks()
     checks, result = Checks(), {"curves": [], "seconds": {}}
     if "smoke" in args.modes:  # first: once this process uses a GPU, others find its memory taken

@@ -28,9 +28,11 @@ gc.set_threshold(200_000, 20, 50)
 gc.collect()
 gc.freeze()
 
+
 def pytest_configure(config):
     """What goes by XLA unasked is slow, and no test of the kernel."""
     config.addinivalue_line("filterwarnings", "error::onekernel.Fallback")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_caches(tmp_path_factory):
@@ -43,12 +45,14 @@ def compilation_caches(tmp_path_factory):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "jax_cache")
         jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Drop a file's compiled programs: each maps memory, and Linux allows a process 65530 mappings, then it crashes."""
     yield
     jax.clear_caches()
     gc.collect()
+
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
@@ -58,23 +62,32 @@ def signal_handlers():
     for number, handler in before.items():
         signal.signal(number, handler)
 
+
 @pytest.fixture(scope="session")
 def make_mesh():
     """A mesh of so many devices; the test is skipped where the backend has fewer."""
+
     def make(size: int) -> Mesh:
         if len(jax.devices()) < size:
             pytest.skip(f"needs {size} devices")
         return Mesh(np.array(jax.devices()[:size]), ("devices",))
+
     return make
+
 
 @pytest.fixture(scope="session")
 def make_state():
     """The start of a run on a mesh, as `train` builds it."""
+
     def make(args: ppo_mjx.Args, env, mesh: Mesh) -> ppo_mjx.TrainState:
         shardings = jax.tree.map(partial(NamedSharding, mesh), ppo_mjx.STATE_SPEC)
-        init = jax.jit(ppo_mjx.init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
+        init = jax.jit(
+            ppo_mjx.init_train_state, static_argnames=("args", "env"), out_shardings=shardings
+        )
         return init(args, env, jax.random.key(args.seed))
+
     return make
+
 
 @pytest.fixture(scope="module")
 def one_env():
@@ -85,6 +98,7 @@ def one_env():
         patch.setattr(ppo_mjx, "Env", lambda args: envs(args.env_id))
         yield
 
+
 @pytest.fixture(scope="module")
 def one_pendulum():
     """As `one_env`, for sac_mjx_pendulum.py: an environment for all runs of the same settings."""
@@ -93,6 +107,7 @@ def one_pendulum():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sac_mjx_pendulum, "Env", cache(sac_mjx_pendulum.Env))
         yield
+
 
 @pytest.fixture(scope="session")
 def hopper():

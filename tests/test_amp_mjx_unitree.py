@@ -297,18 +297,24 @@ def test_recorded_commands_are_those_of_the_clip(tmp_path):
 
 def test_the_actor_begins_as_a_copy_of_the_reference(motions):
     """In the reference's frames it acts as there, though it sees them with noise; without cloning it does not."""
-    args = dataclasses.replace(SMALL, clone_updates=800, clone_batch_size=64, hidden_sizes=(64,), init_log_std=-2.0)
+    args = dataclasses.replace(
+        SMALL, clone_updates=800, clone_batch_size=64, hidden_sizes=(64,), init_log_std=-2.0
+    )
     error = {}
     for updates in (0, 800):
         args = dataclasses.replace(args, clone_updates=updates)
         env = make(Toy, args)
         learner = run(partial(amp.init_train_state, args, env), motions, jax.random.key(0)).learner
         stats = learner.obs_stats["actor"]
-        _, policy = amp.apply_policy(args, env, learner.params, (), amp.normalize(stats, motions.obs))
+        _, policy = amp.apply_policy(
+            args, env, learner.params, (), amp.normalize(stats, motions.obs)
+        )
         error[updates] = float(jnp.square(policy.mean - motions.action).mean())
         if updates:
             np.testing.assert_allclose(stats.mean, motions.obs.mean(axis=0), atol=1e-5)
-            assert (np.asarray(stats.var) >= np.asarray(env.noise) ** 2 / 3).all() and stats.count == 1e9
+            assert (
+                np.asarray(stats.var) >= np.asarray(env.noise) ** 2 / 3
+            ).all() and stats.count == 1e9
     assert error[800] < 0.5 * error[0]
 
 
@@ -323,13 +329,27 @@ def test_the_critic_learns_first():
         assert rate == pytest.approx(factor * 1e-3, rel=1e-5)
 
 
+def test_the_critic_has_its_own_step_size():
+    """As a vector in the order of the parameters'."""
+    params = {
+        "actor": {"w": jnp.zeros((2, 3))},
+        "critic": {"w": jnp.zeros(4)},
+        "log_std": jnp.zeros(2),
+    }
+    args = dataclasses.replace(SMALL, critic_learning_rate=0.5)
+    rates = amp.step_sizes(args, params, jnp.float32(0.25))
+    np.testing.assert_array_equal(rates, [0.25] * 6 + [0.5] * 4 + [0.25] * 2)
+
+
 def test_who_does_not_do_as_told_is_lost():
     """Standing still under a command to move takes 1.6 s to fall below a fifth; half of the speed is enough."""
+
     def follow(command, velocity, steps):
         progress = jnp.ones(())
         for _ in range(steps):
             progress = amp.next_progress(progress, jnp.array(command), jnp.array(velocity))
         return float(progress)
+
     forward, turn = [0.5, 0.0, 0.0], [0.0, 0.0, -0.6]
     for command in (forward, turn, [0.3, 0.2, 0.4]):
         assert follow(command, [0.0, 0.0, 0.0], 50) == pytest.approx(math.exp(-1), abs=0.01)
@@ -367,7 +387,9 @@ def test_what_the_actor_sees_of_a_reference(tmp_path):
 
     np.testing.assert_allclose(motions.action[:18], (bent[1:] + lead) / 0.25, atol=1e-3)
     np.testing.assert_allclose(motions.action_before[:19], (bent + lead) / 0.25, atol=1e-3)
-    mirrored = ppo_mjx_unitree.mirror_actions(ppo_mjx_unitree.ROBOTS["g1"], motions.action_before[:19])
+    mirrored = ppo_mjx_unitree.mirror_actions(
+        ppo_mjx_unitree.ROBOTS["g1"], motions.action_before[:19]
+    )
     np.testing.assert_allclose(motions.action_before[19:], mirrored, atol=1e-6)
     targets = G1.targets(motions.action[0], np)
     np.testing.assert_allclose(G1.actions(targets), motions.action[0], atol=1e-6)
@@ -745,7 +767,10 @@ def test_training_logs_and_learns(trained):
         assert all(0 <= event.value <= 1 for event in log.Scalars(tag))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     learner = state.learner
-    assert learner.iteration == 4 and learner.disc_opt_state.inner_state.count == 4 * amp.Args.disc_updates
+    assert (
+        learner.iteration == 4
+        and learner.disc_opt_state.inner_state.count == 4 * amp.Args.disc_updates
+    )
     assert learner.frame_stats.count == pytest.approx(4 * 2 * 96, rel=1e-3)
     assert state.replay.shape == (32, 2, 43) and (state.replay != 0).any(axis=(1, 2)).all()
     run = json.loads((run_dir / "run.json").read_text())
@@ -864,7 +889,9 @@ def test_recorded_commands_cover_their_ranges():
     np.testing.assert_allclose(commands.min(axis=0), [-0.6, 0.0, -0.8])
     drawn = np.concatenate([commands[10:], commands[10:] * [1, -1, -1]])
     env = types.SimpleNamespace(args=amp.Args(standing=0.15))
-    trained = run(jax.vmap(partial(amp.Env.draw_command, env)), jax.random.split(jax.random.key(0), 4000))
+    trained = run(
+        jax.vmap(partial(amp.Env.draw_command, env)), jax.random.split(jax.random.key(0), 4000)
+    )
     for shares in ((drawn == 0).mean(axis=0), (np.asarray(trained) == 0).mean(axis=0)):
         np.testing.assert_allclose(shares, [0.23, 0.23, 0.36], atol=0.03)
     np.testing.assert_allclose(np.std(drawn, axis=0), np.std(trained, axis=0), rtol=0.05)

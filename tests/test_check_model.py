@@ -161,16 +161,23 @@ def test_without_its_keyframe(capsys, tmp_path):
     (tmp_path / "quad.xml").write_text(text[: text.index("<keyframe>")] + "</mujoco>")
     code, text = doctor(capsys, tmp_path / "quad.xml", "--quick")
     assert code == 1
-    for words in ("joint fl_knee (0, range -2.4 to -0.6)", "geom fl_foot (0.122 m", "trunk jumps by"):
+    for words in (
+        "joint fl_knee (0, range -2.4 to -0.6)",
+        "geom fl_foot (0.122 m",
+        "trunk jumps by",
+    ):
         assert words in text
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (None, "there is no such file"),
-    ("hello", "MuJoCo cannot read it"),
-    ('<mujoco><worldbody><geom size="1" quirk="1"/></worldbody></mujoco>', "quirk"),
-    ('<mujoco><asset><mesh name="m" file="nowhere.obj"/></asset></mujoco>', "nowhere.obj"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "there is no such file"),
+        ("hello", "MuJoCo cannot read it"),
+        ('<mujoco><worldbody><geom size="1" quirk="1"/></worldbody></mujoco>', "quirk"),
+        ('<mujoco><asset><mesh name="m" file="nowhere.obj"/></asset></mujoco>', "nowhere.obj"),
+    ],
+)
 def test_unreadable(capsys, tmp_path, content, words):
     file = tmp_path / "robot.xml"
     if content:
@@ -200,11 +207,14 @@ def walk():
     return model, check_model.walk_at_random(model, task)
 
 
-@pytest.mark.parametrize(("field", "index", "words"), [
-    ("qpos", 3, "position of joint wheel"),
-    ("qvel", 2, "velocity of joint pitch"),
-    ("sensordata", 6, "sensor 2"),
-])
+@pytest.mark.parametrize(
+    ("field", "index", "words"),
+    [
+        ("qpos", 3, "position of joint wheel"),
+        ("qvel", 2, "velocity of joint pitch"),
+        ("sensordata", 6, "sensor 2"),
+    ],
+)
 @pytest.mark.parametrize("wrong", [0.5, np.nan])
 def test_a_difference_is_named(capsys, walk, field, index, words, wrong):
     model, path = walk

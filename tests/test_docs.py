@@ -22,11 +22,18 @@ ROOT = Path(ppo_mjx.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize(("name", "threshold"), [
-    ("cartpole", 100),  # a random policy drops the pole within 40 steps
-    pytest.param("arm", -45, marks=pytest.mark.slow),  # a random policy gets about -101, and one that holds still -99
-    pytest.param("quadruped", 50, marks=pytest.mark.slow),  # a random policy falls within 200 steps, and gets about -40
-])
+@pytest.mark.parametrize(
+    ("name", "threshold"),
+    [
+        ("cartpole", 100),  # a random policy drops the pole within 40 steps
+        pytest.param(
+            "arm", -45, marks=pytest.mark.slow
+        ),  # a random policy gets about -101, and one that holds still -99
+        pytest.param(
+            "quadruped", 50, marks=pytest.mark.slow
+        ),  # a random policy falls within 200 steps, and gets about -40
+    ],
+)
 def test_add_your_robot(tmp_path, name, threshold):
     """The page's diffs apply to the script as it is, and the result trains and is judged."""
     diff, file = (ROOT / "docs" / f"{name}.diff").read_text(), f"{name}.py"
@@ -38,18 +45,26 @@ def test_add_your_robot(tmp_path, name, threshold):
     command = [sys.executable, file, "--total-timesteps", "80000", "--eval-every", "0"]
     # The path is for onekernel, which a copy in its folder would find.
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment)
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment
+    )
     row = next(line.split() for line in result.stdout.splitlines() if line.startswith("C MuJoCo"))
     assert float(row[2]) > threshold
 
 
-@pytest.mark.parametrize("script", [
-    ppo_mjx, ppo_mjx_unitree, ppo_mjx_unitree_rough, amp_mjx_unitree, sac_mjx, sac_mjx_pendulum])
+@pytest.mark.parametrize(
+    "script",
+    [ppo_mjx, ppo_mjx_unitree, ppo_mjx_unitree_rough, amp_mjx_unitree, sac_mjx, sac_mjx_pendulum],
+)
 def test_docs_explain_every_metric_and_flag(script):
     """Every tag that a run writes and every setting has its place in the script's page."""
     page = (ROOT / "docs" / f"{script.__name__}.md").read_text()
     source = (ROOT / f"{script.__name__}.py").read_text()
-    tags = {word for word in source.replace("'", '"').split('"') if word.startswith(("charts/", "losses/", "eval/"))}
+    tags = {
+        word
+        for word in source.replace("'", '"').split('"')
+        if word.startswith(("charts/", "losses/", "eval/"))
+    }
     assert len(tags) > 13
     assert not [tag for tag in tags if f"`{tag}`" not in page]
     flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)]
@@ -62,7 +77,11 @@ def test_shared_blocks_are_shared(tmp_path, monkeypatch, capsys):
     blocks = sync_shared.read_blocks(ROOT / "ppo_mjx.py")
     assert {"evaluation", "log", "files", "command_line"} <= blocks.keys()
     for name in blocks:
-        copies = [file.name for file in ROOT.glob("*_mjx*.py") if f"# shared: {name}\n" in file.read_text()]
+        copies = [
+            file.name
+            for file in ROOT.glob("*_mjx*.py")
+            if f"# shared: {name}\n" in file.read_text()
+        ]
         assert len(copies) > 1, name
 
     for name in "ppo_mjx.py", "sac_mjx_pendulum.py":
@@ -80,7 +99,10 @@ def test_tables_are_those_of_the_json(tmp_path, monkeypatch, capsys):
     """Pages have the JSON's figures; another figure is found, and written anew; each table stands somewhere."""
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
     used = {name for page in PAGES for _, name, _, _ in tables.MARK.findall(page.read_text())}
-    assert tables.TABLES.keys() - used <= {"readme_results", "readme_onekernel"}  # README's to choose
+    assert tables.TABLES.keys() - used <= {
+        "readme_results",
+        "readme_onekernel",
+    }  # README's to choose
 
     whole = (ROOT / "docs" / "onekernel.md").read_text()
     (tmp_path / "docs").mkdir()

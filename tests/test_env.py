@@ -14,18 +14,54 @@ from recordings import MOMENT, STEPS, TASK_IDS, WORLDS, compiled_step, make_env,
 
 import ppo_mjx
 
-LOOKS = ("light_", "mat_", "tex_", "cam_", "names", "name_", "vis", "stat", "geom_matid", "geom_user", "nuser_geom",
-         "signature", "nlight", "nmat", "ntex", "ncam", "nnames", "nbuffer", "narena", "signature", "text_", "ntext",
-         "numeric_", "nnumeric", "key_", "nkey")  # how a model looks or is stored, not how it moves
-FALLING = ["Hopper", "Walker2d", "Ant", "Humanoid", "InvertedPendulum", "InvertedDoublePendulum"]  # all others go on
+LOOKS = (
+    "light_",
+    "mat_",
+    "tex_",
+    "cam_",
+    "names",
+    "name_",
+    "vis",
+    "stat",
+    "geom_matid",
+    "geom_user",
+    "nuser_geom",
+    "signature",
+    "nlight",
+    "nmat",
+    "ntex",
+    "ncam",
+    "nnames",
+    "nbuffer",
+    "narena",
+    "signature",
+    "text_",
+    "ntext",
+    "numeric_",
+    "nnumeric",
+    "key_",
+    "nkey",
+)  # how a model looks or is stored, not how it moves
+FALLING = [
+    "Hopper",
+    "Walker2d",
+    "Ant",
+    "Humanoid",
+    "InvertedPendulum",
+    "InvertedDoublePendulum",
+]  # all others go on
 # Their kernels take longest, and their physics has nothing that Ant's has not but tendons, which the gripper of
 # test_own_robots.py has.
 SLOW = ("Humanoid", "HumanoidStandup", "Pusher")
+
+
 def some_slow(names) -> list:
     return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
 
+
 SOME_SLOW = some_slow(TASK_IDS)
 TOUCHING = ["HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup"]
+
 
 @pytest.fixture(autouse=True)
 def quick_kernels_of_some(request, monkeypatch):
@@ -33,25 +69,37 @@ def quick_kernels_of_some(request, monkeypatch):
     if "Humanoid" in request.node.name or "Pusher" in request.node.name:
         quick_kernels(monkeypatch)
 
+
 def test_there_are_all_of_gymnasiums_tasks():
-    theirs = {name.removesuffix("-v5") for name, spec in gymnasium.registry.items()
-              if name.endswith("-v5") and spec.entry_point.startswith("gymnasium.envs.mujoco")}
+    theirs = {
+        name.removesuffix("-v5")
+        for name, spec in gymnasium.registry.items()
+        if name.endswith("-v5") and spec.entry_point.startswith("gymnasium.envs.mujoco")
+    }
     assert set(TASK_IDS) == theirs and len(theirs) == 11
+
 
 @pytest.mark.parametrize("task_id", TASK_IDS)
 def test_model_equals_gymnasium(task_id):
     """Every number of the compiled model that physics can depend on is Gymnasium's, and so is the time limit."""
-    ours, theirs = ppo_mjx.load_model(ppo_mjx.TASKS[task_id]), gymnasium.make(task_id + "-v5").unwrapped
+    ours = ppo_mjx.load_model(ppo_mjx.TASKS[task_id])
+    theirs = gymnasium.make(task_id + "-v5").unwrapped
     compared = 0
     for mine, other in ((ours, theirs.model), (ours.opt, theirs.model.opt)):
         for name in dir(other):
             value = getattr(other, name)
-            physical = isinstance(value, int | float | np.ndarray) and np.asarray(value).dtype.kind in "iufb"
+            physical = (
+                isinstance(value, int | float | np.ndarray)
+                and np.asarray(value).dtype.kind in "iufb"
+            )
             if physical and not name.startswith(("_", *LOOKS)) and not name.endswith("_rgba"):
-                np.testing.assert_allclose(getattr(mine, name), value, rtol=1e-12, atol=1e-12, err_msg=name)
+                np.testing.assert_allclose(
+                    getattr(mine, name), value, rtol=1e-12, atol=1e-12, err_msg=name
+                )
                 compared += 1
     assert compared > 250
     assert ppo_mjx.TASKS[task_id].time_limit == gymnasium.spec(task_id + "-v5").max_episode_steps
+
 
 @functools.cache
 def resets(task_id: str):
@@ -59,12 +107,17 @@ def resets(task_id: str):
     count = 4000
     env = make_env(task_id)
     original = gymnasium.make(task_id + "-v5").unwrapped
-    data = jax.device_get(jax.jit(jax.vmap(ppo_mjx.kernel(env.reset)))(jax.random.split(jax.random.key(0), count)).data)
+    data = jax.device_get(
+        jax.jit(jax.vmap(ppo_mjx.kernel(env.reset)))(
+            jax.random.split(jax.random.key(0), count)
+        ).data
+    )
     rows = []
     for seed in range(count):
         original.reset(seed=seed)
         rows.append(np.concatenate([original.data.qpos, original.data.qvel]))
     return env, np.concatenate([data.qpos, data.qvel], axis=1), np.array(rows)
+
 
 @pytest.mark.parametrize("task_id", SOME_SLOW)
 def test_reset_distribution(task_id):
@@ -75,7 +128,7 @@ def test_reset_distribution(task_id):
     np.testing.assert_allclose(ours.std(0), spread, rtol=0.06, atol=1e-12)
     uniform = np.full(len(spread), True)
     if env.task.gaussian_velocity:
-        uniform[env.model.nq:] = False
+        uniform[env.model.nq :] = False
     width = np.ptp(theirs, axis=0)
     for extreme in np.min, np.max:
         near = np.abs(extreme(ours, axis=0) - extreme(theirs, axis=0)) <= 0.05 * width + 1e-7
@@ -83,14 +136,20 @@ def test_reset_distribution(task_id):
     if env.task.gaussian_velocity:
         assert (np.abs(ours[:, ~uniform]).max(0) > 3 * env.task.reset_noise).all()
 
-@pytest.mark.parametrize(("task_id", "first"), [("Reacher", 2), pytest.param("Pusher", 7, marks=pytest.mark.slow)])
+
+@pytest.mark.parametrize(
+    ("task_id", "first"), [("Reacher", 2), pytest.param("Pusher", 7, marks=pytest.mark.slow)]
+)
 def test_targets_are_drawn_as_gymnasiums(task_id, first):
     """Reacher's in a disk of 0.2 m, Pusher's cylinder at least 0.17 m from the goal, both uniformly."""
     _, ours, theirs = resets(task_id)
-    ours, theirs = (np.linalg.norm(rows[:, first:first + 2], axis=1) for rows in (ours, theirs))
+    ours, theirs = (np.linalg.norm(rows[:, first : first + 2], axis=1) for rows in (ours, theirs))
     quantiles = np.linspace(0, 1, 21)
-    np.testing.assert_allclose(np.quantile(ours, quantiles), np.quantile(theirs, quantiles), atol=0.01)
+    np.testing.assert_allclose(
+        np.quantile(ours, quantiles), np.quantile(theirs, quantiles), atol=0.01
+    )
     assert task_id == "Reacher" and ours.max() <= 0.2 or task_id == "Pusher" and ours.min() >= 0.17
+
 
 def test_humanoids_solver_is_near():
     """Newton's method, which MJX has, and Gymnasium's PGS come to the same accelerations, in contact as well."""
@@ -99,13 +158,18 @@ def test_humanoids_solver_is_near():
         model.opt.solver, data, path = solver, mujoco.MjData(model), []
         for start in np.ndindex(WORLDS, STEPS // 5):
             moment = (start[0], 5 * start[1])
-            data.qpos, data.qvel, data.qacc_warmstart = seen.qpos[moment], seen.qvel[moment], seen.warmstart[moment]
+            data.qpos, data.qvel, data.qacc_warmstart = (
+                seen.qpos[moment],
+                seen.qvel[moment],
+                seen.warmstart[moment],
+            )
             data.ctrl = seen.action[moment]
             mujoco.mj_step(model, data, nstep=5)
             path.append((*data.qpos, *data.qvel))
         ends.append(np.array(path))
     error = np.abs(ends[0] - ends[1]).max(axis=1)
     assert np.median(error) < 1e-6 and error.max() < 1e-2  # rad/s; speeds are up to some 30
+
 
 def test_recorded_steps_have_contacts_and_terminations():
     """The recordings below are not easy: the bodies touch the floor, and most upright episodes end."""
@@ -120,6 +184,7 @@ def test_recorded_steps_have_contacts_and_terminations():
         ends = seen.terminated.any(axis=1).sum()
         assert ends >= WORLDS // 2 if task_id in FALLING else ends == 0
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task_id", ["HalfCheetah"])
 def test_step_equals_gymnasium_in_float64(task_id):
@@ -129,6 +194,7 @@ def test_step_equals_gymnasium_in_float64(task_id):
     np.testing.assert_array_equal(state.done > 0, seen.terminated[MOMENT])
     np.testing.assert_allclose(state.obs, seen.obs[MOMENT], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(state.reward, seen.reward[MOMENT], rtol=1e-6, atol=1e-6)
+
 
 @pytest.mark.parametrize("task_id", SOME_SLOW)
 def test_step_equals_gymnasium(task_id):
@@ -142,11 +208,14 @@ def test_step_equals_gymnasium(task_id):
     error = np.abs(state.reward - seen.reward[MOMENT]) / (1 + np.abs(seen.reward[MOMENT]))
     assert np.median(error) < 1e-5 and error.max() < 1e-3
 
+
 @functools.cache
 def long_rollout(task_id: str):
     """MJX's observations [STEPS, WORLDS, O] and terminations, by the recorded actions from the recorded starts."""
     seen, (_, step) = record(task_id), compiled_step(task_id, x64=False)
-    inputs, obs, done = (seen.qpos[:, 0], seen.qvel[:, 0], seen.warmstart[:, 0], seen.x[:, 0]), [], []
+    inputs = (seen.qpos[:, 0], seen.qvel[:, 0], seen.warmstart[:, 0], seen.x[:, 0])
+    obs = []
+    done = []
     for t in range(STEPS):
         state = step(*inputs, seen.action[:, t])
         inputs = (state.data.qpos, state.data.qvel, state.data.qacc_warmstart, state.info["x"])
@@ -154,9 +223,21 @@ def long_rollout(task_id: str):
         done.append(state.done > 0)
     return np.array(obs), np.array(done)
 
-@pytest.mark.parametrize(("task_id", "steps"), [
-    ("HalfCheetah", 10), ("Hopper", 50), ("Walker2d", 50), ("Ant", 10), ("Swimmer", 50), ("InvertedPendulum", 50),
-    ("InvertedDoublePendulum", 10), ("Reacher", 50), pytest.param("Pusher", 50, marks=pytest.mark.slow)])
+
+@pytest.mark.parametrize(
+    ("task_id", "steps"),
+    [
+        ("HalfCheetah", 10),
+        ("Hopper", 50),
+        ("Walker2d", 50),
+        ("Ant", 10),
+        ("Swimmer", 50),
+        ("InvertedPendulum", 50),
+        ("InvertedDoublePendulum", 10),
+        ("Reacher", 50),
+        pytest.param("Pusher", 50, marks=pytest.mark.slow),
+    ],
+)
 def test_many_steps_follow_gymnasium(task_id, steps):
     """Rounding grows by contacts, soon in HalfCheetah and Ant, but up to then most episodes stay with Gymnasium's.
     The humanoids are left out: their parts strike each other, and after that it is chaos."""
@@ -164,12 +245,14 @@ def test_many_steps_follow_gymnasium(task_id, steps):
     error = (np.abs(ours - theirs) / (1 + np.abs(theirs))).max(axis=(0, 2))  # of each episode
     assert np.median(error) < 1e-3
 
+
 @pytest.mark.parametrize("task_id", some_slow(name for name in FALLING if name != "Ant"))
 def test_terminates_on_gymnasiums_step(task_id):
     """Each episode ends on the same step as Gymnasium's. (Ant's are chaos by then.)"""
     ours, theirs = long_rollout(task_id)[1].T, record(task_id).terminated
     np.testing.assert_array_equal(ours.argmax(axis=1), theirs.argmax(axis=1))
     np.testing.assert_array_equal(ours.any(axis=1), theirs.any(axis=1))
+
 
 @pytest.mark.parametrize("task_id", SOME_SLOW)
 def test_c_mujoco_env_equals_gymnasium(task_id):
@@ -179,7 +262,9 @@ def test_c_mujoco_env_equals_gymnasium(task_id):
     ours.reset(seed=0)
     theirs.reset(seed=0)
     rng = np.random.default_rng(0)
-    for t in range(100):  # from the same state each: contacts would magnify the models' last bits from step to step
+    for t in range(
+        100
+    ):  # from the same state each: contacts would magnify the models' last bits from step to step
         mujoco.mj_forward(ours.model, ours.data)  # as Gymnasium's set_state does
         ours.observe()
         theirs.set_state(ours.data.qpos, ours.data.qvel)
@@ -190,13 +275,16 @@ def test_c_mujoco_env_equals_gymnasium(task_id):
             np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
         assert truncated == (t + 1 >= ours.task.time_limit)
 
+
 @pytest.mark.parametrize("task_id", SOME_SLOW)
 def test_reset_observation_equals_gymnasium(task_id):
     """What an episode begins with, MJX's and C MuJoCo's: inertias and velocities of bodies too, no forces yet."""
     ours = make_env(task_id)
     theirs = gymnasium.make(task_id + "-v5").unwrapped
     original = ppo_mjx.CMujocoEnv(ours)
-    states = jax.vmap(ppo_mjx.kernel(ours.reset))(jax.vmap(jax.random.key)(jnp.arange(3)))  # by the kernel of `resets`
+    states = jax.vmap(ppo_mjx.kernel(ours.reset))(
+        jax.vmap(jax.random.key)(jnp.arange(3))
+    )  # by the kernel of `resets`
     for seed in range(3):
         state = jax.tree.map(operator.itemgetter(seed), states)
         obs, _ = original.reset(seed)
@@ -204,7 +292,11 @@ def test_reset_observation_equals_gymnasium(task_id):
         theirs.set_state(original.data.qpos, original.data.qvel)
         np.testing.assert_allclose(obs, theirs._get_obs(), rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(state.obs, obs, rtol=1e-5, atol=1e-5)
-        assert state.obs.shape == theirs.observation_space.shape and abs(float(state.info["x"]) - original.now.x) < 1e-6
+        assert (
+            state.obs.shape == theirs.observation_space.shape
+            and abs(float(state.info["x"]) - original.now.x) < 1e-6
+        )
+
 
 def test_c_mujoco_env_truncates_and_repeats():
     """CMujocoEnv cuts an episode at the time limit only, and one seed starts one episode."""
@@ -213,17 +305,25 @@ def test_c_mujoco_env_truncates_and_repeats():
     assert not np.array_equal(env.reset(seed=3)[0], env.reset(seed=4)[0])
     assert [env.step(np.zeros(6))[3] for _ in range(1000)] == 999 * [False] + [True]
 
+
 def test_reset_follows_its_key(hopper):
     """The same key starts the same episode, another key another one."""
     first, again, other = (ppo_mjx.kernel(hopper.reset)(jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert (first.data.qpos != other.data.qpos).all() and (first.data.qvel != other.data.qvel).all()
 
+
 def test_step_is_pure_and_vmap_is_a_loop():
     """Same input, same output; a step alone and without jit is the jitted step of many worlds, to the bit."""
     env, step = compiled_step("Hopper", False)
     seen = record("Hopper")
-    inputs = (seen.qpos[:, 20], seen.qvel[:, 20], seen.warmstart[:, 20], seen.x[:, 20], seen.action[:, 20])
+    inputs = (
+        seen.qpos[:, 20],
+        seen.qvel[:, 20],
+        seen.warmstart[:, 20],
+        seen.x[:, 20],
+        seen.action[:, 20],
+    )
     first, second = step(*inputs), step(*inputs)
     jax.tree.map(np.testing.assert_array_equal, first, second)
     qpos, qvel, warmstart, x, action = (jnp.asarray(x[7], jnp.float32) for x in inputs)
@@ -232,6 +332,7 @@ def test_step_is_pure_and_vmap_is_a_loop():
     start = start.replace(data=data, info=start.info | {"x": x})
     alone, batch = ppo_mjx.kernel(env.step)(start, action), jax.tree.map(lambda x: x[7], first)
     jax.tree.map(np.testing.assert_array_equal, alone, batch)
+
 
 def test_broken_world_ends_its_episode():
     """A world that is not finite or too fast terminates, earns nothing and shows its last observation."""

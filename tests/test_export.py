@@ -76,15 +76,40 @@ SCALES = {
     "cmd_scale": [2.0, 2.0, 0.25],
 }
 LEGS = {"kps", "kds", "default_angles"}
-MUJOCO_KEYS = LEGS | SCALES.keys() | {
-    "policy_path", "xml_path", "simulation_duration", "simulation_dt", "control_decimation",
-    "num_actions", "num_obs", "cmd_init",
-}
-REAL_KEYS = LEGS | SCALES.keys() | {
-    "control_dt", "msg_type", "imu_type", "lowcmd_topic", "lowstate_topic", "policy_path",
-    "leg_joint2motor_idx", "arm_waist_joint2motor_idx", "arm_waist_kps", "arm_waist_kds",
-    "arm_waist_target", "num_actions", "num_obs", "max_cmd",
-}
+MUJOCO_KEYS = (
+    LEGS
+    | SCALES.keys()
+    | {
+        "policy_path",
+        "xml_path",
+        "simulation_duration",
+        "simulation_dt",
+        "control_decimation",
+        "num_actions",
+        "num_obs",
+        "cmd_init",
+    }
+)
+REAL_KEYS = (
+    LEGS
+    | SCALES.keys()
+    | {
+        "control_dt",
+        "msg_type",
+        "imu_type",
+        "lowcmd_topic",
+        "lowstate_topic",
+        "policy_path",
+        "leg_joint2motor_idx",
+        "arm_waist_joint2motor_idx",
+        "arm_waist_kps",
+        "arm_waist_kds",
+        "arm_waist_target",
+        "num_actions",
+        "num_obs",
+        "max_cmd",
+    }
+)
 
 
 @pytest.fixture(autouse=True)
@@ -142,15 +167,17 @@ def run_unitree_loop(model, height: float, settings: dict, act, steps: int):
         w, x, y, z = data.qpos[3:7]
         phase = 2 * np.pi * (i * settings["simulation_dt"] % 0.8) / 0.8
         obs = np.zeros(settings["num_obs"], np.float32)
-        obs[:] = np.concatenate([
-            data.qvel[3:6] * settings["ang_vel_scale"],
-            [2 * (w * y - x * z), -2 * (w * x + y * z), 1 - 2 * (w * w + z * z)],
-            command * command_scale,
-            (data.qpos[7:] - default) * settings["dof_pos_scale"],
-            data.qvel[6:] * settings["dof_vel_scale"],
-            action,
-            [np.sin(phase), np.cos(phase)],
-        ])
+        obs[:] = np.concatenate(
+            [
+                data.qvel[3:6] * settings["ang_vel_scale"],
+                [2 * (w * y - x * z), -2 * (w * x + y * z), 1 - 2 * (w * w + z * z)],
+                command * command_scale,
+                (data.qpos[7:] - default) * settings["dof_pos_scale"],
+                data.qvel[6:] * settings["dof_vel_scale"],
+                action,
+                [np.sin(phase), np.cos(phase)],
+            ]
+        )
         action = np.asarray(act(obs[None])).squeeze()
         target = action * settings["action_scale"] + default
         yield data, obs, action, target
@@ -297,10 +324,14 @@ def test_written_scene_is_our_model(tmp_path, name):
 def test_torchscript_keeps_its_memory(tmp_path):
     """A policy that remembers: from call to call, and nothing when it is loaded again."""
     torch = pytest.importorskip("torch")
+
     def act(policy, memory, obs, xp=np):
         memory = xp.tanh(0.5 * memory + obs @ policy["w0"])
         return memory, xp.maximum(2.0 * memory - 1.0, -1.5)
-    script = types.SimpleNamespace(act=act, initial_memory=lambda batch=(): np.full((*batch, 3), 0.2))
+
+    script = types.SimpleNamespace(
+        act=act, initial_memory=lambda batch=(): np.full((*batch, 3), 0.2)
+    )
     random = np.random.default_rng(0)
     policy = {"w0": random.standard_normal((4, 3))}
     translation = export.Translation(
@@ -318,8 +349,10 @@ def test_torchscript_keeps_its_memory(tmp_path):
 def pretend_torch(monkeypatch, is_there: bool) -> None:
     """PyTorch seems to be installed or missing; what it would write is an empty file."""
     find = importlib.util.find_spec
+
     def find_spec(name, *rest):
         return is_there or None if name == "torch" else find(name, *rest)
+
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     monkeypatch.setattr(export, "write_torchscript", lambda *rest: rest[-1].touch())
 
@@ -337,11 +370,16 @@ def test_a_run_folder_becomes_a_deployment(tmp_path, monkeypatch, capsys):
     assert settings["xml_path"] == str(tmp_path / "scene.xml") and settings.keys() == MUJOCO_KEYS
 
 
-@pytest.mark.parametrize(("name", "torch", "words"), [
-    ("g1", False, "PyTorch is missing"),
-    ("go2", True, "go2: unitree_rl_gym has no deployment script"),
-])
-def test_only_onnx_where_the_rest_is_not_possible(tmp_path, monkeypatch, capsys, name, torch, words):
+@pytest.mark.parametrize(
+    ("name", "torch", "words"),
+    [
+        ("g1", False, "PyTorch is missing"),
+        ("go2", True, "go2: unitree_rl_gym has no deployment script"),
+    ],
+)
+def test_only_onnx_where_the_rest_is_not_possible(
+    tmp_path, monkeypatch, capsys, name, torch, words
+):
     """One line says why."""
     pytest.importorskip("onnx")
     make_run(tmp_path, name)
@@ -353,12 +391,17 @@ def test_only_onnx_where_the_rest_is_not_possible(tmp_path, monkeypatch, capsys,
 
 def test_what_unitrees_loop_cannot_give(monkeypatch):
     """Another gait period, and a sense that they do not have."""
-    assert [name for name in unitree.ROBOTS if export.why_not(unitree, name)] == ["go2", "go2_no_clock"]
+    assert [name for name in unitree.ROBOTS if export.why_not(unitree, name)] == [
+        "go2",
+        "go2_no_clock",
+    ]
     slow = dataclasses.replace(unitree.ROBOTS["g1"], gait_period=0.9)
     monkeypatch.setitem(unitree.ROBOTS, "g1", slow)
     assert "0.9 s" in export.why_not(unitree, "g1")
     monkeypatch.setitem(unitree.ROBOTS, "g1", dataclasses.replace(slow, clock=False))
     assert export.why_not(unitree, "g1") is None
-    heights = unitree.SEEN["actor"] | {"heights": unitree.Part(width=9, scale=1.0, noise=0.0, mirror=None)}
+    heights = unitree.SEEN["actor"] | {
+        "heights": unitree.Part(width=9, scale=1.0, noise=0.0, mirror=None)
+    }
     monkeypatch.setitem(unitree.SEEN, "actor", heights)
     assert "heights" in export.why_not(unitree, "g1")

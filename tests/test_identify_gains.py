@@ -25,13 +25,21 @@ def test_leg_is_the_robots():
     np.testing.assert_array_equal(model.actuator_forcerange[:, 1], controller.max_torque[:6])
     assert not model.actuator_ctrllimited.any() and model.nq == 6
     robot = unitree.ROBOTS["g1"].model
-    names = [name for name in (robot.body(i).name for i in range(robot.nbody)) if name.startswith("left_")]
-    np.testing.assert_array_equal([model.body(name).mass for name in names], [robot.body(name).mass for name in names])
+    names = [
+        name
+        for name in (robot.body(i).name for i in range(robot.nbody))
+        if name.startswith("left_")
+    ]
+    np.testing.assert_array_equal(
+        [model.body(name).mass for name in names], [robot.body(name).mass for name in names]
+    )
 
 
 def test_finds_the_truth(capsys):
     """A short log without noise; at the wrong delay, the fit is worse."""
-    identify_gains.main(["--seconds", "2", "--noise", "0", "--delay", "0.002", "--try-delays", "0", "0.002"])
+    identify_gains.main(
+        ["--seconds", "2", "--noise", "0", "--delay", "0.002", "--try-delays", "0", "0.002"]
+    )
     output = capsys.readouterr().out
     assert "The delay that fits best is 0.002 s." in output
     rows = re.findall(r"^left_\S+ +(?:stiff|damp|arma|fric).*?([-0-9.]+)%$", output, re.M)

@@ -294,7 +294,9 @@ def read_program(text):
 
 
 @NO_FALLBACK
-@pytest.mark.parametrize("seed", [*range(CHECKED), *(pytest.param(i, marks=pytest.mark.slow) for i in REST)])
+@pytest.mark.parametrize(
+    "seed", [*range(CHECKED), *(pytest.param(i, marks=pytest.mark.slow) for i in REST)]
+)
 def test_random_program(seed):
     text = Writer(seed).program()
     program = read_program(text)

@@ -29,7 +29,10 @@ def program(x):
             total = jnp.where(i % 2 == 0, total, total + 0.25 * old)
         first, second = jax.lax.cond(
             total[1] > x[2],
-            lambda: (total + kept, jax.lax.while_loop(lambda s: s < 9.0, lambda s: s * 2 + 1, abs(x[0]))),
+            lambda: (
+                total + kept,
+                jax.lax.while_loop(lambda s: s < 9.0, lambda s: s * 2 + 1, abs(x[0])),
+            ),
             lambda: (kept * total, total[3] * x[1]),
         )
         return jnp.tanh(first + 0.1 * second), count + 1

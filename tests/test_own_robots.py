@@ -27,7 +27,15 @@ NAMES = sorted(file.stem for file in (HERE / "robots").glob("*.xml") if file.ste
 # What training sees of a robot: states of actuators, sensors, a body that no joint moves, servos.
 TRAINED = ["filter", "imu", "mocap", "quad_pos"]
 # The largest, and those that move as others do: what is theirs is tested below.
-SLOW = {"dense_contacts", "double_pole", "flywheel", "mixed_range", "no_camera", "quad_inherit", "swimmer_euler"}
+SLOW = {
+    "dense_contacts",
+    "double_pole",
+    "flywheel",
+    "mixed_range",
+    "no_camera",
+    "quad_inherit",
+    "swimmer_euler",
+}
 TOUCHING = {"dense_contacts", "elliptic", "imu", "lengths", "quad_inherit", "quad_pos"}
 WORLDS = 4
 
@@ -137,7 +145,12 @@ def test_robot_trains(name, make_mesh):
 
 def test_actions_are_mapped_to_each_actuators_range():
     env, *_ = make_robot("mixed_range")
-    for action, ctrl in ([1, 1], [3, 0.5]), ([-1, -1], [-3, -0.5]), ([0, 0.5], [0, 0.25]), ([9, 0], [3, 0]):
+    for action, ctrl in (
+        ([1, 1], [3, 0.5]),
+        ([-1, -1], [-3, -0.5]),
+        ([0, 0.5], [0, 0.25]),
+        ([9, 0], [3, 0]),
+    ):
         np.testing.assert_allclose(ppo_mjx.scale_action(env, np.float32(action)), ctrl, rtol=1e-6)
 
     env, *_ = make_robot("quad_inherit")
@@ -366,8 +379,11 @@ def test_row_that_does_not_fit_its_model_is_refused(capsys):
     assert "first_observed 1" in refusal(row("no_camera", first_observed=1), capsys)
     assert "no field xpso" in refusal(row("imu", sensed=(("xpso", 0),)), capsys)
     assert "has the shape (3, 3)" in refusal(row("imu", position=("xpos", 3, 0)), capsys)
-    accelerometer = ARM.replace("<actuator>", """<sensor>
-      <jointactuatorfrc name="felt" joint="a"/></sensor><actuator>""")
+    accelerometer = ARM.replace(
+        "<actuator>",
+        """<sensor>
+      <jointactuatorfrc name="felt" joint="a"/></sensor><actuator>""",
+    )
     mjcf = accelerometer.replace('condim="1"', 'contype="0" conaffinity="0"')
     mjcf = mjcf.replace("OPTIONS", "").replace("GEOM", "capsule").replace("ACTUATOR", MOTOR)
     task = dataclasses.replace(ROW, mjcf=mjcf, sensed=(("sensordata", 0),))

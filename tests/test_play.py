@@ -89,19 +89,33 @@ def player(tmp_path):
     return make_walker(tmp_path)
 
 
-@pytest.mark.parametrize("keys, command", [
-    ("WWS", (0.1, 0, 0)), ("A", (0, 0.1, 0)), ("D", (0, -0.1, 0)), ("Q", (0, 0, 0.1)), ("EE", (0, 0, -0.2)),
-    ("W" * 30, (1, 0, 0)), ("S" * 30, (-0.6, 0, 0)), ("WAQ ", (0, 0, 0)), ("XW", (0.1, 0, 0)),
-])
+@pytest.mark.parametrize(
+    "keys, command",
+    [
+        ("WWS", (0.1, 0, 0)),
+        ("A", (0, 0.1, 0)),
+        ("D", (0, -0.1, 0)),
+        ("Q", (0, 0, 0.1)),
+        ("EE", (0, 0, -0.2)),
+        ("W" * 30, (1, 0, 0)),
+        ("S" * 30, (-0.6, 0, 0)),
+        ("WAQ ", (0, 0, 0)),
+        ("XW", (0.1, 0, 0)),
+    ],
+)
 def test_keys_make_commands(player, keys, command):
     """Within the run's ranges; of keys that mean nothing, nothing happens."""
     for key in keys:
         player.press(ord(key))
     player.obey_keys()
     np.testing.assert_allclose(player.command, command, atol=1e-9)
-    seen = unitree.part_slices(unitree.ROBOTS["g1"], unitree.seen_parts(unitree.ROBOTS["g1"], "actor"))
+    seen = unitree.part_slices(
+        unitree.ROBOTS["g1"], unitree.seen_parts(unitree.ROBOTS["g1"], "actor")
+    )
     scale = np.array(unitree.SEEN["actor"]["command"].scale)
-    np.testing.assert_allclose(player.world.observe(player.command)[seen["command"]], command * scale, atol=1e-9)
+    np.testing.assert_allclose(
+        player.world.observe(player.command)[seen["command"]], command * scale, atol=1e-9
+    )
 
 
 def test_push_and_reset(player):
@@ -160,13 +174,16 @@ def test_loop(player, monkeypatch, capsys):
         file.write_bytes(b"PK no policy")
         os.utime(file, ns=(0, 9))
 
-    viewer = FakeViewer(12, {
-        2: press,
-        4: lambda: write(0.5, 1),
-        6: break_file,
-        8: lambda: started.append(player.policy),
-        10: lambda: clock.sleep(0.05),  # a slow picture, which is made up for
-    })
+    viewer = FakeViewer(
+        12,
+        {
+            2: press,
+            4: lambda: write(0.5, 1),
+            6: break_file,
+            8: lambda: started.append(player.policy),
+            10: lambda: clock.sleep(0.05),  # a slow picture, which is made up for
+        },
+    )
     play.play(player, viewer)
 
     assert viewer.synced == 12 and player.world.original.elapsed == 12
@@ -224,8 +241,12 @@ def test_film(tmp_path, player):
 
 def test_task_without_commands(one_env, tmp_path, capsys):
     """A run of ppo_mjx.py: it plays, its keys but Backspace do nothing, it is filmed."""
-    write_run(tmp_path, ppo_mjx, ppo_mjx.Args(env_id="InvertedPendulum"),
-              make_policy(4, 1) | {"action_scale": np.ones(1), "action_bias": np.zeros(1)})
+    write_run(
+        tmp_path,
+        ppo_mjx,
+        ppo_mjx.Args(env_id="InvertedPendulum"),
+        make_policy(4, 1) | {"action_scale": np.ones(1), "action_bias": np.zeros(1)},
+    )
     player = play.Player(ppo_mjx, tmp_path, 0)
     for key in (ord("W"), play.SPACE, play.ENTER):
         player.press(key)
@@ -244,19 +265,22 @@ def test_task_without_commands(one_env, tmp_path, capsys):
     assert stop.value.code == 2 and "takes no commands" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--record", "film.gif"], "has to end in .mp4"),
-    (["--record", "no/such/film.mp4"], "cannot write to the folder"),
-    (["--record", "film.mp4", "--seconds", "nan"], "--seconds nan"),
-    (["--record", "film.mp4", "--commands", "1 0"], "three numbers"),
-    (["--record", "film.mp4", "--commands", "1 0 x"], "could not convert"),
-    (["--record", "film.mp4", "--commands", "1 0 0,"], "three numbers"),
-    (["--record", "film.mp4", "--commands", "3 0 0"], "is not between"),
-    (["--record", "film.mp4", "--seed", "-1"], "--seed -1"),
-    (["--commands", "1 0 0"], "--commands is for --record"),
-    (["--record", "film.mp4", "--script", "no.py"], "its script is not there"),
-    (["--record", "film.mp4", "--script", play.__file__], "no environment in C MuJoCo"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--record", "film.gif"], "has to end in .mp4"),
+        (["--record", "no/such/film.mp4"], "cannot write to the folder"),
+        (["--record", "film.mp4", "--seconds", "nan"], "--seconds nan"),
+        (["--record", "film.mp4", "--commands", "1 0"], "three numbers"),
+        (["--record", "film.mp4", "--commands", "1 0 x"], "could not convert"),
+        (["--record", "film.mp4", "--commands", "1 0 0,"], "three numbers"),
+        (["--record", "film.mp4", "--commands", "3 0 0"], "is not between"),
+        (["--record", "film.mp4", "--seed", "-1"], "--seed -1"),
+        (["--commands", "1 0 0"], "--commands is for --record"),
+        (["--record", "film.mp4", "--script", "no.py"], "its script is not there"),
+        (["--record", "film.mp4", "--script", play.__file__], "no environment in C MuJoCo"),
+    ],
+)
 def test_bad_calls(tmp_path, monkeypatch, capsys, flags, message):
     """One line, and exit code 2."""
     make_walker(tmp_path)
@@ -275,7 +299,11 @@ def test_bad_folders(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     fake = types.SimpleNamespace(init=lambda: False)
     import_module = play.importlib.import_module
-    monkeypatch.setattr(play.importlib, "import_module", lambda name: fake if name == "glfw" else import_module(name))
+    monkeypatch.setattr(
+        play.importlib,
+        "import_module",
+        lambda name: fake if name == "glfw" else import_module(name),
+    )
 
     def error_of(*flags) -> str:
         with pytest.raises(SystemExit) as stop:

@@ -20,19 +20,25 @@ import ppo_mjx_unitree_rough as rough
 ROBOT = rough.ROBOTS["go2"]
 KINDS = list(rough.KINDS)
 GROUND = np.asarray(rough.make_ground(jax.random.key(7)))
-HEIGHTS = rough.BOTTOM + rough.TOP * GROUND.reshape(rough.LEVELS, len(KINDS), rough.SIZE, rough.SIZE)
+HEIGHTS = rough.BOTTOM + rough.TOP * GROUND.reshape(
+    rough.LEVELS, len(KINDS), rough.SIZE, rough.SIZE
+)
 WORLDS = 16
 FLOOR_DOWN = np.array([0.0, 0.0, -1.0])
 
 
 def as_numpy(leaf) -> np.ndarray:
     """A copy, as the array itself may be donated."""
-    return np.array(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+    return np.array(
+        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    )
 
 
 def assert_same(first, second) -> None:
     """Bit for bit, NaN included."""
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(as_numpy(a), as_numpy(b)), first, second)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(as_numpy(a), as_numpy(b)), first, second
+    )
 
 
 def run(function, *inputs):
@@ -49,7 +55,9 @@ def c_heights(original: rough.CMujocoEnv, places) -> np.ndarray:
     heights = []
     for place in places:
         start = np.array([*place, 4.0])
-        ray = mujoco.mj_rayHfield(original.model, original.data, original.floor, start, FLOOR_DOWN, None)
+        ray = mujoco.mj_rayHfield(
+            original.model, original.data, original.floor, start, FLOOR_DOWN, None
+        )
         heights.append(4.0 - ray)
     return np.array(heights)
 
@@ -82,7 +90,9 @@ def test_levels_are_legged_gyms():
         np.testing.assert_allclose(np.diff(line["slope up"])[12:], 0.04 * difficulty, atol=1e-5)
         np.testing.assert_allclose(line["slope down"], -line["slope up"], atol=1e-5)
         noise = HEIGHTS[level, KINDS.index("noise")]
-        assert -0.0026 < np.abs(noise).max() - (0.02 + 0.08 * difficulty) < 0.0026  # in steps of 5 mm
+        assert (
+            -0.0026 < np.abs(noise).max() - (0.02 + 0.08 * difficulty) < 0.0026
+        )  # in steps of 5 mm
         blocks = np.unique(HEIGHTS[level, KINDS.index("blocks")].round(5))
         top = 0.05 + 0.2 * difficulty
         np.testing.assert_allclose(blocks, [-top, -top / 2, 0, top / 2, top], atol=2e-5)
@@ -100,7 +110,11 @@ def test_ground_follows_from_its_key():
     np.testing.assert_array_equal(rough.make_ground(jax.random.key(7)), GROUND)
     other = np.asarray(rough.make_ground(jax.random.key(8))).reshape(HEIGHTS.shape)
     differs = (other != GROUND.reshape(HEIGHTS.shape)).any(axis=(0, 2, 3))
-    assert [kind for kind, new in zip(KINDS, differs, strict=True) if new] == ["rough slope", "noise", "blocks"]
+    assert [kind for kind, new in zip(KINDS, differs, strict=True) if new] == [
+        "rough slope",
+        "noise",
+        "blocks",
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,9 +124,13 @@ def test_heights_are_c_mujocos(kind):
     tile = tile_of(7, kind)
     ours = rough.ground_height(jnp.asarray(tile), jnp.asarray(places, jnp.float32))
     np.testing.assert_allclose(ours, c_heights(on_tile(tile), places), atol=1e-4)
-    beyond = rough.ground_height(jnp.asarray(tile), jnp.array([[9.0, 0.0], [0.0, -9.0], [jnp.nan, 0.0]]))
+    beyond = rough.ground_height(
+        jnp.asarray(tile), jnp.array([[9.0, 0.0], [0.0, -9.0], [jnp.nan, 0.0]])
+    )
     edge = HEIGHTS[7, KINDS.index(kind)]
-    np.testing.assert_allclose(beyond[:2], [edge[rough.SIZE // 2, -1], edge[0, rough.SIZE // 2]], atol=1e-5)
+    np.testing.assert_allclose(
+        beyond[:2], [edge[rough.SIZE // 2, -1], edge[0, rough.SIZE // 2]], atol=1e-5
+    )
 
 
 def random_qpos(random, height: float = 0.3) -> np.ndarray:
@@ -137,7 +155,11 @@ def test_scan_is_around_the_robot():
         ahead = original.data.xmat[1].reshape(3, 3)[:2, 0]
         ahead = ahead / np.linalg.norm(ahead)
         left = np.array([-ahead[1], ahead[0]])
-        places = [qpos[:2] + x * ahead + y * left for y in np.arange(-2, 3) / 5 for x in np.arange(-3, 4) / 5]
+        places = [
+            qpos[:2] + x * ahead + y * left
+            for y in np.arange(-2, 3) / 5
+            for x in np.arange(-3, 4) / 5
+        ]
         scan = rough.scan_ground(jnp.asarray(tile), jnp.asarray(qpos, jnp.float32))
         np.testing.assert_allclose(scan, c_heights(original, places), atol=1e-4)
         near = [i for i, place in enumerate(places) if np.linalg.norm(place - qpos[:2]) < 0.29]
@@ -159,7 +181,11 @@ def test_mirror_shows_the_scan_of_mirrored_ground():
             np.asarray(rough.scan_ground(jnp.asarray(ground), jnp.asarray(pose, jnp.float32)))
             for ground, pose in ((tile.ravel(), qpos), (tile[::-1].ravel(), image))
         )
-        obs = np.zeros(sum(rough.part_width(ROBOT, part) for part in rough.seen_parts(ROBOT, "critic").values()))
+        obs = np.zeros(
+            sum(
+                rough.part_width(ROBOT, part) for part in rough.seen_parts(ROBOT, "critic").values()
+            )
+        )
         obs[where] = scan
         mirrored = rough.mirror_observation(ROBOT, obs, np, who="critic")
         np.testing.assert_allclose(mirrored[where], other, atol=1e-4)
@@ -179,7 +205,9 @@ def env() -> rough.Env:
 def step(env):
     """(states, actions, table of tiles) -> states, of WORLDS worlds."""
     program = jax.jit(jax.vmap(rough.kernel(env.step), in_axes=(0, 0, None)))
-    return lambda state, action, ground=GROUND: program(state, jnp.asarray(action, jnp.float32), jnp.asarray(ground))
+    return lambda state, action, ground=GROUND: program(
+        state, jnp.asarray(action, jnp.float32), jnp.asarray(ground)
+    )
 
 
 @functools.cache
@@ -192,7 +220,13 @@ def reset(env, levels, kinds, seed: int = 0, level: float = 1.0):
     keys = jax.random.split(jax.random.key(seed), len(levels))
     with jax.disable_jit(False):
         program = make_reset(env)
-        arguments = (keys, level, jnp.asarray(levels, jnp.int32), jnp.asarray(kinds, jnp.int32), jnp.asarray(GROUND))
+        arguments = (
+            keys,
+            level,
+            jnp.asarray(levels, jnp.int32),
+            jnp.asarray(kinds, jnp.int32),
+            jnp.asarray(GROUND),
+        )
         return program(*arguments)
 
 
@@ -209,7 +243,9 @@ def test_nobody_spawns_inside_the_ground(all_starts):
     qpos = np.asarray(all_starts.data.qpos)
     lowest = []
     for world, pose in enumerate(qpos):
-        level, kind = (int(all_starts.info[name][world]) for name in ("ground_level", "ground_kind"))
+        level, kind = (
+            int(all_starts.info[name][world]) for name in ("ground_level", "ground_kind")
+        )
         original.model.hfield_data[:] = GROUND[rough.tile_number(level, kind)]
         original.data.qpos[:] = pose
         mujoco.mj_kinematics(original.model, original.data)
@@ -320,12 +356,16 @@ def test_ground_of_height_0_is_the_flat_scripts_floor(env, step, monkeypatch):
         for name, value in theirs.metrics.items():
             if name == "reward_swing_height":  # another one: see the test below
                 continue
-            np.testing.assert_allclose(state.metrics[name], value, rtol=2e-3, atol=1e-3, err_msg=name)
+            np.testing.assert_allclose(
+                state.metrics[name], value, rtol=2e-3, atol=1e-3, err_msg=name
+            )
         np.testing.assert_allclose(state.obs["actor"], theirs.obs["actor"], atol=1e-3)
         scan = rough.part_slices(ROBOT, rough.seen_parts(ROBOT, "critic"))["scan"]
         seen = np.delete(state.obs["critic"], np.r_[scan], axis=1)
         np.testing.assert_allclose(seen, theirs.obs["critic"], atol=1e-3)
-        heights = np.broadcast_to(np.asarray(state.data.qpos)[:, 2:3] - ROBOT.target_height, (WORLDS, 35))
+        heights = np.broadcast_to(
+            np.asarray(state.data.qpos)[:, 2:3] - ROBOT.target_height, (WORLDS, 35)
+        )
         np.testing.assert_allclose(state.obs["critic"][:, scan], heights, atol=1e-5)
         contacts += np.ptp(np.asarray(state.metrics["reward_gait"])) > 0
     assert contacts > 2
@@ -350,7 +390,9 @@ def test_falls_are_measured_above_the_ground(env, step):
     above = np.tile([0.05, 0.1, 0.14, 0.16, 0.2, 0.3, 0.6, 0.9], 2)
     ground = under * np.repeat([1, -1], WORLDS // 2)
     qpos[:, 2] = ground + above
-    np.testing.assert_array_equal(rough.has_fallen(ROBOT, qpos, ground, np), above < ROBOT.min_height)
+    np.testing.assert_array_equal(
+        rough.has_fallen(ROBOT, qpos, ground, np), above < ROBOT.min_height
+    )
 
     data = state.data.replace(qpos=jnp.asarray(qpos), qvel=jnp.zeros_like(state.data.qvel))
     hold = (legs - ROBOT.joint_array("default")) / ROBOT.action_scale
@@ -380,7 +422,9 @@ def test_who_leaves_the_tile_is_at_a_time_limit(env, step):
     state = reset(env, np.zeros(WORLDS, int), np.zeros(WORLDS, int), level=0.0)
     qpos = np.array(state.data.qpos)
     qpos[:4, :2] = [[3.6, 0.0], [0.0, -3.6], [3.4, 3.4], [-3.4, -3.4]]
-    new = step(state.replace(data=state.data.replace(qpos=jnp.asarray(qpos))), np.zeros((WORLDS, 12)))
+    new = step(
+        state.replace(data=state.data.replace(qpos=jnp.asarray(qpos))), np.zeros((WORLDS, 12))
+    )
     np.testing.assert_array_equal(new.info["truncated"][:4], [True, True, False, False])
     assert not np.asarray(new.done)[:4].any()
 
@@ -424,7 +468,9 @@ def test_promotion_and_demotion_by_hand():
         (9, 4.0, 4.0, 3.5, False, 6),  # solved
         (9, 0.0, 4.0, 1.4, False, 8),
     ]
-    level, walked, asked, farthest, fell, expected = (np.array(column) for column in zip(*episodes, strict=True))
+    level, walked, asked, farthest, fell, expected = (
+        np.array(column) for column in zip(*episodes, strict=True)
+    )
     found = rough.next_ground_level(level, np.full(len(level), 6), walked, asked, farthest, fell)
     np.testing.assert_array_equal(found, expected)
 
@@ -481,7 +527,9 @@ class Training(NamedTuple):
 
     levels: np.ndarray  # [iterations, N]
     metrics: list
-    resumed: tuple  # states of the run and of one that was resumed, some iterations after a checkpoint
+    resumed: (
+        tuple  # states of the run and of one that was resumed, some iterations after a checkpoint
+    )
     rollout: tuple  # of the last iteration: worlds before, steps, worlds after
 
 
@@ -528,8 +576,11 @@ def trained(make_mesh, tmp_path_factory) -> Training:
     resumed = rough.restore(GLIDE, folder, start())
     for _ in range(3):
         resumed, _ = iterate(resumed)
-    worlds, steps = jax.tree.map(as_numpy, state.worlds), jax.tree.map(lambda x: as_numpy(x)[0], steps)
-    return Training(np.array(levels), metrics, (later, jax.tree.map(as_numpy, resumed)), (before, steps, worlds))
+    worlds = jax.tree.map(as_numpy, state.worlds)
+    steps = jax.tree.map(lambda x: as_numpy(x)[0], steps)
+    return Training(
+        np.array(levels), metrics, (later, jax.tree.map(as_numpy, resumed)), (before, steps, worlds)
+    )
 
 
 def test_short_training_raises_the_levels(trained):
@@ -542,7 +593,9 @@ def test_short_training_raises_the_levels(trained):
     kinds = before.env_state.info["ground_kind"]
     for number, kind in enumerate(KINDS):
         mean = trained.levels[-1][kinds == number].mean()
-        assert trained.metrics[-1][f"ground/{kind.replace(' ', '_')}"] == pytest.approx(mean, rel=1e-5)
+        assert trained.metrics[-1][f"ground/{kind.replace(' ', '_')}"] == pytest.approx(
+            mean, rel=1e-5
+        )
 
 
 def test_resumed_is_uninterrupted(trained):
@@ -550,29 +603,42 @@ def test_resumed_is_uninterrupted(trained):
     later, resumed = trained.resumed
     assert_same(later, resumed)
     assert np.ptp(later.worlds.env_state.info["ground_level"]) > 0
-    np.testing.assert_allclose(later.learner.ground, rough.make_ground(jax.random.key(GLIDE.seed)), atol=1e-6)
+    np.testing.assert_allclose(
+        later.learner.ground, rough.make_ground(jax.random.key(GLIDE.seed)), atol=1e-6
+    )
 
 
 def test_levels_change_where_episodes_end(trained):
     """By the rule where one ends, and not before; the kind stays; the next episode's account starts at 0."""
     _, steps, worlds = trained.rollout
     starts, ends = steps.start, steps.end.env_state
-    following = jax.tree.map(lambda x, last: np.concatenate([x[1:], last[None]]), starts.info, worlds.env_state.info)
+    following = jax.tree.map(
+        lambda x, last: np.concatenate([x[1:], last[None]]), starts.info, worlds.env_state.info
+    )
     done = steps.done
     assert 0.01 < done.mean() < 0.2
     np.testing.assert_array_equal(following["ground_kind"], starts.info["ground_kind"])
     for name in ("ground_level", "walked", "asked", "farthest"):
-        np.testing.assert_allclose(following[name][~done], ends.info[name][~done], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            following[name][~done], ends.info[name][~done], rtol=1e-5, atol=1e-6
+        )
         assert name == "ground_level" or not following[name][done].any()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rough, "LEAST_ASKED", 0.2)
         patch.setattr(rough, "CROSSED", 0.0)
         info = ends.info
         expected = rough.next_ground_level(
-            info["ground_level"], -1, info["walked"], info["asked"], info["farthest"], steps.terminated
+            info["ground_level"],
+            -1,
+            info["walked"],
+            info["asked"],
+            info["farthest"],
+            steps.terminated,
         )
     solved = done & (np.asarray(expected) < 0)
-    np.testing.assert_array_equal(following["ground_level"][done & ~solved], np.asarray(expected)[done & ~solved])
+    np.testing.assert_array_equal(
+        following["ground_level"][done & ~solved], np.asarray(expected)[done & ~solved]
+    )
     moved = following["ground_level"] != ends.info["ground_level"]
     assert moved[done].any()
     speed = np.linalg.norm(starts.info["command"][..., :2], axis=-1)
@@ -626,15 +692,18 @@ def test_a_start_of_the_test(monkeypatch):
     assert rough.drive(original, {}, start=0) == {"falls": 1}
 
 
-@pytest.mark.parametrize(("change", "passed"), [
-    ({}, True),
-    ({(9, "blocks"): {"falls": 1}}, True),  # only levels 0 and 3 decide
-    ({(3, "stairs up"): {"falls": 1}}, False),
-    ({(0, "noise"): {"falls": 1}}, False),
-    ({(3, "noise"): {"crossed": 0.0}}, False),
-    ({(3, "noise"): {"error": 2.0}}, False),
-    ({(0, "noise"): {"yaw": 3.0}}, False),
-])
+@pytest.mark.parametrize(
+    ("change", "passed"),
+    [
+        ({}, True),
+        ({(9, "blocks"): {"falls": 1}}, True),  # only levels 0 and 3 decide
+        ({(3, "stairs up"): {"falls": 1}}, False),
+        ({(0, "noise"): {"falls": 1}}, False),
+        ({(3, "noise"): {"crossed": 0.0}}, False),
+        ({(3, "noise"): {"error": 2.0}}, False),
+        ({(0, "noise"): {"yaw": 3.0}}, False),
+    ],
+)
 def test_verdict(monkeypatch, capsys, change, passed):
     good = dict.fromkeys(rough.TEST_COLUMNS, 0.0) | {"crossed": 1.0, "error": 0.1, "yaw": 0.1}
     table = np.asarray(rough.make_ground(jax.random.key(rough.TEST_SEED)))

@@ -23,13 +23,18 @@ import ppo_mjx
 
 pytestmark = pytest.mark.usefixtures("one_env")
 SCRIPT = Path(ppo_mjx.__file__)
-SMALL = ("--env-id Hopper --num-devices 1 --num-envs 16 --num-steps 16 --num-minibatches 4 --update-epochs 2 "
-         "--eval-episodes 2").split()
+SMALL = (
+    "--env-id Hopper --num-devices 1 --num-envs 16 --num-steps 16 --num-minibatches 4 --update-epochs 2 "
+    "--eval-episodes 2"
+).split()
 STEPS = ["--total-timesteps", "40964"]  # 160 iterations, and 4 steps that are left out
-LOSSES = ("loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac grad_norm explained_variance").split()
+LOSSES = (
+    "loss policy_loss value_loss entropy old_approx_kl approx_kl clipfrac grad_norm explained_variance"
+).split()
 CHARTS = "episodes_finished learning_rate SPS nan_resets skipped_updates skipped_in_a_row".split()
 
 # ---- A whole run
+
 
 @pytest.fixture(scope="module")
 def wandb():
@@ -42,6 +47,7 @@ def wandb():
         patch.setitem(sys.modules, "wandb", module)
         yield module
 
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory, wandb) -> Path:
     """A finished short run of the command line."""
@@ -50,8 +56,10 @@ def run_dir(tmp_path_factory, wandb) -> Path:
     (folder,) = runs.iterdir()
     return folder
 
+
 def read_log(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
 
 def test_log_holds_every_tag(run_dir):
     """TensorBoard shows every documented metric, at environment steps, and the hyperparameters."""
@@ -70,7 +78,12 @@ def test_log_holds_every_tag(run_dir):
     text = log.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
     assert all(f"|{field.name}|" in text for field in dataclasses.fields(ppo_mjx.Args))
     assert set(log.Tags()["scalars"]) == every | {
-        "charts/episodic_return", "charts/episodic_length", "eval/episodic_return", "eval/c_mujoco_return"}
+        "charts/episodic_return",
+        "charts/episodic_length",
+        "eval/episodic_return",
+        "eval/c_mujoco_return",
+    }
+
 
 def test_logged_episodes_are_plausible(run_dir):
     """Hopper gets about 1 for each step, so returns are near lengths; each iteration with an episode logs both."""
@@ -82,17 +95,26 @@ def test_logged_episodes_are_plausible(run_dir):
     for total, length in zip(returns, lengths, strict=True):
         assert 3 < length.value < 1000 and 0.3 < total.value / length.value < 3
 
+
 def test_run_json_tells_how_to_repeat_the_run(run_dir):
     """Settings, versions, devices, compile time and results are all there."""
     run = json.loads((run_dir / "run.json").read_text())
     assert run["args"].keys() == {field.name for field in dataclasses.fields(ppo_mjx.Args)}
-    assert run["args"]["env_id"] == "Hopper" and run["args"]["num_envs"] == 16 and run["args"]["num_devices"] == 1
+    assert (
+        run["args"]["env_id"] == "Hopper"
+        and run["args"]["num_envs"] == 16
+        and run["args"]["num_devices"] == 1
+    )
     assert ppo_mjx.read_run(run_dir).hidden_sizes == (64, 64)
     assert run["versions"]["mujoco"] == run["versions"]["mujoco-mjx"] and len(run["devices"]) == 1
     assert run["compile_s"] > 0 and "commit" in run
     assert run["evaluation"].keys() == {"MJX", "C MuJoCo", "Gymnasium"}
     for result in run["evaluation"].values():
-        assert result.keys() == {"mean", "std", "min", "max"} and result["min"] <= result["mean"] <= result["max"]
+        assert (
+            result.keys() == {"mean", "std", "min", "max"}
+            and result["min"] <= result["mean"] <= result["max"]
+        )
+
 
 def test_exported_policy_is_the_actor(run_dir, hopper, make_mesh, make_state):
     """policy.npz, run by NumPy, acts as the trained network's clipped mean."""
@@ -109,25 +131,38 @@ def test_exported_policy_is_the_actor(run_dir, hopper, make_mesh, make_state):
     _, doubled = ppo_mjx.act(policy | {"w2": 1000 * policy["w2"]}, (), obs)
     assert np.abs(doubled).max() == 1
 
+
 def test_track_logs_the_same_numbers(run_dir, wandb):
     """Weights & Biases gets the settings once, and every number of TensorBoard's with its step."""
     assert wandb.runs[0]["id"] == run_dir.name
     settings = json.loads((run_dir / "run.json").read_text())["args"]
     assert wandb.runs[0]["config"] == settings | {"hidden_sizes": (64, 64)}
     log = read_log(run_dir)
-    told = {(tag, row["global_step"]): row[tag] for row in reversed(wandb.rows) for tag in row if tag != "global_step"}
-    shown = {(tag, event.step): event.value for tag in log.Tags()["scalars"] for event in log.Scalars(tag)}
+    told = {
+        (tag, row["global_step"]): row[tag]
+        for row in reversed(wandb.rows)
+        for tag in row
+        if tag != "global_step"
+    }
+    shown = {
+        (tag, event.step): event.value
+        for tag in log.Tags()["scalars"]
+        for event in log.Scalars(tag)
+    }
     assert told.keys() == shown.keys() and len(told) > 200
     for place in shown:
         assert told[place] == pytest.approx(shown[place], rel=1e-6), place
+
 
 @pytest.mark.filterwarnings("ignore:os.fork")  # imageio starts ffmpeg
 def test_video_shows_an_episode(run_dir, hopper, tmp_path, monkeypatch):
     """Every second step of it, so at 62.5 frames a second; a hopper that moves, without a display."""
     shipped = ppo_mjx.CMujocoEnv.step
+
     def step(self, action):  # an episode of at most 15 steps, for time
         obs, reward, terminated, _, info = shipped(self, action)
         return obs, reward, terminated, self.elapsed >= 15, info
+
     monkeypatch.setattr(ppo_mjx.CMujocoEnv, "step", step)
     monkeypatch.delenv("DISPLAY", raising=False)
     with np.load(run_dir / "policy.npz") as arrays:
@@ -137,9 +172,12 @@ def test_video_shows_an_episode(run_dir, hopper, tmp_path, monkeypatch):
     file = tmp_path / "videos" / "film.mp4"
     ppo_mjx.write_video(hopper, policy, 3, file)
     frames = imageio.imread(file)
-    assert frames.shape == ((len(steps) + 1) // 2, 480, 640, 3) and imageio.immeta(file)["fps"] == 62.5
+    assert (
+        frames.shape == ((len(steps) + 1) // 2, 480, 640, 3) and imageio.immeta(file)["fps"] == 62.5
+    )
     moving = np.abs(np.diff(frames.astype(int), axis=0)).max(axis=(1, 2, 3)) > 50
     assert moving.mean() > 0.9
+
 
 def test_finished_run_can_be_resumed_and_evaluated(run_dir, capsys):
     """--resume of a finished run trains nothing more; --evaluate prints one row for each simulator."""
@@ -154,6 +192,7 @@ def test_finished_run_can_be_resumed_and_evaluated(run_dir, capsys):
         assert len(re.findall(r"-?\d+\.\d", row)) == 4
     evaluation = json.loads((run_dir / "run.json").read_text())["evaluation"]
     assert f"{evaluation['Gymnasium']['mean']:.1f}" in out  # the same policy, the same seeds
+
 
 def test_signal_saves_and_the_run_goes_on(run_dir, tmp_path, monkeypatch, capsys):
     """A signal ends training with a checkpoint, a command to go on, and 128 + its number; that command works. One
@@ -174,10 +213,12 @@ def test_signal_saves_and_the_run_goes_on(run_dir, tmp_path, monkeypatch, capsys
     first = int(ppo_mjx.checkpoints(folder)[0].stem)
 
     shipped = ppo_mjx.Log.write
+
     def write(self, iteration, metrics):
         if iteration == first + 5:
             signal.raise_signal(signal.SIGTERM)
         return shipped(self, iteration, metrics)
+
     monkeypatch.setattr(ppo_mjx.Log, "write", write)
     with pytest.raises(SystemExit) as stop:
         ppo_mjx.main(["--resume", str(folder)])
@@ -188,12 +229,16 @@ def test_signal_saves_and_the_run_goes_on(run_dir, tmp_path, monkeypatch, capsys
     ppo_mjx.main(["--resume", str(folder)])
     assert int(ppo_mjx.checkpoints(folder)[0].stem) == 160
     assert (folder / "policy.npz").read_bytes() == (run_dir / "policy.npz").read_bytes()
-    assert [event.step for event in read_log(folder).Scalars("charts/SPS")] == list(range(256, 40961, 256))
+    assert [event.step for event in read_log(folder).Scalars("charts/SPS")] == list(
+        range(256, 40961, 256)
+    )
+
 
 @pytest.mark.parametrize("fault", [None, "policy", "nan", "versions"])
 def test_smoke_compares(monkeypatch, tmp_path, capsys, fault):
     """--smoke resumes a short run from a checkpoint in its middle; another policy, NaN or versions fail it."""
     calls = []
+
     def train(args, run_dir=None):
         weight = np.nan if fault == "nan" else 2.0 if run_dir and fault == "policy" else 1.0
         if run_dir is None:
@@ -204,6 +249,7 @@ def test_smoke_compares(monkeypatch, tmp_path, capsys, fault):
             ppo_mjx.write_run(run_dir, {"args": dataclasses.asdict(args)})
         calls.append((args.num_iterations, [file.stem for file in ppo_mjx.checkpoints(run_dir)]))
         return run_dir, {"w0": np.full(3, weight), "b0": np.zeros(3)}
+
     monkeypatch.setattr(ppo_mjx, "train", train)
     monkeypatch.setattr(ppo_mjx, "start_jax", lambda args: None)
     if fault == "versions":
@@ -216,28 +262,71 @@ def test_smoke_compares(monkeypatch, tmp_path, capsys, fault):
         ppo_mjx.main(["--smoke"])
     assert stop.value.code == 1 and capsys.readouterr().err.startswith("error: --smoke: ")
 
+
 def test_all_devices_are_used(monkeypatch):
     """By default all that divide the work, and of a CPU as many as the process may use cores."""
-    assert ppo_mjx.make_mesh(None, 8, 4).size == len(jax.devices()) and ppo_mjx.make_mesh(None, 7).size == 1
+    assert (
+        ppo_mjx.make_mesh(None, 8, 4).size == len(jax.devices())
+        and ppo_mjx.make_mesh(None, 7).size == 1
+    )
     calls = []
-    monkeypatch.setattr(ppo_mjx.os, "sched_getaffinity", lambda process: set(range(5)), raising=False)
+    monkeypatch.setattr(
+        ppo_mjx.os, "sched_getaffinity", lambda process: set(range(5)), raising=False
+    )
     monkeypatch.setattr(ppo_mjx.jax.config, "update", lambda *option: calls.append(option))
     ppo_mjx.split_cpu(ppo_mjx.Args())
     ppo_mjx.split_cpu(ppo_mjx.Args(num_devices=3))
     assert calls == [("jax_num_cpu_devices", 5), ("jax_num_cpu_devices", 3)]
 
+
 # ---- Bad calls
 
 BAD_CALLS = [
-    "--env-id Cassie", "--num-envs 0", "--num-envs -5", "--num-envs abc", "--num-envs 255 --num-devices 2",
-    "--num-devices 1000", "--num-devices 0", "--num-minibatches 33", "--num-minibatches 0", "--num-steps -16",
-    "--num-steps 1.5", "--update-epochs 0", "--total-timesteps 4095", "--total-timesteps -1", "--gamma 1.5",
-    "--gamma nan", "--gae-lambda -1", "--clip-coef -1", "--learning-rate -1", "--learning-rate nan",
-    "--learning-rate inf", "--max-grad-norm -1", "--target-kl -1", "--hidden-sizes 0", "--hidden-sizes -64",
-    "--hidden-sizes", "--physics slow", "--no-such-flag", "stray", "--seed -1", "--checkpoint-every 0",
-    "--eval-episodes 0", "--eval-every -1", "--init-log-std 1e6", "--resume missing", "--evaluate missing",
-    "--resume broken", "--evaluate broken", "--evaluate garbage", "--resume started --gamma 0.5",
-    "--resume started --env-id Hopper", "--runs-dir a_file", "--runs-dir a_file/below"]
+    "--env-id Cassie",
+    "--num-envs 0",
+    "--num-envs -5",
+    "--num-envs abc",
+    "--num-envs 255 --num-devices 2",
+    "--num-devices 1000",
+    "--num-devices 0",
+    "--num-minibatches 33",
+    "--num-minibatches 0",
+    "--num-steps -16",
+    "--num-steps 1.5",
+    "--update-epochs 0",
+    "--total-timesteps 4095",
+    "--total-timesteps -1",
+    "--gamma 1.5",
+    "--gamma nan",
+    "--gae-lambda -1",
+    "--clip-coef -1",
+    "--learning-rate -1",
+    "--learning-rate nan",
+    "--learning-rate inf",
+    "--max-grad-norm -1",
+    "--target-kl -1",
+    "--hidden-sizes 0",
+    "--hidden-sizes -64",
+    "--hidden-sizes",
+    "--physics slow",
+    "--no-such-flag",
+    "stray",
+    "--seed -1",
+    "--checkpoint-every 0",
+    "--eval-episodes 0",
+    "--eval-every -1",
+    "--init-log-std 1e6",
+    "--resume missing",
+    "--evaluate missing",
+    "--resume broken",
+    "--evaluate broken",
+    "--evaluate garbage",
+    "--resume started --gamma 0.5",
+    "--resume started --env-id Hopper",
+    "--runs-dir a_file",
+    "--runs-dir a_file/below",
+]
+
 
 def fail(capsys, argv: list[str]) -> str:
     """Call the script; it must end with code 2 and one line. Returns the line."""
@@ -245,8 +334,14 @@ def fail(capsys, argv: list[str]) -> str:
         ppo_mjx.main(argv)
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1 and len(error) > 20
+    assert (
+        error.startswith("error: ")
+        and error.endswith("\n")
+        and error.count("\n") == 1
+        and len(error) > 20
+    )
     return error
+
 
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_bad_call_ends_with_one_line(tmp_path, monkeypatch, capsys, call):
@@ -260,41 +355,65 @@ def test_bad_call_ends_with_one_line(tmp_path, monkeypatch, capsys, call):
     Path("garbage", "policy.npz").write_bytes(b"garbage")
     before = set(Path().rglob("*"))
     error = fail(capsys, call.split())
-    assert "num-" in error or call.split()[0].removeprefix("--") in error or call.split()[-1] in error
+    assert (
+        "num-" in error or call.split()[0].removeprefix("--") in error or call.split()[-1] in error
+    )
     assert set(Path().rglob("*")) == before
+
 
 def test_tasks_have_defaults_of_their_own(monkeypatch):
     """Worlds and rollout are the task's where they are not told."""
     seen = []
     monkeypatch.setattr(ppo_mjx, "start_jax", lambda args: None)
-    monkeypatch.setattr(ppo_mjx, "train", lambda args, run_dir: seen.append((args.num_envs, args.num_steps)))
-    for call in "--seed 2", "--env-id Hopper", "--env-id Hopper --num-envs 256", "--env-id Walker2d --num-steps 16":
+    monkeypatch.setattr(
+        ppo_mjx, "train", lambda args, run_dir: seen.append((args.num_envs, args.num_steps))
+    )
+    for call in (
+        "--seed 2",
+        "--env-id Hopper",
+        "--env-id Hopper --num-envs 256",
+        "--env-id Walker2d --num-steps 16",
+    ):
         ppo_mjx.main(call.split())
     assert seen == [(256, 16), (128, 32), (256, 32), (128, 16)]
+
 
 def test_track_needs_wandb(monkeypatch, capsys):
     """--track without Weights & Biases tells what to install."""
     monkeypatch.setattr(ppo_mjx.importlib.util, "find_spec", lambda name: None)
     assert "pip install wandb" in fail(capsys, ["--track"])
 
+
 # ---- Source
+
 
 def test_dependencies_are_declared_once():
     """The script's inline metadata (PEP 723) pins its packages as requirements.txt does."""
     (block,) = re.findall(r"(?ms)^# /// script\n(.*?)^# ///$", SCRIPT.read_text())
     metadata = tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
-    lines = (line.split("#")[0].strip() for line in (SCRIPT.parent / "requirements.txt").read_text().splitlines())
+    lines = (
+        line.split("#")[0].strip()
+        for line in (SCRIPT.parent / "requirements.txt").read_text().splitlines()
+    )
     assert {line for line in lines if line} - set(metadata["dependencies"]) == {
-        "matplotlib==3.11.2"}  # of tools
+        "matplotlib==3.11.2"
+    }  # of tools
     assert metadata["requires-python"] == ">=3.11"
+
 
 def test_every_setting_is_used():
     """No flag is without effect: each field of Args is read somewhere."""
     fields = {field.name for field in dataclasses.fields(ppo_mjx.Args)}
-    read = {node.attr for node in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name | ast.Attribute)
-            and (getattr(node.value, "id", None) or getattr(node.value, "attr", None)) in ("args", "self")}
+    read = {
+        node.attr
+        for node in ast.walk(ast.parse(SCRIPT.read_text()))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name | ast.Attribute)
+        and (getattr(node.value, "id", None) or getattr(node.value, "attr", None))
+        in ("args", "self")
+    }
     assert fields - read == set()
+
 
 def test_help_describes_every_setting(monkeypatch, capsys):
     """--help names each flag. (test_docs.py starts a copy of the script by its file.)"""

@@ -105,9 +105,22 @@ def test_a_study(command, tmp_path, monkeypatch, capsys):
     pytest.importorskip("optuna")
     monkeypatch.setattr(tune, "SCRIPTS", (command()[1],))
     monkeypatch.setattr(
-        tune, "suggest", lambda trial, script: {"learning-rate": trial.suggest_float("learning-rate", 0.01, 0.1)}
+        tune,
+        "suggest",
+        lambda trial, script: {"learning-rate": trial.suggest_float("learning-rate", 0.01, 0.1)},
     )
-    call = ["--target", "20", "--seconds", "20", "--seeds", "1", "--trials", "2", "--script", command()[1]]
+    call = [
+        "--target",
+        "20",
+        "--seconds",
+        "20",
+        "--seeds",
+        "1",
+        "--trials",
+        "2",
+        "--script",
+        command()[1],
+    ]
     call += ["--storage", f"sqlite:///{tmp_path}/study.db"]
     tune.main(call)
     tune.main(call)
@@ -116,7 +129,9 @@ def test_a_study(command, tmp_path, monkeypatch, capsys):
     values = [float(line.split()[0]) for line in lines[found + 1 :]]
     assert len(values) == 4 and values == sorted(values)
     rates = [float(line.split("--learning-rate ")[1]) for line in lines[found + 1 :]]
-    for value, rate in zip(values, rates, strict=True):  # below 0.02 the returns end before the target
+    for value, rate in zip(
+        values, rates, strict=True
+    ):  # below 0.02 the returns end before the target
         assert (value < 20) == (rate >= 0.02)
 
 

@@ -27,8 +27,9 @@ ACTOR_SIZE = {"g1": 47, "g1_29dof": 98, "h1": 41, "h1_2": 47, "go2": 47, "go2_no
 def hold_arms(robot: unitree.Robot) -> unitree.Robot:
     """The robot whose actions move its legs alone."""
     joints = {
-        name: dataclasses.replace(joint, held="waist" in name or "shoulder" in name
-                                  or "elbow" in name or "wrist" in name)
+        name: dataclasses.replace(
+            joint, held="waist" in name or "shoulder" in name or "elbow" in name or "wrist" in name
+        )
         for name, joint in robot.joints.items()
     }
     return dataclasses.replace(robot, joints=joints)
@@ -49,7 +50,9 @@ def test_rows_are_the_sources(name):
     np.testing.assert_allclose(robot.joint_array("damping"), source["kd"], rtol=1e-5)
     torques = [row["torque"] for row in source["bodies"] if "axis" in row]
     np.testing.assert_allclose(unitree.make_controller(robot).max_torque, torques)
-    np.testing.assert_array_equal(robot.limits, [row["range"] for row in source["bodies"] if "axis" in row])
+    np.testing.assert_array_equal(
+        robot.limits, [row["range"] for row in source["bodies"] if "axis" in row]
+    )
 
     standing = source["standing_height"]
     assert robot.min_height < 0.7 * standing
@@ -82,7 +85,7 @@ def test_what_the_networks_see(name):
     actions = 12 if name == "held" else joints
     parts = unitree.seen_parts(robot, "actor")
     order = ["rates", "gravity", "command", "angles", "speeds", "action", "clock"]
-    assert list(parts) == order[:len(order) - (not robot.clock)]
+    assert list(parts) == order[: len(order) - (not robot.clock)]
     assert list(unitree.seen_parts(robot, "critic")) == ["velocity", *parts]
     size = 9 + 2 * joints + actions + 2 * robot.clock
     assert size == ACTOR_SIZE.get(name, size)
@@ -92,9 +95,9 @@ def test_what_the_networks_see(name):
     senses = unitree.sense(robot, qpos, qvel, np.zeros(3), action, np.array(3), np)
     obs = unitree.observe(parts, senses, np)
     assert obs.shape == (size,) == unitree.noise_widths(robot, parts).shape
-    np.testing.assert_allclose(obs[9:9 + joints], qpos[7:] - robot.joint_array("default"))
-    np.testing.assert_allclose(obs[9 + joints:9 + 2 * joints], 0.05 * qvel[6:])
-    np.testing.assert_array_equal(obs[9 + 2 * joints:][:actions], action)
+    np.testing.assert_allclose(obs[9 : 9 + joints], qpos[7:] - robot.joint_array("default"))
+    np.testing.assert_allclose(obs[9 + joints : 9 + 2 * joints], 0.05 * qvel[6:])
+    np.testing.assert_array_equal(obs[9 + 2 * joints :][:actions], action)
 
 
 # ---- Symmetry
@@ -162,7 +165,9 @@ def test_mirrored_twice_is_the_original(name):
     """And the default pose, the limits, the posture and the gait are their own images."""
     robot = ROBOTS[name]
     random = np.random.default_rng(0)
-    size = sum(unitree.part_width(robot, part) for part in unitree.seen_parts(robot, "actor").values())
+    size = sum(
+        unitree.part_width(robot, part) for part in unitree.seen_parts(robot, "actor").values()
+    )
     for mirror, width in (
         (unitree.mirror_joints, len(robot.joints)),
         (unitree.mirror_actions, len(robot.acted)),
@@ -186,8 +191,10 @@ def test_mirrored_twice_is_the_original(name):
     stance = unitree.is_stance(robot, ticks, np)
     later = unitree.is_stance(robot, ticks + robot.gait_ticks // 2, np)
     sides = [unitree.side_of(foot) for foot in feet]
-    twins = [feet.index(unitree.OTHER_SIDE[side] + foot.removeprefix(side))
-             for side, foot in zip(sides, feet, strict=True)]
+    twins = [
+        feet.index(unitree.OTHER_SIDE[side] + foot.removeprefix(side))
+        for side, foot in zip(sides, feet, strict=True)
+    ]
     np.testing.assert_array_equal(later, stance[:, twins])
 
 
@@ -209,8 +216,15 @@ def test_stepping_motion_lifts_the_feet_in_turn(name):
     feet, _ = unitree.find_feet(robot, model)
     heights, rows = [], []
     for elapsed in range(robot.gait_ticks):
-        senses = unitree.sense(robot, model.qpos0, np.zeros(model.nv), np.array([0.5, 0.2, 0.3]),
-                               np.zeros(len(robot.acted)), np.array(elapsed), np)
+        senses = unitree.sense(
+            robot,
+            model.qpos0,
+            np.zeros(model.nv),
+            np.array([0.5, 0.2, 0.3]),
+            np.zeros(len(robot.acted)),
+            np.array(elapsed),
+            np,
+        )
         obs = unitree.observe(unitree.seen_parts(robot, "actor"), senses, np)
         rows.append(obs)
         action = np.asarray(unitree.stepping_action(robot, jnp.asarray(obs)))
@@ -249,11 +263,25 @@ def motion_of(robot: unitree.Robot, **changes) -> unitree.Motion:
     joints, feet = len(robot.joints), len(robot.feet)
     zeros = np.zeros(joints)
     still = dict(
-        command=np.zeros(3), height=robot.target_height, velocity=np.zeros(3), rates=np.zeros(3),
-        gravity=np.array([0, 0, -1.0]), angles=robot.joint_array("default"), speeds=zeros, accelerations=zeros,
-        torque=zeros, action=np.zeros(len(robot.acted)), action_before=np.zeros(len(robot.acted)),
-        foot_height=np.zeros(feet), foot_velocity=np.zeros((feet, 3)), contact=np.full(feet, True),
-        stance=np.full(feet, True), flight=np.zeros(feet), clearance=np.zeros(feet), capture_error=0.0)
+        command=np.zeros(3),
+        height=robot.target_height,
+        velocity=np.zeros(3),
+        rates=np.zeros(3),
+        gravity=np.array([0, 0, -1.0]),
+        angles=robot.joint_array("default"),
+        speeds=zeros,
+        accelerations=zeros,
+        torque=zeros,
+        action=np.zeros(len(robot.acted)),
+        action_before=np.zeros(len(robot.acted)),
+        foot_height=np.zeros(feet),
+        foot_velocity=np.zeros((feet, 3)),
+        contact=np.full(feet, True),
+        stance=np.full(feet, True),
+        flight=np.zeros(feet),
+        clearance=np.zeros(feet),
+        capture_error=0.0,
+    )
     return unitree.Motion(**{name: jnp.asarray(value) for name, value in (still | changes).items()})
 
 
@@ -261,7 +289,13 @@ def motion_of(robot: unitree.Robot, **changes) -> unitree.Motion:
 def test_standing_still_earns_all_there_is(name):
     """The terms are those of the row, and none is worse where the robot stands as told."""
     robot = ROBOTS[name]
-    best = {"track_velocity": 1, "track_yaw": 1, "alive": 1, "gait": len(robot.feet), "standing_pose": 1}
+    best = {
+        "track_velocity": 1,
+        "track_yaw": 1,
+        "alive": 1,
+        "gait": len(robot.feet),
+        "standing_pose": 1,
+    }
     terms = unitree.unweighted_terms(robot, motion_of(robot))
     assert terms.keys() == robot.weights.keys()
     for term, value in terms.items():
@@ -274,22 +308,39 @@ def test_air_time_and_posture_by_hand():
     flight = np.array([0.6, 0, 0.2, 0])
     for command, expected in (((0.2, 0, 0), 0.1 - 0.3), ((0, 0, 0.9), 0), ((0.06, 0.06, 0), 0)):
         motion = motion_of(robot, flight=flight, command=np.array(command))
-        assert unitree.unweighted_terms(robot, motion)["air_time"] == pytest.approx(expected, abs=1e-6)
+        assert unitree.unweighted_terms(robot, motion)["air_time"] == pytest.approx(
+            expected, abs=1e-6
+        )
     robot = ROBOTS["g1_29dof"]
-    bent = robot.joint_array("default") + np.where(np.arange(29) < 14, 0.1, 0.0)  # legs, two of the waist
-    assert unitree.unweighted_terms(robot, motion_of(robot, angles=bent))["posture"] == pytest.approx(0.02)
+    bent = robot.joint_array("default") + np.where(
+        np.arange(29) < 14, 0.1, 0.0
+    )  # legs, two of the waist
+    assert unitree.unweighted_terms(robot, motion_of(robot, angles=bent))[
+        "posture"
+    ] == pytest.approx(0.02)
 
 
 def test_flight_is_counted_from_the_last_contact():
     """The foot that lands has been in the air for the steps before, and this one."""
     robot = ROBOTS["go2"]
     env = types.SimpleNamespace(robot=robot)
-    info = {"command": jnp.ones(3), "action": jnp.zeros(12), "elapsed": jnp.array(7),
-            "airborne": jnp.array([3, 0, 5, 0])}
-    readings = {"contact": jnp.array([True, True, False, False]), "torque": jnp.zeros(12),
-                "foot_height": jnp.zeros(4), "foot_velocity": jnp.zeros((4, 3)),
-                "clearance": jnp.zeros(4), "capture_error": jnp.zeros(())}
-    data = unitree.Physics(qpos=jnp.zeros(19).at[3].set(1), qvel=jnp.zeros(18), qacc_warmstart=jnp.zeros(18))
+    info = {
+        "command": jnp.ones(3),
+        "action": jnp.zeros(12),
+        "elapsed": jnp.array(7),
+        "airborne": jnp.array([3, 0, 5, 0]),
+    }
+    readings = {
+        "contact": jnp.array([True, True, False, False]),
+        "torque": jnp.zeros(12),
+        "foot_height": jnp.zeros(4),
+        "foot_velocity": jnp.zeros((4, 3)),
+        "clearance": jnp.zeros(4),
+        "capture_error": jnp.zeros(()),
+    }
+    data = unitree.Physics(
+        qpos=jnp.zeros(19).at[3].set(1), qvel=jnp.zeros(18), qacc_warmstart=jnp.zeros(18)
+    )
     motion = unitree.Env.describe_motion(env, info, data, data, jnp.zeros(12), readings)
     np.testing.assert_allclose(motion.flight, [0.08, 0, 0, 0])
 
@@ -317,12 +368,24 @@ RIGHT_KNEE = LEFT_KNEE.replace("left", "right")
     ("changes", "message"),
     [
         ({'<freejoint name="base"/>': ""}, "free joint"),
-        ({'<joint name="left_knee"': '<joint name="l_knee"', LEFT_KNEE: LEFT_KNEE.replace("left", "l")}, "joints are"),
-        ({'<joint name="left_knee"': '<joint name="left_knee" limited="false"'}, "hinges with a range"),
+        (
+            {
+                '<joint name="left_knee"': '<joint name="l_knee"',
+                LEFT_KNEE: LEFT_KNEE.replace("left", "l"),
+            },
+            "joints are",
+        ),
+        (
+            {'<joint name="left_knee"': '<joint name="left_knee" limited="false"'},
+            "hinges with a range",
+        ),
         ({LEFT_KNEE: RIGHT_KNEE, RIGHT_KNEE: LEFT_KNEE}, "its motors move"),
         ({LEFT_KNEE: LEFT_KNEE.replace("/>", ' gear="2"/>')}, "gear of 1"),
         ({LEFT_KNEE: '<motor joint="left_knee"/>'}, "largest torque of ['left_knee']"),
-        ({LEFT_KNEE: '<position joint="left_knee" ctrlrange="-2 2"/>'}, "largest torque of ['left_knee']"),
+        (
+            {LEFT_KNEE: '<position joint="left_knee" ctrlrange="-2 2"/>'},
+            "largest torque of ['left_knee']",
+        ),
         ({'<body name="left_ankle_roll"': '<body name="foot"'}, "['left_ankle_roll']"),
         ({'type="sphere" size="0.005"': 'type="box" size=".02 .02 .005"'}, "spheres alone"),
         ({'<geom class="sole"': '<geom class="sole" size="0.006"'}, "of one radius"),
@@ -345,11 +408,17 @@ def test_model_that_would_be_misread_is_refused(changes, message, tmp_path, caps
 
 def test_joints_without_an_image_are_refused(tmp_path, capsys):
     """Where names do not begin with a side that OTHER_SIDE knows, no mirror would exchange them."""
-    joints = {name.replace("left_knee", "left_knees"): joint for name, joint in ROBOTS["g1"].joints.items()}
+    joints = {
+        name.replace("left_knee", "left_knees"): joint
+        for name, joint in ROBOTS["g1"].joints.items()
+    }
     mjcf = (unitree.MODELS / "g1.xml").read_text().replace('"left_knee"', '"left_knees"')
     (tmp_path / "robot.xml").write_text(mjcf)
     with pytest.raises(SystemExit):
-        unitree.load_model(dataclasses.replace(ROBOTS["g1"], joints=joints, mjcf=str(tmp_path / "robot.xml")), 0.005)
+        unitree.load_model(
+            dataclasses.replace(ROBOTS["g1"], joints=joints, mjcf=str(tmp_path / "robot.xml")),
+            0.005,
+        )
     assert "no joint mirrors ['left_knees', 'right_knee']" in capsys.readouterr().err
 
 
@@ -362,8 +431,16 @@ def test_short_training(name, monkeypatch, tmp_path):
     monkeypatch.setitem(unitree.ROBOTS, name, ROBOTS[name])
     monkeypatch.setattr(unitree, "judge", lambda robot, policy: {"passed": False})
     args = dataclasses.replace(
-        unitree.default_args(name), num_envs=8, num_steps=4, num_minibatches=2, update_epochs=1, total_timesteps=64,
-        hidden_sizes=(16,), num_devices=1, runs_dir=str(tmp_path))
+        unitree.default_args(name),
+        num_envs=8,
+        num_steps=4,
+        num_minibatches=2,
+        update_epochs=1,
+        total_timesteps=64,
+        hidden_sizes=(16,),
+        num_devices=1,
+        runs_dir=str(tmp_path),
+    )
     run_dir, policy = unitree.train(args)
     assert (run_dir / "policy.npz").exists()
     robot = ROBOTS[name]
