@@ -67,10 +67,15 @@ def compile_modules(texts: list[str]) -> list[bytes]:
 
 
 def count_cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use, at most NPROC if the environment has it, as XLA's threads.
+
+    It is for a container's quota, which neither affinity nor cpu_count knows.
+    """
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    told = os.environ.get("NPROC", "")
+    return min(cores, int(told)) if told.isdigit() and int(told) else cores
 
 
 # Another process ----------------------------------------------------------------------------------

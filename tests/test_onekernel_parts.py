@@ -169,3 +169,12 @@ def test_other_vectors_give_the_same_bits(monkeypatch, width):
     monkeypatch.setattr(cpu, "vector_width", lambda: width)
     for one, other in zip(run(21), expected, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_cores_are_at_most_those_that_the_environment_allows(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    for told, count in (("2", 2), ("9", 6), ("0", 6), ("many", 6)):
+        monkeypatch.setenv("NPROC", told)
+        assert machine_code.count_cores() == count
+    monkeypatch.delenv("NPROC")
+    assert machine_code.count_cores() == 6
