@@ -432,9 +432,9 @@ def onekernel_xla() -> str:
 ROBOT_NAMES = {
     "g1": "G1, 12 joints",
     "g1_29dof": "G1, 29 joints",
-    "go2": "Go2",
     "h1": "H1",
     "h1_2": "H1-2",
+    "go2": "Go2",
 }
 WALK_ORDER = list(ROBOT_NAMES)
 WALK_HEADER = ["minutes since the start", "steps", "falls", "velocity error", "yaw error", "drift"]
