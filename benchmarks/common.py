@@ -17,12 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PYTHONPATH = os.pathsep.join(
-    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-)  # of child processes
-sys.path.insert(
-    0, str(ROOT)
-)  # the training scripts, and `onekernel`, else this folder's script of the same name
+# Of child processes.
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# The training scripts, and `onekernel`, else this folder's script of the same name.
+sys.path.insert(0, str(ROOT))
 PACKAGES = ("jax", "llvmlite", "mujoco", "mujoco-mjx", "flax", "optax", "gymnasium", "brax", "stable-baselines3",
             "sbx-rl", "torch")  # fmt: skip
 

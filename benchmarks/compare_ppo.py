@@ -57,9 +57,8 @@ WARMUPS = 2  # blocks; Brax compiles in the first and again in the second
 @dataclasses.dataclass
 class Args:
     modes: tuple[Mode, ...] = ("speed", "lines")  # what to measure
-    peers: tuple[Literal["brax_our_env", "brax_own", "sb3", "sbx"], ...] | None = (
-        None  # besides ours; by default all
-    )
+    # Besides ours; by default all.
+    peers: tuple[Literal["brax_our_env", "brax_own", "sb3", "sbx"], ...] | None = None
     rounds: int = 3  # of `speed`; each runs everyone once
     num_envs: int = 256  # worlds of everyone in `speed`; of ours and Brax's in `return`
     iterations: int = 10  # rollouts with their updates in one timed block of `speed`
@@ -68,12 +67,10 @@ class Args:
     total_timesteps: int = 1_000_000  # of `return`, rounded down to whole blocks
     judge_every: int = 4  # our iterations between two policies of `return`
     episodes: int = 20  # to judge a policy
-    brax_backend: Literal["mjx", "generalized", "spring", "positional"] = (
-        "mjx"  # physics of brax_own
-    )
-    vec_env: Literal["dummy", "subproc"] = (
-        "dummy"  # worlds of SB3 and SBX: in turn, or each in a process of its own
-    )
+    # Physics of brax_own.
+    brax_backend: Literal["mjx", "generalized", "spring", "positional"] = "mjx"
+    # Worlds of SB3 and SBX: in turn, or each in a process of its own.
+    vec_env: Literal["dummy", "subproc"] = "dummy"
     torch_threads: int = 1  # of SB3; for such small networks more only wait for each other
     name: str = "compare_ppo"  # of the JSON file
     smoke: bool = False  # `return` in short, with the peers that are installed
@@ -143,9 +140,8 @@ def adapt(env):
             return State(state, state.obs, state.reward, state.done, state.metrics)
 
         def step(self, state, action):
-            new = kernel(env.step)(
-                state.pipeline_state, jnp.clip(action, -1.0, 1.0)
-            )  # Brax's Gaussian knows no bounds
+            # Brax's Gaussian knows no bounds.
+            new = kernel(env.step)(state.pipeline_state, jnp.clip(action, -1.0, 1.0))
             return state.replace(
                 pipeline_state=new, obs=new.obs, reward=new.reward, done=new.done, metrics=new.metrics)  # fmt: skip
 
@@ -211,8 +207,8 @@ def train_sb(args: Args, watch: Watch, block: int, blocks: int) -> None:
 
         tanh, relu = linen.tanh, linen.relu
     if args.modes[0] == "return":  # github.com/DLR-RM/rl-baselines3-zoo, hyperparams/ppo.yml
-        num_envs = 1
-        steps_per_iteration = args.num_envs * 16  # ours; not imported, as that takes time
+        # Ours; not imported, as that takes time.
+        num_envs, steps_per_iteration = 1, args.num_envs * 16
         flags = {
             "n_steps": 512, "batch_size": 64, "gamma": 0.98, "learning_rate": 2.0633e-05, "ent_coef": 0.000401762,
             "clip_range": 0.1, "n_epochs": 20, "gae_lambda": 0.92, "max_grad_norm": 0.8, "vf_coef": 0.58096,
@@ -298,9 +294,8 @@ def count_lines(packages: tuple[str, ...], train) -> dict:
     files = set()
 
     def trace(frame, *_) -> None:
-        if (
-            frame.f_code.co_flags & inspect.CO_OPTIMIZED
-        ):  # a function, not the body of a module or class
+        # A function, not the body of a module or class.
+        if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             files.add(frame.f_code.co_filename)
 
     threading.settrace(trace)

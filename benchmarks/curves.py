@@ -56,9 +56,8 @@ class Args:
     checkpoint_every: int = 10  # iterations between two policies
     episodes: int = 20  # by which a policy is judged
     flags: tuple[str, ...] = ()  # further flags of ppo_mjx.py for a task, as TASK=FLAGS
-    keep: str | None = (
-        None  # folder to which each training's run folder is copied, to film or compare its policy
-    )
+    # Folder to which each training's run folder is copied, to film or compare its policy.
+    keep: str | None = None
     resume: bool = False  # keep the rows that the file has already
     name: str = "curves"  # of the JSON file
     smoke: bool = False  # one short training of one task
@@ -114,9 +113,8 @@ def main(args: Args) -> None:
     tasks = [pair.split("=", 1)[0] for pair in args.flags]
     if unknown := [task for task in tasks if task not in PEERS]:
         raise SystemExit(f"--flags: no such task: {unknown}")
-    devices = common.run_child(
-        [sys.executable, "-c", DEVICES]
-    )  # a child, which leaves a GPU's memory to the trainings
+    # A child, which leaves a GPU's memory to the trainings.
+    devices = common.run_child([sys.executable, "-c", DEVICES])
     rows, failed = finished_rows(args, devices) if args.resume else [], []
     for seed in args.seeds:
         for env_id in args.env_ids:
@@ -136,9 +134,8 @@ def main(args: Args) -> None:
             )
             result = {"peers": PEERS, "summary": summarize(rows), "rows": rows}
             common.write(args.name, args, result, args.smoke, devices)
-    for env_id, numbers in summarize(
-        rows
-    ).items():  # a table for each, since the peers' steps differ
+    # A table for each, since the peers' steps differ.
+    for env_id, numbers in summarize(rows).items():
         common.table(["task", *numbers], [[env_id, *map(float, numbers.values())]])
         print()
     if failed:

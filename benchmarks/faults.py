@@ -373,9 +373,8 @@ def disk(args: Args, script: str, folder: Path):
             pass
     else:
         how = "disk full (no file may grow)"
-        resource.prlimit(
-            run.process.pid, resource.RLIMIT_FSIZE, (4096, 4096)
-        )  # output, but no checkpoint
+        # Output, but no checkpoint.
+        resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
     code, errors = run.end(120), run.errors()
     last = checkpoints(only_run(small / "runs"))
     passed = (
@@ -591,9 +590,8 @@ def processes(args: Args, script: str, folder: Path):
             rows.append(row(f"{count} processes", script, 1, 0, f"exit codes {codes}"))
             continue
         a, b = curves(one), curves(two)
-        few = (
-            4 if script == "ppo_mjx_unitree" else 8
-        )  # iterations; its contacts amplify rounding soon
+        # Iterations; its contacts amplify rounding soon.
+        few = 4 if script == "ppo_mjx_unitree" else 8
         early, late = (
             max(
                 abs(x - y) / (abs(x) + 1e-3)

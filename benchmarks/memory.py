@@ -45,18 +45,13 @@ NO_ROOM = "resource_exhausted", "out of memory", "out_of_memory"  # in the text 
 class Args:
     programs: tuple[str, ...] = ("HalfCheetah", "SAC", "G1")  # or Hopper, Walker2d
     num_envs: tuple[int, ...] = (32, 64, 128, 256, 1024, 4096, 8192)
-    g1_num_envs: tuple[int, ...] = (
-        32,
-        256,
-        1024,
-        8192,
-    )  # of the G1, which takes longest to compile
+    # Of the G1, which takes longest to compile.
+    g1_num_envs: tuple[int, ...] = (32, 256, 1024, 8192)
     gibibytes: tuple[int, ...] = (8, 24, 80)  # memories to fill, by the line
     name: str = "memory"  # of the JSON file
     most_num_envs: int = 2**22  # where the search on an accelerator ends
-    child: str | None = (
-        None  # program, worlds and 1 to run them as well: what the processes of this benchmark do
-    )
+    # Program, worlds and 1 to run them as well: what the processes of this benchmark do.
+    child: str | None = None
     smoke: bool = False
 
 
@@ -151,9 +146,8 @@ def measure(program: str, num_envs: int, run: bool) -> dict:
         for part in ("argument", "output", "alias", "temp")
     }
     row["total"] = row["argument"] + row["output"] - row["alias"] + row["temp"]
-    row |= {
-        name: script.count_bytes(part) for name, part in vars(form).items()
-    }  # learner, worlds, buffer
+    # Learner, worlds, buffer.
+    row |= {name: script.count_bytes(part) for name, part in vars(form).items()}
     row |= {
         "bytes_per_world": row["worlds"] / num_envs,
         "transitions": getattr(args, "buffer_size", None),

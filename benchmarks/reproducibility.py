@@ -31,9 +31,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault(
-    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-)  # its processes share an accelerator's memory
+# Its processes share an accelerator's memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("JAX_LOGGING_LEVEL", "CRITICAL")
 
 import jax
@@ -59,9 +58,8 @@ RUNS = {  # script and flags, of three iterations; SAC's first update comes afte
 }  # fmt: skip
 STILL = {"obs_noise": 0.0, "push_speed": 0.0, "friction": (1.0, 1.0), "added_mass": (0.0, 0.0), "shifted_center": 0.0,
          "gain_noise": 0.0, "strength_noise": 0.0, "action_delay": 0.0}  # fmt: skip
-QUICK = {
-    "xla_llvm_disable_expensive_passes": True
-}  # a Runge-Kutta 4 of MJX takes a minute to compile else
+# A Runge-Kutta 4 of MJX takes a minute to compile else.
+QUICK = {"xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass
@@ -71,17 +69,11 @@ class Args:
     tasks: tuple[str, ...] = TASKS  # of resets (with SAC's) and trajectories
     starts: int = 64
     name: str = "reproducibility"  # of the JSON file
-    steps: tuple[int, ...] = (
-        1,
-        10,
-        50,
-        100,
-        200,
-    )  # of the environment, after which states are compared
+    # Of the environment, after which states are compared.
+    steps: tuple[int, ...] = (1, 10, 50, 100, 200)
     seed: int = 1
-    child: str | None = (
-        None  # file of starts and actions that a process of this benchmark takes through MJX in float64
-    )
+    # File of starts and actions that a process of this benchmark takes through MJX in float64.
+    child: str | None = None
     smoke: bool = False  # in short, and without runs unless they are named
 
 

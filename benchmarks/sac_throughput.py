@@ -135,9 +135,8 @@ def measure(num_envs: int, rounds: int, seconds: float) -> dict:
         raise SystemExit(f"{num_envs} worlds: the actor is not finite")
 
     train_s = np.array(samples["train"])
-    acting_s = (
-        np.array(samples["act"]) / acting_steps * args.num_steps
-    )  # as many steps and updates as an iteration's
+    # As many steps and updates as an iteration's.
+    acting_s = np.array(samples["act"]) / acting_steps * args.num_steps
     bare_s = np.array(samples["update"]) / BARE_UPDATES * updates
     figures = {
         "acting steps/s": args.steps_per_iteration / acting_s,

@@ -68,16 +68,14 @@ class Args:
     num_envs: tuple[int, ...] = (1, 32, 64, 128, 256, 1024, 4096)
     gymnasium_num_envs: int = 32  # for up to so many worlds Gymnasium is measured
     steps: int = 16  # environment steps of a call at most; as many as in a rollout of ppo_mjx.py
-    turn_seconds: float = (
-        1.0  # that a call of ours may take; C on all cores four times as long, others twice
-    )
+    # That a call of ours may take; C on all cores four times as long, others twice.
+    turn_seconds: float = 1.0
     min_seconds: float = 0.3  # of a turn at least
     repeats: int = 5
     seed: int = 0
     name: str = "throughput"  # of the JSON file
-    compile_cache: bool = (
-        False  # keep compiled programs, for the next start: then their seconds tell nothing
-    )
+    # Keep compiled programs, for the next start: then their seconds tell nothing.
+    compile_cache: bool = False
     smoke: bool = False  # one iteration of everything, with next to no optimisation by the compiler
 
 
@@ -177,9 +175,8 @@ class Turns:
     """Calls of a program that fill a turn, and how busy the machine was in it."""
 
     def __init__(self, call: Callable, seconds: float):
-        for _ in range(
-            3
-        ):  # the first load and record programs; CUDA graphs are built by the second
+        # The first load and record programs; CUDA graphs are built by the second.
+        for _ in range(3):
             start = time.perf_counter()
             call()
         self.call, self.calls = call, max(1, round(seconds / (time.perf_counter() - start)))
@@ -421,9 +418,8 @@ def main(args: Args) -> None:
                 printed.append([num_envs, arm, *(row.get(column) for column in COLUMNS), note])
             jax.clear_caches()
             print(f"{name}, {num_envs} worlds: done", flush=True)
-            common.write(
-                args.name, args, {"failed": failed, "results": result}, args.smoke
-            )  # should it be cut
+            # Should it be cut.
+            common.write(args.name, args, {"failed": failed, "results": result}, args.smoke)
         print(f"\n{name}\n")
         common.table(["worlds", "arm", *COLUMNS.values(), ""], printed)
         crossings[name] = {}

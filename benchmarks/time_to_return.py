@@ -42,12 +42,10 @@ class Args:
     episodes: int = 20
     name: str = "time_to_return"  # of the JSON file
     flags: str = ""  # further flags for ppo_mjx.py
-    keep: str | None = (
-        None  # folder to which each training's run folder is copied, to film or compare its policy
-    )
-    evaluate: bool = (
-        True  # let the script evaluate its last policy; else it is stopped once that is there
-    )
+    # Folder to which each training's run folder is copied, to film or compare its policy.
+    keep: str | None = None
+    # Let the script evaluate its last policy; else it is stopped once that is there.
+    evaluate: bool = True
     compile_cache: bool = False  # take compiled programs from the cache, and keep them
     smoke: bool = False  # one short run of the first task
 

@@ -121,13 +121,14 @@ def first_update(env_id: str, cache: str) -> float:
         environment = os.environ | common.caches(cache)
         start = time.perf_counter()
         command += ["--runs-dir", runs]
+        # No terminal, where it would show a bar and no lines.
         process = subprocess.Popen(
             command,
             cwd=common.ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-        )  # no terminal, where it would show a bar and no lines
+        )
         lines, seconds = [], None
         for line in process.stdout:
             lines.append(line.decode())

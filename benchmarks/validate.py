@@ -47,14 +47,13 @@ HOST_PRIMITIVES = ("callback", "infeed", "outfeed", "debug_print")  # as parts o
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
+EnvId = Literal["HalfCheetah", "Hopper", "Walker2d"]
+
+
 @dataclasses.dataclass
 class Args:
     modes: tuple[Mode, ...] = ("smoke", "equivalence", "performance", "jit")  # what to check
-    env_ids: tuple[Literal["HalfCheetah", "Hopper", "Walker2d"], ...] = (
-        "HalfCheetah",
-        "Hopper",
-        "Walker2d",
-    )  # tasks
+    env_ids: tuple[EnvId, ...] = ("HalfCheetah", "Hopper", "Walker2d")  # tasks
     seeds: tuple[int, ...] = (1, 2, 3)  # trainings of each kind of rollout, for each task
     timesteps: int = 300_000  # steps of each training
     num_envs: int = 64  # worlds of these trainings; few, so that whole episodes end early
@@ -269,9 +268,8 @@ def record(env_id: str, count: int) -> list[np.ndarray]:
     while len(rows) < count:
         if over or len(rows) % 100 == 0:
             env.reset(seed=len(rows))
-        action = (
-            rng.uniform(-1, 1, env.action_space.shape).astype(np.float32).astype(float)
-        )  # exact in any precision
+        action = rng.uniform(-1, 1, env.action_space.shape)
+        action = action.astype(np.float32).astype(float)  # exact in any precision
         before = [x.copy() for x in (env.data.qpos, env.data.qvel, env.data.qacc_warmstart)]
         obs, reward, over, _, _ = env.step(action)
         rows.append(

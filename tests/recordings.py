@@ -71,7 +71,8 @@ def compiled_step(task_id: str, x64: bool):
     """The environment, and one compiled step of WORLDS worlds from (qpos, qvel, warmstart, x, action). In float64 it
     goes by XLA."""
     if x64:
-        jax.clear_caches()  # JAX 0.9 mixes up its traces of float64 constants between the precisions
+        # JAX 0.9 mixes up its traces of float64 constants between the precisions.
+        jax.clear_caches()
 
     def step(qpos, qvel, warmstart, x, action):
         reset = jax.vmap(ppo_mjx.kernel(env.reset))(jax.random.split(jax.random.key(0), WORLDS))
@@ -96,10 +97,8 @@ def compiled_step(task_id: str, x64: bool):
     return env, call
 
 
-MOMENT = (
-    np.arange(WORLDS),
-    np.random.default_rng(1).integers(0, STEPS, WORLDS),
-)  # a random one of each episode
+# A random one of each episode.
+MOMENT = np.arange(WORLDS), np.random.default_rng(1).integers(0, STEPS, WORLDS)
 
 
 def one_step(task_id: str, x64: bool):

@@ -118,11 +118,12 @@ def test_page_shows_every_diff():
 
 
 def test_every_diff_applies(apply):
-    """The tests below, most of them slow, see what each does."""
+    """The tests below, which are slow, see what each does."""
     for diff in HACKS.glob("*.diff"):
         assert apply(diff.stem).Args()
 
 
+@pytest.mark.slow
 def test_reward(apply, tmp_path, monkeypatch):
     """The new term is half the cosine of the pitch, part of the reward, and logged."""
     quick_kernels(monkeypatch)

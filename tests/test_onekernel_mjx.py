@@ -175,9 +175,10 @@ def advance_arms():
     return quick_jit(jax.vmap(advance_by(arm())))
 
 
-def test_one_world_is_one_of_many(advance_arms):
+def test_one_world_is_one_of_many(advance_arms, monkeypatch):
     """Its work stands behind conditions; that of many worlds under jax.vmap does not. By Euler's
     method, with damping."""
+    quick_kernels(monkeypatch)
     model = arm()
     states = roll_out(model, worlds=12)
     wanted = by_c(model, states, mujoco.mj_step, STEP_FIELDS)

@@ -138,9 +138,8 @@ def test_normalize_scales_and_clips():
 
 # ---- Loss
 
-TINY = types.SimpleNamespace(
-    action_size=1, observation_size=1
-)  # all that the networks ask of an environment
+# All that the networks ask of an environment.
+TINY = types.SimpleNamespace(action_size=1, observation_size=1)
 
 
 def tiny_params() -> dict:
@@ -181,14 +180,12 @@ def test_loss_by_hand(clip_vloss):
     loss, metrics = ppo_mjx.ppo_loss(args, TINY, tiny_params(), batch)
 
     value = 1.5 * np.tanh(-0.4 * obs + 0.3) + 0.6
-    policy_loss = (
-        -(2.0 * 1.2 + -1.0 * 0.8 + 0.5 * 1.1) / 3
-    )  # ratios 1.5, 0.6 and 1.1, clipped where that is worse
+    # Ratios 1.5, 0.6 and 1.1, clipped where that is worse.
+    policy_loss = -(2.0 * 1.2 + -1.0 * 0.8 + 0.5 * 1.1) / 3
     squares = (value - target) ** 2
     if clip_vloss:
-        near = old_value + np.where(
-            value > old_value, 0.2, -0.2
-        )  # all three values have moved further than 0.2
+        # All three values have moved further than 0.2.
+        near = old_value + np.where(value > old_value, 0.2, -0.2)
         assert (np.abs(value - old_value) > 0.2).all() and ((near - target) ** 2 > squares).any()
         squares = np.maximum(squares, (near - target) ** 2)
     value_loss, entropy = 0.5 * squares.mean(), -0.5 + 0.5 * np.log(2 * np.pi * np.e)
@@ -274,9 +271,8 @@ def test_target_kl_ends_the_update_after_an_epoch(make_mesh):
     assert counts == [2, 6, 2, 6]
     np.testing.assert_allclose(ends[1], ends[3], atol=1e-6)
     moved = [np.abs(end - jax.flatten_util.ravel_pytree(tiny_params())[0]).max() for end in ends]
-    assert (
-        0 < moved[0] <= 2.01e-3 < moved[1]
-    )  # Adam moves a number by about the learning rate, in each minibatch
+    # Adam moves a number by about the learning rate, in each minibatch.
+    assert 0 < moved[0] <= 2.01e-3 < moved[1]
 
 
 def test_learning_rate_falls_linearly(make_mesh):
@@ -313,9 +309,8 @@ def test_minibatches_are_shuffled_anew_in_each_epoch(make_mesh, monkeypatch):
         )
         assert len(rows) == 6
         orders += list(np.array([obs for _, obs in rows]).reshape(3, 16))
-    rows = (
-        np.random.default_rng(0).standard_normal((2, 16, 1)).astype(np.float32)[0, :, 0]
-    )  # as in run_update
+    # As in run_update.
+    rows = np.random.default_rng(0).standard_normal((2, 16, 1)).astype(np.float32)[0, :, 0]
     for i, order in enumerate(orders):
         np.testing.assert_array_equal(np.sort(order), np.sort(rows))
         assert not any(np.array_equal(order, other) for other in [rows, *orders[:i]])

@@ -90,9 +90,8 @@ def test_levels_are_legged_gyms():
         np.testing.assert_allclose(np.diff(line["slope up"])[12:], 0.04 * difficulty, atol=1e-5)
         np.testing.assert_allclose(line["slope down"], -line["slope up"], atol=1e-5)
         noise = HEIGHTS[level, KINDS.index("noise")]
-        assert (
-            -0.0026 < np.abs(noise).max() - (0.02 + 0.08 * difficulty) < 0.0026
-        )  # in steps of 5 mm
+        # In steps of 5 mm.
+        assert -0.0026 < np.abs(noise).max() - (0.02 + 0.08 * difficulty) < 0.0026
         blocks = np.unique(HEIGHTS[level, KINDS.index("blocks")].round(5))
         top = 0.05 + 0.2 * difficulty
         np.testing.assert_allclose(blocks, [-top, -top / 2, 0, top / 2, top], atol=2e-5)
@@ -527,9 +526,8 @@ class Training(NamedTuple):
 
     levels: np.ndarray  # [iterations, N]
     metrics: list
-    resumed: (
-        tuple  # states of the run and of one that was resumed, some iterations after a checkpoint
-    )
+    # States of the run and of one that was resumed, some iterations after a checkpoint.
+    resumed: tuple
     rollout: tuple  # of the last iteration: worlds before, steps, worlds after
 
 

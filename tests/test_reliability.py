@@ -85,6 +85,7 @@ def whole(tmp_path_factory):
     return faults.whole_run("sac_mjx_pendulum", tmp_path_factory.mktemp("whole"), ITERATIONS)
 
 
+@pytest.mark.slow
 def test_killed_run_ends_like_one_that_was_not(whole, tmp_path, monkeypatch):
     """kill -9 in the middle of a checkpoint: parameters, optimiser, buffer, curves, to the bit."""
     monkeypatch.setattr(faults, "whole_run", lambda *_: whole)
@@ -263,9 +264,8 @@ def test_disk_that_is_full_ends_the_run_with_a_line(tmp_path):
     assert run.wait_for(
         lambda: (folder := faults.only_run(tmp_path / "runs")) and faults.checkpoints(folder)
     )
-    resource.prlimit(
-        run.process.pid, resource.RLIMIT_FSIZE, (4096, 4096)
-    )  # output, but no checkpoint
+    # Output, but no checkpoint.
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
     code, folder = run.end(120), faults.only_run(tmp_path / "runs")
     assert code == 1 and "Traceback" not in run.text
     (error,) = run.errors()

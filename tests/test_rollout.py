@@ -101,9 +101,8 @@ def test_rollout_records_what_happened(env, start, run_rollout):
     expected = (-0.5 * noise**2 - ARGS.init_log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
     np.testing.assert_allclose(steps.logprob, expected, rtol=1e-4, atol=1e-4)
     assert abs(noise.mean()) < 0.2 and abs(noise.std() - 1) < 0.2
-    assert (
-        len(np.unique(noise.round(5))) > 0.9 * noise.size
-    )  # no two worlds or steps share their noise
+    # No two worlds or steps share their noise.
+    assert len(np.unique(noise.round(5))) > 0.9 * noise.size
     control = -0.1 * np.square(np.clip(steps.action, -1, 1)).sum(-1)
     np.testing.assert_allclose(steps.end.env_state.metrics["reward_ctrl"], control, rtol=1e-4)
 
@@ -114,9 +113,8 @@ def test_time_limit_truncates_and_the_next_episode_differs(env, start, run_rollo
     for _ in range(2):
         starts.append(np.asarray(state.worlds.env_state.obs))
         worlds, steps = run_rollout(with_elapsed(state, env.time_limit - 2))
-        assert (
-            not steps.terminated.any() and not steps.finished.any()
-        )  # they did not start at 0: no whole episodes
+        # They did not start at 0: no whole episodes.
+        assert not steps.terminated.any() and not steps.finished.any()
         np.testing.assert_array_equal(steps.done, np.arange(8)[:, None] == np.full(8, 1))
         np.testing.assert_array_equal(steps.end.env_state.info["truncated"], steps.done)
         np.testing.assert_array_equal(worlds.env_state.info["elapsed"], np.full(8, 6))
@@ -131,9 +129,8 @@ def test_time_limit_truncates_and_the_next_episode_differs(env, start, run_rollo
         state = state.replace(
             worlds=state.worlds.replace(key=jax.device_put(key, state.worlds.key.sharding))
         )
-    starts = np.concatenate(
-        [starts[0], starts[1], starts[3]]
-    )  # the first, second and, by later keys, third episode
+    # The first, second and, by later keys, third episode.
+    starts = np.concatenate([starts[0], starts[1], starts[3]])
     assert len(np.unique(starts, axis=0)) == len(starts)
 
 

@@ -129,9 +129,8 @@ def test_a_study(command, tmp_path, monkeypatch, capsys):
     values = [float(line.split()[0]) for line in lines[found + 1 :]]
     assert len(values) == 4 and values == sorted(values)
     rates = [float(line.split("--learning-rate ")[1]) for line in lines[found + 1 :]]
-    for value, rate in zip(
-        values, rates, strict=True
-    ):  # below 0.02 the returns end before the target
+    # Below 0.02 the returns end before the target.
+    for value, rate in zip(values, rates, strict=True):
         assert (value < 20) == (rate >= 0.02)
 
 

@@ -31,15 +31,13 @@ from ppo_mjx_unitree import mjx
 from tools import export
 
 SCRIPT = Path(unitree.__file__)
-FACTS = json.loads(
-    Path(__file__).with_name("g1_facts.json").read_text()
-)  # all that is here and not in the script
+# All that is here and not in the script.
+FACTS = json.loads(Path(__file__).with_name("g1_facts.json").read_text())
 BODIES = FACTS["bodies"]  # the base and, in the order of actions, what each joint moves
 DEFAULT, KP, KD = (np.array(FACTS[name], float) for name in ("default", "kp", "kd"))
 TORQUE, RANGE = (np.array([body[name] for body in BODIES[1:]]) for name in ("torque", "range"))
-FEET = [
-    i + 1 for i, body in enumerate(BODIES) if "ankle_roll" in body["name"]
-]  # ids of bodies; 0 is the world
+# Ids of bodies; 0 is the world.
+FEET = [i + 1 for i, body in enumerate(BODIES) if "ankle_roll" in body["name"]]
 ROBOT, WORLDS = unitree.ROBOTS["g1"], 16
 
 
@@ -134,9 +132,8 @@ def test_model_is_the_robot(build):
     names = ["base", *(body["name"] for body in BODIES[1:])]
     assert [model.body(i + 1).name for i in range(model.nbody - 1)] == names
     assert [model.joint(i).name for i in range(model.njnt)] == names
-    assert model.actuator_trnid[:, 0].tolist() == list(
-        range(1, 13)
-    )  # one motor for each joint, in order
+    # One motor for each joint, in order.
+    assert model.actuator_trnid[:, 0].tolist() == list(range(1, 13))
     assert model.body_mass.sum() == pytest.approx(FACTS["total_mass"], abs=1e-6)
     exact = "body_mass body_ipos body_parentid jnt_range jnt_axis jnt_type dof_armature dof_damping".split()
     for name in exact + ["dof_frictionloss"]:
@@ -175,9 +172,8 @@ def test_mass_matrix_and_bias_force(build):
             mujoco.mj_fullM(model, data, matrix)
         np.testing.assert_allclose(rows[0][2], rows[1][2], atol=1e-6)
         np.testing.assert_allclose(rows[0][1].qfrc_bias, rows[1][1].qfrc_bias, rtol=1e-6, atol=1e-5)
-        assert not rows[0][2][
-            6:12, 12:
-        ].any()  # what the tree's Cholesky factor relies on: the legs are not coupled
+        # What the tree's Cholesky factor relies on: the legs are not coupled.
+        assert not rows[0][2][6:12, 12:].any()
 
 
 def test_standing_height():
@@ -332,9 +328,8 @@ def test_observation_layout_and_scales():
         jnp.asarray(column, jnp.float32 if column.dtype == float else jnp.int32) for column in batch
     ]
     np.testing.assert_allclose(observe(*batch), expected, atol=3e-5)
-    assert (
-        np.unique(np.array(expected).round(9)).size > 6 * 40
-    )  # no two parts can be mistaken for another
+    # No two parts can be mistaken for another.
+    assert np.unique(np.array(expected).round(9)).size > 6 * 40
 
 
 def test_clock_does_not_flip():
@@ -389,9 +384,8 @@ def test_actor_sees_noise_and_the_critic_more(factor):
     np.testing.assert_allclose(noise[:, noisy].std(0), widths[noisy] / math.sqrt(3), rtol=0.15)
     assert (np.abs(noise[:, noisy].mean(0)) < 0.15 * widths[noisy]).all()
     correlation = np.corrcoef(noise[:, noisy].T) if factor else np.eye(1)
-    assert (
-        np.abs(correlation - np.eye(len(correlation))).max() < 0.25
-    )  # each number has its own noise
+    # Each number has its own noise.
+    assert np.abs(correlation - np.eye(len(correlation))).max() < 0.25
 
 
 # ---- Rewards
@@ -416,6 +410,7 @@ MOTION = dict(
     clearance=[0.015, 0.0],
     capture_error=0.1,
 )
+# Not told to stand.
 EXPECTED = {  # by the words and formulas of Unitree's rewards, with the numbers above
     "track_velocity": math.exp(-(0.3**2 + 0.4**2) / (0.04 + 0.21 * math.hypot(0.5, 0.2))),
     "track_yaw": math.exp(-(0.5**2) / 0.25),
@@ -437,7 +432,7 @@ EXPECTED = {  # by the words and formulas of Unitree's rewards, with the numbers
     "lifted_standing": 0,
     "capture": 0,
     "standing_pose": 0,
-}  # not told to stand
+}
 
 
 def motion(**changes) -> unitree.Motion:
@@ -787,12 +782,10 @@ def test_stepping_motion_follows_the_command(command):
         moved = (lift_off[0] - landing[0])[:2]
         center = (lift_off[0] + landing[0])[:2] / 2
         expected = -0.44 * np.array(command[:2]) + turn * np.array([-center[1], center[0]])
-        np.testing.assert_allclose(
-            moved, expected, atol=0.06
-        )  # a metre takes 0.44 m; turning moves the foot little
-        np.testing.assert_allclose(
-            lift_off[1][:, 2], landing[1][:, 2], atol=0.08
-        )  # without the ankle: 0.6
+        # A metre takes 0.44 m; turning moves the foot little.
+        np.testing.assert_allclose(moved, expected, atol=0.06)
+        # Without the ankle: 0.6.
+        np.testing.assert_allclose(lift_off[1][:, 2], landing[1][:, 2], atol=0.08)
         yaw = math.atan2(*(lift_off[1] @ landing[1].T)[[1, 0], [0, 0]])
         assert yaw == pytest.approx(turn, abs=0.08)  # rolling a leg turns its foot a little
         assert (middle[0][2] > landing[0][2] + 0.05) == any(command)
@@ -1053,9 +1046,8 @@ def test_every_randomised_number_changes_the_physics(step, moments):
         "delay": 2,
     }
     assert names == sorted(other)
-    kinds = {
-        name: values.dtype for name, values in state.info["domain"].items()
-    }  # other ones would be traced anew
+    # Other ones would be traced anew.
+    kinds = {name: values.dtype for name, values in state.info["domain"].items()}
     changed = {
         name: jnp.array(
             [other[name] if i == world else usual[name] for world in range(WORLDS)], kinds[name]
@@ -1210,26 +1202,23 @@ def test_commands_and_pushes_come_by_chance():
         )
     )
     kicked = speed[1:] - speed[:-1]
-    visible = (
-        1 - USUAL.standing**2
-    )  # a new command that says to stand, as the old one did, cannot be seen
+    # A new command that says to stand, as the old one did, cannot be seen.
+    visible = 1 - USUAL.standing**2
     for moved, every, seen in (
         (command[1:] != command[:-1], 250, visible),
         (kicked[..., :2], 200, 1),
     ):
         moved = moved.astype(bool).any(axis=-1)  # [steps, worlds]
         count, expected = moved.sum(), steps * worlds * seen / every
-        assert count == pytest.approx(
-            expected, abs=4 * math.sqrt(expected)
-        )  # 4 standard deviations of a rare event
+        # 4 standard deviations of a rare event.
+        assert count == pytest.approx(expected, abs=4 * math.sqrt(expected))
         phases = moved.reshape(10, 40, worlds).sum(axis=(0, 2))  # of the gait
         assert phases.min() > 0 and phases.max() < 4 * count / 40
         assert (moved.sum(axis=1) < 0.1 * worlds).all()  # no step takes all worlds at once
     assert (kicked[..., 0] != 0).sum() == (kicked[..., 1] != 0).sum() and not kicked[:, :, 2:].any()
     assert 0.7 < np.abs(kicked).max() <= 0.8 + 1e-6
-    seen = np.where(
-        np.asarray(states.info["elapsed"])[..., None] % 40 >= 20, [1, -1, -1], 1
-    )  # in the mirror
+    # In the mirror.
+    seen = np.where(np.asarray(states.info["elapsed"])[..., None] % 40 >= 20, [1, -1, -1], 1)
     np.testing.assert_allclose(
         states.obs["critic"][:, :, 9:12], seen * command[1:] * [2, 2, 0.25], rtol=1e-6
     )
@@ -1435,9 +1424,8 @@ def test_rollout_of_short_episodes(make_mesh):
     env, mesh = make(Short, USUAL), make_mesh(1)
     state, (worlds, steps) = make_state(env, mesh), run_rollout(env, mesh)
     started = as_numpy(state.worlds.env_state.info["elapsed"])
-    assert set(started) == set(
-        range(5)
-    )  # clocks start at random, so that time limits do not come all at once
+    # Clocks start at random, so that time limits do not come all at once.
+    assert set(started) == set(range(5))
     assert not steps.terminated.any()
     time = started + np.arange(1, 9)[:, None]
     np.testing.assert_array_equal(steps.done, time % 5 == 0)
@@ -1469,9 +1457,8 @@ def test_rollout_of_short_episodes(make_mesh):
     np.testing.assert_allclose(steps.mean, mean, atol=1e-5)
     noise = (steps.action - steps.mean) / np.exp(USUAL.init_log_std)
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
-    assert (
-        len(np.unique(noise.round(5))) > 0.9 * noise.size
-    )  # no two worlds or steps share their noise
+    # No two worlds or steps share their noise.
+    assert len(np.unique(noise.round(5))) > 0.9 * noise.size
 
 
 def test_two_devices_give_the_same_rollout(make_mesh):
@@ -1483,18 +1470,16 @@ def test_two_devices_give_the_same_rollout(make_mesh):
 def test_broken_world_does_not_reach_the_networks(make_mesh):
     """Training on two devices goes on with finite numbers, counts the reset, and keeps one learner."""
     env, mesh = make(Short, USUAL), make_mesh(2)
-    state = jax.tree.map(
-        lambda x: jax.device_put(jnp.copy(x), x.sharding), make_state(env, mesh)
-    )  # to be donated
+    # To be donated.
+    state = jax.tree.map(lambda x: jax.device_put(jnp.copy(x), x.sharding), make_state(env, mesh))
     data = state.worlds.env_state.data
     data = data.replace(qvel=jax.device_put(data.qvel.at[3, 0].set(jnp.nan), data.qvel.sharding))
     state = state.replace(
         worlds=state.worlds.replace(env_state=state.worlds.env_state.replace(data=data))
     )
     state, metrics = unitree.train_iteration.lower(USUAL, env, mesh, state).compile(QUICK)(state)
-    assert (
-        metrics.pop("black_box")["broken"].any(axis=1).sum() == 1
-    )  # in the box of the device that holds the world
+    # In the box of the device that holds the world.
+    assert metrics.pop("black_box")["broken"].any(axis=1).sum() == 1
     assert metrics["charts/nan_resets"] == 1 and metrics["charts/falls"] == 0
     assert all(np.isfinite(as_numpy(x)).all() for x in jax.tree.leaves(state))
     assert all(np.isfinite(x) for x in metrics.values()) and metrics["charts/episodic_length"] == 5
@@ -1554,9 +1539,8 @@ def test_broken_steps_are_not_learnt_from(make_mesh, reward):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(learner))
     value, ones = np.full((8, 64), 2.0, np.float32), np.ones((8, 64), np.float32)
     advantage, target = unitree.compute_gae(USUAL, ones, value, 3 * ones, breaks, breaks, ~breaks)
-    np.testing.assert_allclose(
-        advantage[1, 5], 1 + 0.99 * 3 - 2, rtol=1e-6
-    )  # bootstraps, and looks no further
+    # Bootstraps, and looks no further.
+    np.testing.assert_allclose(advantage[1, 5], 1 + 0.99 * 3 - 2, rtol=1e-6)
     assert not np.asarray(advantage)[breaks].any() and advantage.shape == target.shape == (8, 64)
 
 
@@ -1656,9 +1640,8 @@ def test_loss_by_hand(imitation_coef, iteration):
     density = np.prod(
         np.exp(-0.5 * ((action - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi)), axis=1
     )
-    old_mean = (
-        action.copy()
-    )  # such that the old policy's density is density / ratio: off along the first number alone
+    # Such that the old policy's density is density / ratio: off along the first number alone.
+    old_mean = action.copy()
     old_mean[:, 0] += old_std[0] * np.sqrt(
         -2 * np.log(density / ratio * np.prod(old_std) * 2 * math.pi)
     )
@@ -1680,9 +1663,8 @@ def test_loss_by_hand(imitation_coef, iteration):
         ),
         jnp.full(3, True),
     )
-    wrong = jax.tree.map(lambda x: 1e3 + 0 * x[:1], batch).replace(
-        valid=jnp.array([False])
-    )  # a broken world's step
+    # A broken world's step.
+    wrong = jax.tree.map(lambda x: 1e3 + 0 * x[:1], batch).replace(valid=jnp.array([False]))
     batch = jax.tree.map(lambda *x: jnp.concatenate(x), batch, wrong)
     loss, metrics = run(
         partial(unitree.ppo_loss, args, TINY), learner, params, batch, jnp.float32(0.01)
@@ -1717,9 +1699,8 @@ def test_loss_by_hand(imitation_coef, iteration):
             else 0
         )
     weight = max(0.0, 1 - iteration * 10 / 40)
-    policy_loss = (
-        -(2.0 * 1.2 + -1.0 * 0.8 + 0.5 * 1.1) / 3
-    )  # ratios 1.5, 0.6 and 1.1, clipped where that is worse
+    # Ratios 1.5, 0.6 and 1.1, clipped where that is worse.
+    policy_loss = -(2.0 * 1.2 + -1.0 * 0.8 + 0.5 * 1.1) / 3
     entropy = np.log(std * math.sqrt(2 * math.pi * math.e)).sum()
     expected = {
         "losses/policy_loss": policy_loss,
@@ -1777,10 +1758,8 @@ def update(make_mesh):
             "critic": random.standard_normal((16, 20)),
         }
         mean = by_hand(learner.params["actor"], learner.obs_stats["actor"], obs["actor"])
-        old_mean = mean + [
-            math.exp(-0.5) * math.sqrt(2 * kl),
-            0,
-        ]  # at equal std, the divergence is (shift / std)^2 / 2
+        # At equal std, the divergence is (shift / std)^2 / 2.
+        old_mean = mean + [math.exp(-0.5) * math.sqrt(2 * kl), 0]
         action = mean + random.standard_normal((16, 2))
         (advantage, target) = random.standard_normal((2, 16))
         batch = unitree.Batch(
@@ -1829,9 +1808,8 @@ def test_step_size_follows_the_kl_divergence(update, rate, factor, expected):
             ]
         )
     )
-    assert moved.max() == pytest.approx(
-        rate, rel=0.05
-    )  # Adam's first step; small numbers round the rest
+    # Adam's first step; small numbers round the rest.
+    assert moved.max() == pytest.approx(rate, rel=0.05)
     assert metrics["charts/learning_rate"] == before.learning_rate and int(learner.iteration) == 1
 
 
@@ -1974,10 +1952,8 @@ def test_short_training_helps(make_mesh, tmp_path, step, starts):
     before, after = (
         episodes(step, start, policy).mean() for policy in ({}, load_policy(run_dir / "policy.npz"))
     )
-    assert after > 1.6 * before > 0, (
-        before,
-        after,
-    )  # observed: 6.3 to 10.2 with four seeds, and 3.2
+    # Observed: 6.3 to 10.2 with four seeds, and 3.2.
+    assert after > 1.6 * before > 0, (before, after)
 
 
 def test_run_folder(trained):
@@ -2031,9 +2007,8 @@ def test_exported_policy_is_the_actor(trained, env):
     mean = actor.apply(learner.params["actor"], unitree.normalize(learner.obs_stats["actor"], seen))
     mean = np.where(second_half, mirror_joints(mean), mean)
     assert np.ptp(mean) > 0.5 and 0.2 < second_half.mean() < 0.8
-    np.testing.assert_allclose(
-        act(policy, mirrored(obs)), mirror_joints(mean), atol=1e-5
-    )  # whatever it has learnt
+    # Whatever it has learnt.
+    np.testing.assert_allclose(act(policy, mirrored(obs)), mirror_joints(mean), atol=1e-5)
     np.testing.assert_allclose(act(policy, obs), mean, atol=1e-5)
     np.testing.assert_allclose(act(policy, obs[3]), mean[3], atol=1e-5)
     onnx, file = pytest.importorskip("onnx"), trained[0] / "policy.onnx"
@@ -2156,9 +2131,8 @@ BAD_CALLS = [
 def test_bad_call_ends_with_one_line(tmp_path, monkeypatch, capsys, call):
     """What cannot run is refused by code 2 and one line that names the culprit, and leaves nothing behind."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        unitree.importlib.util, "find_spec", lambda name: None
-    )  # no optional package is there
+    # No optional package is there.
+    monkeypatch.setattr(unitree.importlib.util, "find_spec", lambda name: None)
     Path("a_file").touch()
     for folder in ("garbage", "started"):
         Path(folder).mkdir()
@@ -2233,9 +2207,8 @@ def deploy(policy: dict, command, qpos, seconds: float) -> dict[str, np.ndarray]
             )
             obs[45:] = math.sin(clock), math.cos(clock)
             second_half = counter // 10 % 40 >= 20
-            if (
-                second_half
-            ):  # what the networks see is the mirrored robot, which is half a period earlier
+            # What the networks see is the mirrored robot, which is half a period earlier.
+            if second_half:
                 obs = mirror_critic(np.concatenate([np.zeros(3), obs])[None])[0, 3:]
             hidden = np.clip(
                 (obs - policy["obs_mean"]) / np.sqrt(policy["obs_var"] + 1e-8), -10, 10
@@ -2292,9 +2265,8 @@ def test_trained_policy_in_the_deployment_loop(command):
                 for column in seen["velocity"][50:].T
             ]
         ).T
-        assert (
-            np.linalg.norm((mean - command)[:, :2], axis=1).mean() < 0.15
-        )  # m/s, means over a gait period
+        # M/s, means over a gait period.
+        assert np.linalg.norm((mean - command)[:, :2], axis=1).mean() < 0.15
         assert np.abs(mean[:, 2]).mean() < 0.2 and seen["qpos"][-1, 0] > 4
     else:
         assert np.linalg.norm(seen["qpos"][:, :2], axis=1).max() < 0.1

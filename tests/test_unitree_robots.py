@@ -312,9 +312,8 @@ def test_air_time_and_posture_by_hand():
             expected, abs=1e-6
         )
     robot = ROBOTS["g1_29dof"]
-    bent = robot.joint_array("default") + np.where(
-        np.arange(29) < 14, 0.1, 0.0
-    )  # legs, two of the waist
+    # Legs, two of the waist.
+    bent = robot.joint_array("default") + np.where(np.arange(29) < 14, 0.1, 0.0)
     assert unitree.unweighted_terms(robot, motion_of(robot, angles=bent))[
         "posture"
     ] == pytest.approx(0.02)
