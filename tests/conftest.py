@@ -23,8 +23,8 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 2)
 jax.devices()  # start the backend, so that no test changes the number of devices
 # Tracing makes millions of objects that live on, and the collector would go through all of them
-# again and again. What the imports made is not looked at any more.
-gc.set_threshold(200_000, 20, 50)
+# again and again. So it runs after each file only, and does not look again at what has survived.
+gc.disable()
 gc.collect()
 gc.freeze()
 
@@ -52,6 +52,12 @@ def forget_programs():
     yield
     jax.clear_caches()
     gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """pytest collects garbage five times at the end."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

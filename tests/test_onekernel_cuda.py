@@ -577,7 +577,7 @@ def test_worlds_share_no_scratch_memory():
         assert touched(worlds) == worlds * one
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME_SLOW)
 def test_kernels_for_cpus_compute_what_the_graph_means(name):
     made = program(name)
     text, scratch = cpu.kernel_ir(made.graph, made.mapped, made.sizes, len(made.shapes), True)
