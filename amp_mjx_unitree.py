@@ -180,6 +180,8 @@ class Args:
     """mean seconds between commands; each control step has the same chance of a new one"""
     standing: Fraction = 0.15
     """share of the commands that tell the robot to stand still"""
+    one_axis: Fraction = 0.5
+    """share of the others that are along one axis: forwards, sideways or a turn alone"""
     obs_noise: NonNegative = 1.0
     """factor of the noise on the actor's observation"""
     push_speed: NonNegative = 0.8
@@ -209,12 +211,12 @@ class Args:
     """how often each file is drawn, in any unit; by default as often as it is long"""
     mirror: bool = True
     """the reference has each motion's mirror image, too, and the policy is its own mirror image"""
-    reference_starts: Fraction = 0.6
+    reference_starts: Fraction = 0.4
     """share of the episodes that begin somewhere in the reference, not in the default pose"""
-    min_progress: Fraction = 0.2
+    min_progress: Fraction = 0.35
     """an episode is lost when a robot that is told to move has done less than this share of it for
     about a second, as standing still is too good a way not to fall; 0: never"""
-    task_share: Fraction = 0.5
+    task_share: Fraction = 0.6
     """share of the task in the reward; the rest is for the style, so that 0 is style alone"""
     num_frames: Annotated[int, Range(2, 4)] = 2
     """control steps that the discriminator sees at once"""
@@ -249,9 +251,9 @@ class Args:
     """the critic's step size, which nothing adapts: it starts from nothing, unlike the actor"""
 
     # The algorithm, with CleanRL's names
-    total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
+    total_timesteps: Annotated[int, Range(1, 2**62)] = 25_000_000
     """environment steps, over all worlds"""
-    learning_rate: NonNegative = 1e-4
+    learning_rate: NonNegative = 3e-4
     """the actor's step size at the start; a larger one would undo the copy before it can adapt"""
     num_envs: Count = 512
     """worlds, over all devices"""
@@ -275,7 +277,7 @@ class Args:
     """weight of the value loss"""
     max_grad_norm: NonNegative = 1.0
     """gradients are scaled down to this norm"""
-    desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.02
+    desired_kl: Annotated[float | None, Range(0, 1e9)] = 0.04
     """adapt the step size to this KL divergence; None: anneal the step size linearly to 0"""
     final_kl: Fraction = 0.5
     """share of that divergence that is left at the end; linear in between"""
@@ -1122,9 +1124,12 @@ class Env:
         Slow ones are 0, so that the command to stand differs from any to walk.
         """
         args = self.args
-        value_key, stand_key = jax.random.split(key)
+        value_key, stand_key, axis_key = jax.random.split(key, 3)
         low, high = np.array([args.command_x, args.command_y, args.command_yaw]).T
         command = jax.random.uniform(value_key, (3,), minval=low, maxval=high)
+        choice = jax.random.uniform(axis_key)
+        axis = jnp.floor(3 * choice / max(args.one_axis, 1e-9))  # beyond 2: all three
+        command = jnp.where((choice < args.one_axis) & (jnp.arange(3) != axis), 0.0, command)
 
         speed = jnp.linalg.norm(command[:2])
         turn = jnp.abs(command[2])

@@ -875,6 +875,28 @@ def test_missing_reference_is_one_line(tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "motions" / "g1_29dof.npz") in error and "record_motion.py" in error
 
 
+def draw_commands(args: amp.Args) -> np.ndarray:
+    """4000 commands [4000, 3] of the training."""
+    draw = partial(amp.Env.draw_command, types.SimpleNamespace(args=args))
+    return np.asarray(run(jax.vmap(draw), jax.random.split(jax.random.key(0), 4000)))
+
+
+def test_commands_along_one_axis():
+    """As many as the flag says, a third of them along each, over its whole range."""
+    for share in (0.0, 0.6, 1.0):
+        args = amp.Args(standing=0.0, one_axis=share)
+        commands = draw_commands(args)
+        for axis, (low, high) in enumerate((args.command_x, args.command_y, args.command_yaw)):
+            others = np.delete(commands, axis, axis=1)
+            alone = commands[(others == 0).all(axis=1) & (commands[:, axis] != 0), axis]
+            moves = 1 - 0.4 / (high - low)  # the slow ones of this axis are 0
+            rare = 0.1 * (1 - share)  # all three are drawn, and the others are slow
+            assert share / 3 * moves - 0.02 < len(alone) / 4000 < share / 3 * moves + rare + 0.02
+            if share:
+                edge = 0.03 * (high - low)
+                assert low <= alone.min() < low + edge and high - edge < alone.max() <= high
+
+
 # ---- Tools ---------------------------------------------------------------------------------------
 def test_recorded_commands_cover_their_ranges():
     """To stand first, and after each third one; ends of each axis; the others as in training, with the mirror's
@@ -888,10 +910,7 @@ def test_recorded_commands_cover_their_ranges():
     np.testing.assert_allclose(commands.max(axis=0), [1.0, 0.4, 0.8])
     np.testing.assert_allclose(commands.min(axis=0), [-0.6, 0.0, -0.8])
     drawn = np.concatenate([commands[10:], commands[10:] * [1, -1, -1]])
-    env = types.SimpleNamespace(args=amp.Args(standing=0.15))
-    trained = run(
-        jax.vmap(partial(amp.Env.draw_command, env)), jax.random.split(jax.random.key(0), 4000)
-    )
+    trained = draw_commands(amp.Args(standing=0.15, one_axis=0.0))
     for shares in ((drawn == 0).mean(axis=0), (np.asarray(trained) == 0).mean(axis=0)):
         np.testing.assert_allclose(shares, [0.23, 0.23, 0.36], atol=0.03)
     np.testing.assert_allclose(np.std(drawn, axis=0), np.std(trained, axis=0), rtol=0.05)
