@@ -296,26 +296,19 @@ def test_recorded_commands_are_those_of_the_clip(tmp_path):
 
 
 def test_the_actor_begins_as_a_copy_of_the_reference(motions):
-    """In the reference's frames it acts as there, though it sees them with noise; without cloning it does not."""
+    """In the reference's frames it acts as there, though it sees them with noise."""
     args = dataclasses.replace(
         SMALL, clone_updates=300, clone_batch_size=64, hidden_sizes=(64,), init_log_std=-2.0
     )
-    error = {}
-    for updates in (0, 300):
-        args = dataclasses.replace(args, clone_updates=updates)
-        env = make(Toy, args)
-        learner = run(partial(amp.init_train_state, args, env), motions, jax.random.key(0)).learner
-        stats = learner.obs_stats["actor"]
-        _, policy = amp.apply_policy(
-            args, env, learner.params, (), amp.normalize(stats, motions.obs)
-        )
-        error[updates] = float(jnp.square(policy.mean - motions.action).mean())
-        if updates:
-            np.testing.assert_allclose(stats.mean, motions.obs.mean(axis=0), atol=1e-5)
-            assert (
-                np.asarray(stats.var) >= np.asarray(env.noise) ** 2 / 3
-            ).all() and stats.count == 1e9
-    assert error[300] < 0.5 * error[0]
+    env = make(Toy, args)
+    learner = run(partial(amp.init_train_state, args, env), motions, jax.random.key(0)).learner
+    stats = learner.obs_stats["actor"]
+    _, policy = amp.apply_policy(args, env, learner.params, (), amp.normalize(stats, motions.obs))
+    error = jnp.square(policy.mean - motions.action).mean()
+    assert error < 0.5 * jnp.square(motions.action).mean()  # of an actor that does nothing
+    np.testing.assert_allclose(stats.mean, motions.obs.mean(axis=0), atol=1e-5)
+    assert (np.asarray(stats.var) >= np.asarray(env.noise) ** 2 / 3).all()
+    assert stats.count == 1e9
 
 
 def test_the_critic_learns_first():

@@ -45,8 +45,8 @@ LOOKS = (
 # All others go on.
 FALLING = ["Hopper", "Walker2d", "Ant", "Humanoid", "InvertedPendulum", "InvertedDoublePendulum"]
 # Their kernels take longest, and their physics has nothing that Ant's has not but tendons, which the gripper of
-# test_own_robots.py has.
-SLOW = ("Humanoid", "HumanoidStandup", "Pusher")
+# test_own_robots.py has. Walker2d is a Hopper with two legs.
+SLOW = ("Humanoid", "HumanoidStandup", "Pusher", "Walker2d")
 
 
 def some_slow(names, slow=SLOW) -> list:
@@ -227,7 +227,7 @@ def long_rollout(task_id: str):
     [
         ("HalfCheetah", 10),
         ("Hopper", 50),
-        ("Walker2d", 50),
+        pytest.param("Walker2d", 50, marks=pytest.mark.slow),
         ("Ant", 10),
         ("Swimmer", 50),
         ("InvertedPendulum", 50),

@@ -618,7 +618,9 @@ def test_on_a_gpu(name):
 GENERATIONS = [(name, generation) for name in NAMES[:2] for generation in (70, 80, 90, 120)]
 
 
-@pytest.mark.parametrize(("name", "generation"), [*GENERATIONS, (NAMES[2], 90)])
+@pytest.mark.parametrize(
+    ("name", "generation"), [*GENERATIONS, pytest.param(NAMES[2], 90, marks=pytest.mark.slow)]
+)
 def test_ptx(name, generation):
     """The robot's kernel takes LLVM seconds, and has no operation that the others have not."""
     made = program(name)

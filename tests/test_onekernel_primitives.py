@@ -319,7 +319,13 @@ def no_kept_kernels():
         yield
 
 
-@pytest.mark.parametrize("name", CASES)
+# LLVM takes 20 seconds; large_moves and tables_of_a_world read and write by index in memory, too.
+SLOW = ("large_gather_and_scatter",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+)
 def test_primitive(name, monkeypatch):
     """The compiled function has JAX's numbers, and the same bits in every batch and alone."""
     checked = CASES[name]

@@ -250,6 +250,7 @@ def test_first_signal_asks_and_a_second_one_ends():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets another process's limits")
+@pytest.mark.slow
 def test_disk_that_is_full_ends_the_run_with_a_line(tmp_path):
     """From the first checkpoint on no file may be large: one line, code 1, and that checkpoint is whole."""
     run = faults.Run(

@@ -726,7 +726,7 @@ def iterate(args, env, iterations: int, state=None):
     return state, history
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_iterations_run(devices):
     """Clocks count, first actions are uniform, all is finite, each device has the same networks."""
     if len(jax.devices()) < devices:
