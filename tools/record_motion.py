@@ -49,7 +49,7 @@ def list_commands(
     """Commands [n, 3] that cover their ranges [3, 2], none to the right; the first is to stand.
 
     count: of the random ones; standing: the share of these that is to stand. Of the others, what is
-    slower than `slowest` is 0, as in the scripts' Env.draw_command.
+    slower than `slowest` is 0, as in ppo_mjx_unitree.py's Env.draw_command.
     """
     ranges = np.array(ranges)
     # The mirror changes the signs of the last two at once, and so shows the other half of them.
