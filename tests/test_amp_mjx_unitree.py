@@ -295,6 +295,7 @@ def test_recorded_commands_are_those_of_the_clip(tmp_path):
     np.testing.assert_array_equal(slow, told[np.ceil(np.arange(19) / 2).astype(int)])
 
 
+@pytest.mark.slow
 def test_the_actor_begins_as_a_copy_of_the_reference(motions):
     """In the reference's frames it acts as there, though it sees them with noise; without cloning it does not."""
     args = dataclasses.replace(

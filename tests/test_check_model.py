@@ -241,6 +241,7 @@ def test_iterations_that_converge():
     assert needed["elliptic"] >= (20, 20)
 
 
+@pytest.mark.slow
 def test_measured(capsys):
     """Compiled for once: MJX's step is C MuJoCo's, and both speeds are there."""
     if ppo_mjx.onekernel is None:

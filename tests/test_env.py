@@ -45,7 +45,7 @@ LOOKS = (
 # All others go on.
 FALLING = ["Hopper", "Walker2d", "Ant", "Humanoid", "InvertedPendulum", "InvertedDoublePendulum"]
 # Their kernels take longest, and their physics has nothing that Ant's has not but tendons, which the gripper of
-# test_own_robots.py has. Walker2d is a Hopper with two legs.
+# test_onekernel_mjx.py has. Walker2d is a Hopper with two legs.
 SLOW = ("Humanoid", "HumanoidStandup", "Pusher", "Walker2d")
 
 

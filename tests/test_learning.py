@@ -5,6 +5,7 @@ each seed. Who changes on purpose what is learnt runs the command again with all
 writes the new numbers there.
 """
 
+import contextlib
 import json
 import shlex
 from pathlib import Path
@@ -27,27 +28,38 @@ MARGIN = 1.5
 def measure(run_dir: Path) -> dict[str, float]:
     """The return of the trained policy in C MuJoCo, and means of metrics over the whole run.
 
-    The return differs much from seed to seed. The metrics do not, and show what it hides.
+    The return differs much from seed to seed, or is the highest for all. The metrics do not, and show what
+    it hides.
     """
     run = json.loads((run_dir / "run.json").read_text())
     log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     values = {"return": run["evaluation"]["C MuJoCo"]["mean"]}
-    for name in ("clipfrac", "grad_norm"):
-        values[name] = np.mean([event.value for event in log.Scalars(f"losses/{name}")])
+    for name in ("charts/episodic_return", "losses/clipfrac", "losses/grad_norm"):
+        values[name.split("/")[1]] = np.mean([event.value for event in log.Scalars(name)])
     return values
 
 
-@pytest.mark.parametrize("env_id", ["HalfCheetah", pytest.param("Hopper", marks=pytest.mark.slow)])
+TASKS = [
+    "InvertedPendulum",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("HalfCheetah", "Hopper")),
+]
+
+
+@pytest.mark.parametrize("env_id", TASKS)
 def test_run_is_in_the_band(tmp_path, env_id):
     """Seed 1 learns as the five seeds did: not worse, and not better either."""
     _, _, *flags = shlex.split(BANDS[env_id]["command"].replace("SEED", "1"))
-    with optimised():
+    # Where compiling takes longer than the steps, it is quick; the numbers are the same but for rounding.
+    with contextlib.nullcontext() if env_id == "InvertedPendulum" else optimised():
         ppo_mjx.main([*flags, "--runs-dir", str(tmp_path)])
     (run_dir,) = tmp_path.iterdir()
 
     outside = {}
-    for name, value in measure(run_dir).items():
-        five = [values[name] for values in BANDS[env_id]["seeds"].values()]
+    seeds = list(BANDS[env_id]["seeds"].values())
+    measured = measure(run_dir)
+    for name in seeds[0]:
+        value = measured[name]
+        five = [values[name] for values in seeds]
         factor = (max(five) / min(five)) ** MARGIN
         low = min(five) / factor
         high = max(five) * factor

@@ -115,6 +115,7 @@ def make_hard(state: ppo_mjx.TrainState) -> ppo_mjx.TrainState:
     return state.replace(worlds=worlds)
 
 
+@pytest.mark.slow
 def test_same_numbers(make_mesh, make_state, monkeypatch):
     """The first iteration, and one with time limits and a broken world, are those of ppo_mjx.py."""
     # There each device shuffles by its own number; here there is none.

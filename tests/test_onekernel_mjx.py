@@ -133,7 +133,7 @@ def relative_error(found: np.ndarray, true: np.ndarray) -> np.ndarray:
         ("sparse_flag", 3e-4, 1e-3),
         # Contacts and limits of a chain: test_onekernel_models.py has Walker2d's, after a step.
         pytest.param("hopper", 1e-5, 3e-4, marks=pytest.mark.slow),
-        ("quad_pos", 1e-4, 3e-3),
+        pytest.param("quad_pos", 1e-4, 3e-3, marks=pytest.mark.slow),  # test_own_robots.py moves it
     ],
 )
 def test_accelerations_are_c_mujocos(name, median, most, monkeypatch):
@@ -175,6 +175,7 @@ def advance_arms():
     return quick_jit(jax.vmap(advance_by(arm())))
 
 
+@pytest.mark.slow
 def test_one_world_is_one_of_many(advance_arms, monkeypatch):
     """Its work stands behind conditions; that of many worlds under jax.vmap does not. By Euler's
     method, with damping."""

@@ -319,41 +319,6 @@ def no_kept_kernels():
         yield
 
 
-# LLVM takes 20 seconds; large_moves and tables_of_a_world read and write by index in memory, too.
-SLOW = ("large_gather_and_scatter",)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
-)
-def test_primitive(name, monkeypatch):
-    """The compiled function has JAX's numbers, and the same bits in every batch and alone."""
-    checked = CASES[name]
-    monkeypatch.setattr(onekernel.api, "SCALAR_LIMITS", checked.scalar_limits)
-    generator = np.random.default_rng(zlib.crc32(name.encode()))
-    arguments = [make(generator, checked.worlds) for make in checked.inputs]
-    step = onekernel.compile(checked.function)
-    step_worlds = jax.jit(jax.vmap(step))
-
-    expected = by_xla(checked.function, arguments)
-    whole = step_worlds(*arguments)
-    found = differences(checked, arguments, whole, expected)
-
-    whole = {key: plain(value) for key, value in whole.items()}
-    for size, first in BATCHES.items():
-        if first + size > checked.worlds:
-            continue
-        part = step_worlds(*(x[first : first + size] for x in arguments))
-        for key, value in part.items():
-            if not same_bits(plain(value), whole[key][first : first + size]).all():
-                found.append(f"{key}: other bits in a batch of {size}")
-    alone = jax.jit(step)(*(x[7] for x in arguments))
-    for key, value in alone.items():
-        if not same_bits(plain(value), whole[key][7]).all():
-            found.append(f"{key}: other bits without vmap")
-    assert not found, "\n" + "\n".join(found)
-
-
 # ---- One number in, one number out ----------------------------------------------------------
 
 
@@ -1988,6 +1953,42 @@ def large_random_numbers(key):
 
 
 # ---- The kernel itself ---------------------------------------------------------------------
+
+
+# LLVM takes 20 and 7 seconds; large_moves and tables_of_a_world read and write by index in memory, too, and
+# test_onekernel_dense.py has large products.
+SLOW = ("large_gather_and_scatter", "large_products")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+)
+def test_primitive(name, monkeypatch):
+    """The compiled function has JAX's numbers, and the same bits in every batch and alone."""
+    checked = CASES[name]
+    monkeypatch.setattr(onekernel.api, "SCALAR_LIMITS", checked.scalar_limits)
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    arguments = [make(generator, checked.worlds) for make in checked.inputs]
+    step = onekernel.compile(checked.function)
+    step_worlds = jax.jit(jax.vmap(step))
+
+    expected = by_xla(checked.function, arguments)
+    whole = step_worlds(*arguments)
+    found = differences(checked, arguments, whole, expected)
+
+    whole = {key: plain(value) for key, value in whole.items()}
+    for size, first in BATCHES.items():
+        if first + size > checked.worlds:
+            continue
+        part = step_worlds(*(x[first : first + size] for x in arguments))
+        for key, value in part.items():
+            if not same_bits(plain(value), whole[key][first : first + size]).all():
+                found.append(f"{key}: other bits in a batch of {size}")
+    alone = jax.jit(step)(*(x[7] for x in arguments))
+    for key, value in alone.items():
+        if not same_bits(plain(value), whole[key][7]).all():
+            found.append(f"{key}: other bits without vmap")
+    assert not found, "\n" + "\n".join(found)
 
 
 def test_vmap_of_a_compiled_function_is_one_kernel():

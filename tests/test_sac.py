@@ -722,7 +722,13 @@ def long_before_learning(state):
     return state.replace(learner=state.learner.replace(steps=steps))
 
 
-@pytest.mark.parametrize("args", [ARGS, TWO_DEVICES], ids=["1 device", "2 devices"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        pytest.param(ARGS, id="1 device"),
+        pytest.param(TWO_DEVICES, id="2 devices", marks=pytest.mark.slow),
+    ],
+)
 def test_iterations_run(start, iterate, args):
     """Clocks count, the first steps are uniform, all is finite once the updates have begun."""
     state, history = iterate(args, start(args), 2)
