@@ -883,19 +883,23 @@ def draw_commands(args: amp.Args) -> np.ndarray:
 
 
 def test_commands_along_one_axis():
-    """As many as the flag says, a third of them along each, over its whole range."""
+    """As many as the flag says, a third of them along each, over its range but what is slow."""
     for share in (0.0, 0.6, 1.0):
         args = amp.Args(standing=0.0, one_axis=share)
         commands = draw_commands(args)
         for axis, (low, high) in enumerate((args.command_x, args.command_y, args.command_yaw)):
             others = np.delete(commands, axis, axis=1)
             alone = commands[(others == 0).all(axis=1) & (commands[:, axis] != 0), axis]
-            moves = 1 - 0.4 / (high - low)  # the slow ones of this axis are 0
             rare = 0.1 * (1 - share)  # all three are drawn, and the others are slow
-            assert share / 3 * moves - 0.02 < len(alone) / 4000 < share / 3 * moves + rare + 0.02
+            assert share / 3 - 0.02 < len(alone) / 4000 < share / 3 + rare + 0.02
             if share:
                 edge = 0.03 * (high - low)
                 assert low <= alone.min() < low + edge and high - edge < alone.max() <= high
+                assert 0.2 <= np.abs(alone).min() < 0.2 + edge
+            if share == 1:  # as likely in each half of what is not slow
+                assert np.mean(alone > (0.2 + high) / 2) == pytest.approx(
+                    high / (high - low) / 2, abs=0.04
+                )
 
 
 # ---- Tools ---------------------------------------------------------------------------------------

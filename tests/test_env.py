@@ -46,7 +46,7 @@ LOOKS = (
 FALLING = ["Hopper", "Walker2d", "Ant", "Humanoid", "InvertedPendulum", "InvertedDoublePendulum"]
 # Their kernels take longest, and their physics has nothing that Ant's has not but tendons, which the gripper of
 # test_onekernel_mjx.py has. Walker2d is a Hopper with two legs.
-SLOW = ("Humanoid", "HumanoidStandup", "Pusher", "Walker2d")
+SLOW = ("Humanoid", "HumanoidStandup", "InvertedDoublePendulum", "Pusher", "Walker2d")
 
 
 def some_slow(names, slow=SLOW) -> list:
@@ -231,7 +231,7 @@ def long_rollout(task_id: str):
         ("Ant", 10),
         ("Swimmer", 50),
         ("InvertedPendulum", 50),
-        ("InvertedDoublePendulum", 10),
+        pytest.param("InvertedDoublePendulum", 10, marks=pytest.mark.slow),
         ("Reacher", 50),
         pytest.param("Pusher", 50, marks=pytest.mark.slow),
     ],

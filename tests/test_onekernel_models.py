@@ -78,7 +78,8 @@ NAMES = [name for name in mjx_models.NAMES if name not in NOT_BY_MJX + LIKE_ANOT
 
 
 # They take longest; parts of theirs are in others.
-SLOW = ("Ant", "HalfCheetah", "Hopper", "Swimmer", "dense_contacts", "double_pole", "lengths")
+SLOW = ("Ant", "HalfCheetah", "Hopper", "Swimmer", "InvertedDoublePendulum", "Reacher")
+SLOW += ("dense_contacts", "double_pole", "lengths")
 
 
 @pytest.mark.parametrize(

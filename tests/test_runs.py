@@ -339,6 +339,7 @@ def run(code: str, *flags, optimize: bool = False) -> subprocess.CompletedProces
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_evaluation_needs_nothing_of_training(copy):
     """Packages of the log are missing, and so is the GPU of a run that was tracked.
 

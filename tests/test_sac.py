@@ -770,6 +770,7 @@ def test_no_update_before_learning_starts(start, iterate):
     assert abs(actions.mean()) < 0.15
 
 
+@pytest.mark.slow
 def test_host_buffer_learns_the_same(start, iterate):
     """A buffer in the host's memory gives the same networks, worlds and buffer on two devices."""
     on_device, first = iterate(TWO_DEVICES, start(TWO_DEVICES), 2)

@@ -760,6 +760,7 @@ def test_iterations_run(devices):
         assert all((shard == shards[0]).all() for shard in shards)
 
 
+@pytest.mark.slow
 def test_no_update_before_learning_starts():
     """The random steps of each world are rounded up, and change no network."""
     args = make_args(learning_starts=129)

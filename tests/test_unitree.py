@@ -1461,6 +1461,7 @@ def test_rollout_of_short_episodes(make_mesh):
     assert len(np.unique(noise.round(5))) > 0.9 * noise.size
 
 
+@pytest.mark.slow  # the next one trains on two devices, and test_rollout.py has this for ppo_mjx.py
 def test_two_devices_give_the_same_rollout(make_mesh):
     """The worlds do not notice how many devices share them."""
     one, two = (run_rollout(make(Short, USUAL), make_mesh(devices)) for devices in (1, 2))
