@@ -29,7 +29,7 @@ TRAINED = ["filter", "imu", "mocap", "quad_pos"]
 TRAINED[2:] = [pytest.param(name, marks=pytest.mark.slow) for name in TRAINED[2:]]
 # The largest, and those that move as others do: what is theirs is tested below.
 SLOW = {"dense_contacts", "double_pole", "elliptic", "flywheel", "lengths", "mesh", "mixed_range"}
-SLOW |= {"gripper", "no_camera", "quad_inherit", "sparse_flag", "swimmer_euler"}
+SLOW |= {"gripper", "imu", "mocap", "no_camera", "quad_inherit", "sparse_flag", "swimmer_euler"}
 TOUCHING = {"dense_contacts", "elliptic", "imu", "lengths", "quad_inherit", "quad_pos"}
 WORLDS = 4
 

@@ -586,6 +586,7 @@ def trained(make_mesh, tmp_path_factory) -> Training:
     )
 
 
+@pytest.mark.slow
 def test_short_training_raises_the_levels(trained):
     """All begin on the easiest ground; who glides as commanded goes up. The log has the mean, and that of each kind."""
     assert trained.levels[0].max() <= 1 and trained.levels[:3].mean() < 0.1
@@ -601,6 +602,7 @@ def test_short_training_raises_the_levels(trained):
         )
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted(trained):
     """Three iterations after a checkpoint all is the same to the bit, levels and ground included."""
     later, resumed = trained.resumed
@@ -611,6 +613,7 @@ def test_resumed_is_uninterrupted(trained):
     )
 
 
+@pytest.mark.slow
 def test_levels_change_where_episodes_end(trained):
     """By the rule where one ends, and not before; the kind stays; the next episode's account starts at 0."""
     _, steps, worlds = trained.rollout

@@ -408,6 +408,7 @@ def test_bad_gradients_are_seen_in_the_metrics(script, tmp_path, monkeypatch, ca
 # ---- Bad input
 
 
+@pytest.mark.slow
 def test_random_calls_run_or_are_refused(whole, tmp_path, monkeypatch):
     """A sample of the 300 that benchmarks/faults.py draws."""
     foreign = tmp_path / "ppo"

@@ -682,6 +682,7 @@ def test_check(name):
     CHECKS[name](sac_mjx)
 
 
+@pytest.mark.slow
 def test_draws_before_the_buffer_is_full():
     check_draws(sac_mjx, rollouts=1)
 

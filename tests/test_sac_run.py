@@ -251,7 +251,8 @@ def red(frame: np.ndarray) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")  # imageio starts ffmpeg
-@pytest.mark.parametrize("name", [pytest.param("training", marks=pytest.mark.slow), "policy"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["training", "policy"])
 def test_films(small_run, monkeypatch, capsys, name):
     """The training with its curves, then the trained policy, at real speed; or that one alone."""
     shipped = sac.CMujocoEnv.step
