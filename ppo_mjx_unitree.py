@@ -171,6 +171,8 @@ class Args:
     """mean seconds between commands; each control step has the same chance of a new one"""
     standing: Fraction = 0.2
     """share of the commands that tell the robot to stand still"""
+    one_axis: Fraction = 0.5
+    """share of the others that are along one axis: forwards, sideways or a turn alone"""
     obs_noise: NonNegative = 1.0
     """factor of the noise on the actor's observation"""
     push_speed: NonNegative = 0.8
@@ -1187,12 +1189,19 @@ class Env:
     def draw_command(self, key: jax.Array) -> jax.Array:
         """A velocity [3] in the base's frame: m/s, m/s, rad/s.
 
-        Slow ones are 0, so that the command to stand differs from any to walk.
+        Slow ones are 0, so that the command to stand differs from any to walk; of those along one
+        axis none is slow, as they would be many.
         """
         args = self.args
-        value_key, stand_key = jax.random.split(key)
+        value_key, stand_key, axis_key = jax.random.split(key, 3)
         low, high = np.array([args.command_x, args.command_y, args.command_yaw]).T
         command = jax.random.uniform(value_key, (3,), minval=low, maxval=high)
+        choice = jax.random.uniform(axis_key)
+        axis = jnp.floor(3 * choice / max(args.one_axis, 1e-9))  # beyond 2: all three
+        fastest = jnp.maximum(jnp.where(command > 0, high, -low), 1e-9)
+        quick = MIN_COMMAND * jnp.sign(command) + (1 - MIN_COMMAND / fastest) * command
+        alone = jnp.where(jnp.arange(3) == axis, quick, 0.0)
+        command = jnp.where(choice < args.one_axis, alone, command)
 
         speed = jnp.linalg.norm(command[:2])
         turn = jnp.abs(command[2])

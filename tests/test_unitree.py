@@ -1254,7 +1254,7 @@ def test_chances_follow_the_settings(args, commands, pushes):
 
 def test_commands_cover_their_ranges():
     """Some say to stand, slow parts are 0, the rest is uniform in its range."""
-    args, keys = USUAL, jax.random.split(jax.random.key(0), 4000)
+    args, keys = dataclasses.replace(USUAL, one_axis=0.0), jax.random.split(jax.random.key(0), 4000)
     command = np.asarray(run(jax.vmap(make(Toy, args).draw_command), keys))
     planar, standing = np.linalg.norm(command[:, :2], axis=1), (command == 0).all(axis=1)
     slow, still = math.pi * 0.2**2 / (1.6 * 0.8), 0.2 / 0.8  # shares of the ranges
@@ -1271,6 +1271,25 @@ def test_commands_cover_their_ranges():
         values, edge = values[(planar > 0) & (command[:, 2] != 0)], 0.02 * (high - low)
         assert low <= values.min() < low + edge and high - edge < values.max() <= high
         assert values.mean() == pytest.approx((low + high) / 2, abs=2 * edge)
+
+
+def test_commands_along_one_axis():
+    """As many as the flag says, a third of them along each axis, over its range but what is slow."""
+    args, keys = dataclasses.replace(USUAL, one_axis=0.6), jax.random.split(jax.random.key(0), 4000)
+    command = np.asarray(run(jax.vmap(make(Toy, args).draw_command), keys))
+    ranges = (args.command_x, args.command_y, args.command_yaw)
+    # With all three drawn, sideways alone is left where the turn is slow, and forwards is, too.
+    for axis, (low, high) in enumerate(ranges):
+        alone = (np.delete(command, axis, axis=1) == 0).all(axis=1) & (command[:, axis] != 0)
+        share, rare = 0.6 / 3 * (1 - args.standing), 0.1 * 0.4 * (1 - args.standing)
+        assert share - 0.02 < alone.mean() < share + rare + 0.02
+        values, edge = command[alone, axis], 0.04 * (high - low)
+        assert low <= values.min() < low + edge and high - edge < values.max() <= high
+        assert 0.2 <= np.abs(values).min() < 0.2 + edge
+    no_turn = dataclasses.replace(USUAL, one_axis=1.0, standing=0.0, command_yaw=(0.0, 0.0))
+    command = np.asarray(run(jax.vmap(make(Toy, no_turn).draw_command), keys))
+    assert np.isfinite(command).all() and (command[:, 2] == 0).all()
+    assert (command == 0).all(axis=1).mean() == pytest.approx(1 / 3, abs=0.03)
 
 
 def test_domains_cover_their_ranges():
