@@ -328,6 +328,7 @@ def test_ground_of_height_0_is_the_flat_scripts_floor(env, step, monkeypatch):
     own["joints"] = row.joints
     monkeypatch.setitem(flat.ROBOTS, "go2", dataclasses.replace(row, **own))
     flat_env = flat.Env(flat.Args(robot="go2", push_speed=env.args.push_speed))
+    flat_env.draw_command = env.draw_command  # there others go straight
     soles = flat_env.soles.ravel()
     flat_env.model = flat_env.model.replace(
         geom_solimp=flat_env.model.geom_solimp.at[soles].set(jnp.array(ROBOT.sole_solimp)),
