@@ -26,10 +26,10 @@ FIELDS = {
 NAMES = sorted(file.stem for file in (HERE / "robots").glob("*.xml") if file.stem != "unlimited")
 # What training sees of a robot: states of actuators, sensors, a body that no joint moves, servos.
 TRAINED = ["filter", "imu", "mocap", "quad_pos"]
-TRAINED[2:] = [pytest.param(name, marks=pytest.mark.slow) for name in TRAINED[2:]]
+TRAINED[1:] = [pytest.param(name, marks=pytest.mark.slow) for name in TRAINED[1:]]
 # The largest, and those that move as others do: what is theirs is tested below.
 SLOW = {"dense_contacts", "double_pole", "elliptic", "flywheel", "lengths", "mesh", "mixed_range"}
-SLOW |= {"gripper", "imu", "mocap", "no_camera", "quad_inherit", "sparse_flag", "swimmer_euler"}
+SLOW |= {"gripper", "mocap", "no_camera", "quad_inherit", "sparse_flag", "swimmer_euler"}
 TOUCHING = {"dense_contacts", "elliptic", "imu", "lengths", "quad_inherit", "quad_pos"}
 WORLDS = 4
 
