@@ -740,6 +740,8 @@ class Part:
 OBSERVATION = {
     # m/s, of the base, in its frame
     "velocity": Part(width=3, scale=2.0, noise=0.0, mirror=(1, -1, 1), for_actor=False),
+    # the share of the command that it follows: see next_progress
+    "progress": Part(width=1, scale=1.0, noise=0.0, mirror=(1,), for_actor=False),
     # rad/s, of the base, in its frame
     "rates": Part(width=3, scale=0.25, noise=0.05, mirror=(-1, 1, -1)),
     # its direction, in the base's frame
@@ -785,7 +787,7 @@ def stands(command):
 
 
 def sense(robot: Robot, qpos, qvel, command, action, xp=jnp) -> dict[str, Any]:
-    """All parts of the observation in SI units: name -> [..., width].
+    """All parts of the observation but the progress, in SI units: name -> [..., width].
 
     qpos: [..., 7 + J]; qvel: [..., 6 + J]; command: [..., 3]; action: [..., A], the last one.
     xp is jax.numpy or numpy.
@@ -959,6 +961,8 @@ def window_at(args: Args, motions: Motions, moment: jax.Array) -> jax.Array:
 # Widths of the rewards for tracking: an error whose square is the width costs 63%. That for the
 # velocity grows with the speed asked for, up to 1 m/s. With TRACKING_WIDTH for all commands, who
 # stands when told to walk at 0.3 m/s loses 30%, and who drifts by 0.2 m/s when told to stand 15%.
+# A turn counts as speed: steps sway, and with the narrow width turning would earn less than
+# standing still.
 TRACKING_WIDTH = 0.25  # (m/s)^2 and (rad/s)^2, as in legged_gym's tracking_sigma
 STANDING_WIDTH = 0.04  # (m/s)^2
 
@@ -987,7 +991,7 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
     velocity_error = jnp.square(m.command[:2] - m.velocity[:2]).sum()
     yaw_error = jnp.square(m.command[2] - m.rates[2])
 
-    speed = jnp.linalg.norm(m.command[:2])
+    speed = jnp.linalg.norm(m.command)
     width = STANDING_WIDTH + (TRACKING_WIDTH - STANDING_WIDTH) * jnp.minimum(speed, 1.0)
     terms = {
         "track_velocity": jnp.exp(-velocity_error / width),
@@ -1035,7 +1039,7 @@ class State:
     """One world between two steps; names are MuJoCo Playground's."""
 
     data: Physics
-    obs: dict[str, jax.Array]  # the actor's [O], with noise, and the critic's [O + 3]
+    obs: dict[str, jax.Array]  # the actor's [O], with noise, and the critic's [O + 4]
     reward: jax.Array  # [] of the task, 0 to 1; `rollout` mixes it with the style's
     done: jax.Array  # [] float, 1 if the robot fell; the time limit is in info
     metrics: dict[str, jax.Array]  # the task's reward and its terms, and the errors of tracking
@@ -1082,10 +1086,12 @@ def next_progress(progress, command, velocity) -> jax.Array:
     """Which share of a command a robot follows: [], a mean over about PROGRESS_TIME.
 
     progress: [], before the step; command, velocity: [3] m/s, m/s, rad/s. The share is the velocity
-    along the command; told to stand, a robot does as told.
+    along the command, from 0 to 2 of it, since a push changes a large multiple of a slow one; told to
+    stand, a robot does as told.
     """
     size = jnp.square(command).sum()
     share = jnp.where(size > 0, command @ velocity / jnp.maximum(size, 1e-6), 1.0)
+    share = jnp.clip(share, 0.0, 2.0)
     return progress + CONTROL_DT / PROGRESS_TIME * (share - progress)
 
 
@@ -1171,14 +1177,21 @@ class Env:
         }
 
     def observations(
-        self, key: jax.Array, data: Physics, command: jax.Array, action: jax.Array, level
+        self,
+        key: jax.Array,
+        data: Physics,
+        command: jax.Array,
+        action: jax.Array,
+        progress: jax.Array,
+        level,
     ) -> dict[str, jax.Array]:
-        """The actor's [O], with noise, and the critic's [O + 3]; in the mirror, see `in_mirror`.
+        """The actor's [O], with noise, and the critic's [O + 4]; in the mirror, see `in_mirror`.
 
         level: [] share of the noise.
         """
         robot = self.robot
         senses = sense(robot, data.qpos, data.qvel, command, action)
+        senses["progress"] = progress[None]
         obs = {who: observe(parts, senses) for who, parts in self.seen.items()}
         noise = jax.random.uniform(key, obs["actor"].shape, minval=-1.0, maxval=1.0)
         obs["actor"] += level * self.noise * noise
@@ -1227,12 +1240,13 @@ class Env:
             action = jnp.where(chosen, start["action"], action)
         data = Physics(qpos=qpos, qvel=qvel, qacc_warmstart=jnp.zeros_like(qvel))
 
+        progress = jnp.ones(())
         zero = jnp.zeros(())
         no = jnp.array(False)
         names = [f"reward_{name}" for name in ("task", *self.robot.weights)]
         return State(
             data=data,
-            obs=self.observations(noise_key, data, command, action, level),
+            obs=self.observations(noise_key, data, command, action, progress, level),
             reward=zero,
             done=zero,
             metrics=dict.fromkeys([*names, "error_velocity", "error_yaw"], zero),
@@ -1246,7 +1260,7 @@ class Env:
                 "domain": self.draw_domain(domain_key, level),
                 "level": jnp.float32(level),
                 "window": window,
-                "progress": jnp.ones(()),
+                "progress": progress,
             },
         )
 
@@ -1348,9 +1362,9 @@ class Env:
 
         # The step is rewarded for the old command; the next one is observed already.
         command = self.next_command(command_key, info["command"])
-        told_anew = (command != info["command"]).any()
+        progress = jnp.where((command != info["command"]).any(), 1.0, progress)
         elapsed = info["elapsed"] + 1
-        obs = self.observations(noise_key, data, command, action, info["level"])
+        obs = self.observations(noise_key, data, command, action, progress, info["level"])
         return State(
             data=data,
             obs={name: jnp.where(sane, new, state.obs[name]) for name, new in obs.items()},
@@ -1367,7 +1381,7 @@ class Env:
                 "domain": info["domain"],
                 "level": info["level"],
                 "window": jnp.where(sane, window, info["window"]),
-                "progress": jnp.where(told_anew, 1.0, progress),
+                "progress": progress,
             },
         )
 
@@ -2639,6 +2653,10 @@ def load_motions(args: Args) -> Motions:
         for poses, speeds, command in zip(qpos, mean_qvel, commands, strict=True)
     ]
     demos = [demonstrate(args, *clip) for clip in zip(qpos, qvel, commands, targets, strict=True)]
+    if args.mirror:
+        # The networks see an image as its clip, except under commands straight on, which have no
+        # side: there an image steps with the other foot, and the mean of both is to stand.
+        demos = [demo for demo in demos[::2] for _ in range(2)]
     length = np.array([len(poses) for poses in qpos], np.int32)
     chance = np.cumsum(weights) / np.sum(weights)
     return Motions(

@@ -4,11 +4,12 @@
     python tools/record_motion.py runs/NAME --out my_walk.npz --seconds 4 --smooth 0.02
 
 The policy of the run walks in C MuJoCo, as in its script's test: the same model, controller and
-start. Without a break it is given one command after the other: to stand, each of the command's
-axes at its ends and halfway, and random ones, drawn as in training. After each third one it is told
-to stand, so that the reference shows how to stop and, what is harder to find, how to start.
-Commands to the left suffice, with turns to both sides, for the training adds the mirror image of
-all that it reads.
+start. Without a break it is given one command after the other: each of the command's axes at its
+ends and halfway, and random ones, of which half are along one axis. Before each of them it is told
+to stand for a moment, so that the reference shows how to stop and, what is harder to find, how to
+start. Turns to the left suffice, for the training adds the mirror image of all that it reads; a
+command that does not turn is to the left. So the same foot is the first in all that the training
+takes for the same side, and a copy of it knows which one to lift.
 
 A little noise on the actions (--noise) shows how the policy comes back to its path, which a copy of
 it needs to know, and keeps a discriminator from telling the robots of a training, whose actions are
@@ -36,24 +37,19 @@ import numpy as np
 from tools.play import fail, find_script
 from tools.show_motion import load_amp
 
-FIRST = 1.0  # s, from the start to the first pose that is kept
+FIRST = 0.4  # s, from the start to the first pose that is kept
 CALM = 3.0  # standard deviations, after which the smoothing stops
 
 
-STAND_AFTER = 3  # commands
+STAND = 0.8  # s, before each command
+ONE_AXIS = 0.5  # share of the random commands
 
 
-def list_commands(
-    ranges: np.ndarray, count: int, standing: float, slowest: float, seed: int
-) -> np.ndarray:
-    """Commands [n, 3] that cover their ranges [3, 2], none to the right; the first is to stand.
+def list_commands(ranges: np.ndarray, count: int, slowest: float, seed: int) -> np.ndarray:
+    """Commands [n, 3] that cover their ranges [3, 2], none of them to stand or to the right.
 
-    count: of the random ones; standing: the share of these that is to stand. Of the others, what is
-    slower than `slowest` is 0, as in ppo_mjx_unitree.py's Env.draw_command.
+    count: of the random ones. A command's parts are 0 or not slower than `slowest`.
     """
-    ranges = np.array(ranges)
-    # The mirror changes the signs of the last two at once, and so shows the other half of them.
-    ranges[1, 0] = 0.0
     single = [
         axis * share * end
         for axis, ends in zip(np.eye(3), ranges, strict=True)
@@ -63,12 +59,23 @@ def list_commands(
     ]
     random = np.random.default_rng(seed)
     drawn = random.uniform(*ranges.T, size=(count, 3))
-    speed = np.linalg.norm(drawn[:, :2], axis=1)
-    size = np.stack([speed, speed, np.abs(drawn[:, 2])], axis=1)
-    drawn[size < slowest] = 0.0
-    drawn[random.uniform(size=count) < standing] = 0.0
-    commands = np.concatenate([single, drawn])
-    return np.insert(commands, np.arange(0, len(commands), STAND_AFTER), 0.0, axis=0)
+    # Those along one axis are never slow, as in amp_mjx_unitree.py's Env.draw_command.
+    low, high = ranges.T
+    fastest = np.maximum(np.where(drawn > 0, high, -low), 1e-9)
+    quick = slowest * np.sign(drawn) + (1 - slowest / fastest) * drawn
+    axis = random.integers(3, size=(count, 1))
+    alone = np.where(np.arange(3) == axis, quick, 0.0)
+    commands = np.where(random.uniform(size=(count, 1)) < ONE_AXIS, alone, drawn)
+    commands = np.concatenate([single, commands])
+
+    speed = np.linalg.norm(commands[:, :2], axis=1)
+    size = np.stack([speed, speed, np.abs(commands[:, 2])], axis=1)
+    commands[size < slowest] = 0.0
+    # The mirror changes the signs of the last two at once.
+    right = commands[:, 2] + 1e-3 * commands[:, 1] < 0
+    commands[right, 1:] *= -1
+    commands = np.unique(commands.round(6) + 0.0, axis=0)  # no -0
+    return random.permutation(commands[commands.any(axis=1)])
 
 
 def walk(
@@ -83,19 +90,27 @@ def walk(
     """The motion of a policy that follows each command for some seconds, by the npz's names.
 
     original: the script's CMujocoEnv; noise: standard deviation of what is added to the actions.
-    Each command takes whole periods of the gait, so that a robot which walks by a clock starts with
-    the same foot each time: a policy without a clock could not know which foot to lift.
+    Before each command it stands for a moment. Both take whole periods of the gait, so that a robot
+    which walks by a clock starts with the same foot each time: a policy without a clock could not
+    know which foot to lift.
     """
     ticks = original.robot.gait_ticks
-    steps = math.ceil(seconds / script.CONTROL_DT / ticks) * ticks
+    moment, steps = (
+        math.ceil(time / script.CONTROL_DT / ticks - 1e-9) * ticks for time in (STAND, seconds)
+    )
     memory = script.initial_memory()
     random = np.random.default_rng(seed)
     original.reset(0)
     poses = []
     targets = []
     told = []
-    for command in commands:
-        for _ in range(steps):
+    timetable = [
+        (part, time)
+        for command in commands
+        for part, time in ((0 * command, moment), (command, steps))
+    ]
+    for command, time in timetable:
+        for _ in range(time):
             memory, action = script.act(policy, memory, original.observe(command))
             if original.step(action + noise * random.standard_normal(action.shape))["fallen"]:
                 fail(f"the policy fell at the command {command.round(2).tolist()}: train it better")
@@ -136,9 +151,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, metavar="FILE.npz", help="the file to write")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each command")
-    parser.add_argument("--random", type=int, default=80, help="random commands after the others")
-    parser.add_argument("--noise", type=float, default=0.2, help="deviation, of the actions")
+    parser.add_argument("--seconds", type=float, default=2.4, help="of each command")
+    parser.add_argument("--random", type=int, default=60, help="random commands beside the ends")
+    parser.add_argument("--noise", type=float, default=0.1, help="deviation, of the actions")
     parser.add_argument("--smooth", type=float, default=0.0, help="a Gaussian's deviation, s")
     parser.add_argument("--seed", type=int, default=0, help="of random commands and noise")
     parser.add_argument("--script", type=Path, help="the script that made the run")
@@ -165,8 +180,7 @@ def main(argv: list[str]) -> None:
         fail(f"{flags.run_dir}: no policy ({type(error).__name__}: {error!s:.200})")
 
     ranges = np.array([args.command_x, args.command_y, args.command_yaw])
-    slowest = script.MIN_COMMAND
-    commands = list_commands(ranges, flags.random, args.standing, slowest, flags.seed)
+    commands = list_commands(ranges, flags.random, script.MIN_COMMAND, flags.seed)
     robot = script.ROBOTS[args.robot]
     original = script.CMujocoEnv(robot)
     motion = walk(
@@ -174,7 +188,8 @@ def main(argv: list[str]) -> None:
     )
     deviation = flags.smooth / script.CONTROL_DT
     motion["qpos"] = smooth_poses(motion["qpos"], deviation)
-    # To a thousandth of a radian, so that the file packs well.
+    # To 10 micrometres or microradians, and targets to a milliradian, so that the file packs well.
+    motion["qpos"] = motion["qpos"].round(5)
     motion["targets"] = smooth(motion["targets"], deviation).round(3)
     arrays = {name: rows.astype(np.float32) for name, rows in motion.items()}
 
