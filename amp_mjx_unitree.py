@@ -2255,16 +2255,23 @@ def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
     }
 
 
-WELL_TRACKED = 0.5  # share of the reward for the velocity; a G1 that stands still has 0.4
+WELL_TRACKED = 0.5  # share of the reward for the velocity; a G1 that stands still has 0.5
+SELDOM_LOST = 0.5  # falls and other losses in the time of a whole episode
 
 
-def next_level(args: Args, robot: Robot, level: jax.Array, reward: jax.Array) -> jax.Array:
-    """The curriculum's level after an iteration. reward: mean of the term track_velocity."""
+def next_level(
+    args: Args, robot: Robot, level: jax.Array, reward: jax.Array, lost: jax.Array
+) -> jax.Array:
+    """The curriculum's level after an iteration.
+
+    reward: mean of the term track_velocity; lost: robots lost in this iteration, over all devices.
+    """
     if not args.curriculum:
         return level
     tracked = reward * robot.best / robot.weights["track_velocity"]
+    seldom = lost * Env.time_limit < SELDOM_LOST * args.steps_per_iteration
     # Without the task, commands are not followed, and the level rises with time.
-    good = (tracked > WELL_TRACKED) | (args.task_share == 0)
+    good = (seldom & (tracked > WELL_TRACKED)) | (args.task_share == 0)
     change = 1 / (args.curriculum * args.num_iterations)
     return jnp.clip(level + jnp.where(good, change, -change), 0.0, 1.0)
 
@@ -2318,7 +2325,13 @@ def device_iteration(
         obs_stats=obs_stats,
         return_stats=return_stats,
         frame_stats=frame_stats,
-        level=next_level(args, env.robot, learner.level, metrics["reward/track_velocity"]),
+        level=next_level(
+            args,
+            env.robot,
+            learner.level,
+            metrics["reward/track_velocity"],
+            metrics["charts/falls"],
+        ),
     )
     box = black_box(steps.start, steps.action, steps.end.env_state.info["broken"])
     return TrainState(learner=learner, worlds=worlds, replay=replay), metrics, box

@@ -42,6 +42,7 @@ CALM = 3.0  # standard deviations, after which the smoothing stops
 
 
 STAND = 0.8  # s, before each command
+SHARES = (0.3, 0.6, 1.0)  # of each end of the command's axes, alone
 ONE_AXIS = 0.5  # share of the random commands
 
 
@@ -54,7 +55,7 @@ def list_commands(ranges: np.ndarray, count: int, slowest: float, seed: int) -> 
         axis * share * end
         for axis, ends in zip(np.eye(3), ranges, strict=True)
         for end in ends
-        for share in (0.5, 1.0)
+        for share in SHARES
         if end
     ]
     random = np.random.default_rng(seed)
