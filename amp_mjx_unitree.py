@@ -2260,7 +2260,7 @@ SELDOM_LOST = 0.5  # falls and other losses in the time of a whole episode
 
 
 def next_level(
-    args: Args, robot: Robot, level: jax.Array, reward: jax.Array, lost: jax.Array
+    args: Args, env: Env, level: jax.Array, reward: jax.Array, lost: jax.Array
 ) -> jax.Array:
     """The curriculum's level after an iteration.
 
@@ -2268,8 +2268,8 @@ def next_level(
     """
     if not args.curriculum:
         return level
-    tracked = reward * robot.best / robot.weights["track_velocity"]
-    seldom = lost * Env.time_limit < SELDOM_LOST * args.steps_per_iteration
+    tracked = reward * env.robot.best / env.robot.weights["track_velocity"]
+    seldom = lost * env.time_limit < SELDOM_LOST * args.steps_per_iteration
     # Without the task, commands are not followed, and the level rises with time.
     good = (seldom & (tracked > WELL_TRACKED)) | (args.task_share == 0)
     change = 1 / (args.curriculum * args.num_iterations)
@@ -2327,7 +2327,7 @@ def device_iteration(
         frame_stats=frame_stats,
         level=next_level(
             args,
-            env.robot,
+            env,
             learner.level,
             metrics["reward/track_velocity"],
             metrics["charts/falls"],

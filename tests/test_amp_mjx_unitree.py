@@ -347,11 +347,12 @@ def test_the_level_rises_when_robots_walk_and_are_seldom_lost():
     args = dataclasses.replace(SMALL, curriculum=0.5)  # two of four iterations
     episodes = args.steps_per_iteration / amp.Env.time_limit  # whole ones, of all worlds
     best = G1.weights["track_velocity"] / G1.best
+    env = types.SimpleNamespace(robot=G1, time_limit=amp.Env.time_limit)
 
     def follow(level, tracked, losses, args=args):
         lost = losses * episodes
         return float(
-            amp.next_level(args, G1, level, jnp.float32(tracked * best), jnp.float32(lost))
+            amp.next_level(args, env, level, jnp.float32(tracked * best), jnp.float32(lost))
         )
 
     assert follow(0.25, 0.6, 0.4) == pytest.approx(0.75)
