@@ -271,7 +271,7 @@ class Args:
     """clipping range of the probability ratio"""
     ent_coef: NonNegative = 0.002
     """weight of the entropy bonus at the start"""
-    final_ent_coef: Annotated[float, Range(-1, 1)] = 0.0
+    final_ent_coef: Annotated[float, Range(-1, 1)] = -0.003
     """weight at the end, linear in between; below 0 the actions' noise falls faster"""
     vf_coef: NonNegative = 1.0
     """weight of the value loss"""

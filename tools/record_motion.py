@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.npz", help="the file to write")
     parser.add_argument("--seconds", type=float, default=2.4, help="of each command")
     parser.add_argument("--random", type=int, default=60, help="random commands beside the ends")
-    parser.add_argument("--noise", type=float, default=0.1, help="deviation, of the actions")
+    parser.add_argument("--noise", type=float, default=0.2, help="deviation, of the actions")
     parser.add_argument("--smooth", type=float, default=0.0, help="a Gaussian's deviation, s")
     parser.add_argument("--seed", type=int, default=0, help="of random commands and noise")
     parser.add_argument("--script", type=Path, help="the script that made the run")
