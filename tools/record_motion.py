@@ -5,9 +5,9 @@
 
 The policy of the run walks in C MuJoCo, as in its script's test: the same model, controller and
 start. Without a break it is given one command after the other: each of the command's axes at its
-ends and halfway, and random ones, of which half are along one axis. Before each of them it is told
-to stand for a moment, so that the reference shows how to stop and, what is harder to find, how to
-start. Turns to the left suffice, for the training adds the mirror image of all that it reads; a
+ends and at shares of them, and random ones, of which half are along one axis. Before each of them it
+is told to stand for a moment, so that the reference shows how to stop and, what is harder to find,
+how to start. Turns to the left suffice, for the training adds the mirror image of all that it reads; a
 command that does not turn is to the left. So the same foot is the first in all that the training
 takes for the same side, and a copy of it knows which one to lift.
 
@@ -17,8 +17,8 @@ noisy, by their jitter alone. What is written are the targets without it.
 
 The poses are written as an npz of qpos [T, nq] (position, quaternion w x y z, joint angles), the
 joints' targets on the way to each of them [T, J], the command then [T, 3], and dt. Poses and
-targets are smoothed if asked for. By default
-the file is robots/motions/ROBOT.npz, from which the training of this robot takes its reference.
+targets are smoothed if asked for. By default the file is robots/motions/ROBOT.npz, from which the
+training of this robot takes its reference.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def walk(
     timetable = [
         (part, time)
         for command in commands
-        for part, time in ((0 * command, moment), (command, steps))
+        for part, time in ((np.zeros(3), moment), (command, steps))
     ]
     for command, time in timetable:
         for _ in range(time):
