@@ -5,11 +5,11 @@
 
 The policy of the run walks in C MuJoCo, as in its script's test: the same model, controller and
 start. Without a break it is given one command after the other: each of the command's axes at its
-ends and at shares of them, and random ones, of which half are along one axis. Before each of them it
-is told to stand for a moment, so that the reference shows how to stop and, what is harder to find,
-how to start. Turns to the left suffice, for the training adds the mirror image of all that it reads; a
-command that does not turn is to the left. So the same foot is the first in all that the training
-takes for the same side, and a copy of it knows which one to lift.
+ends and at shares of them, and random ones, of which half are along one axis. Before each of them
+it is told to stand for a moment, so that the reference shows how to stop and, what is harder to
+find, how to start. Turns to the left suffice, for the training adds the mirror image of all that it
+reads; a command that does not turn is to the left. So the same foot is the first in all that the
+training takes for the same side, and a copy of it knows which one to lift.
 
 A little noise on the actions (--noise) shows how the policy comes back to its path, which a copy of
 it needs to know, and keeps a discriminator from telling the robots of a training, whose actions are
