@@ -302,7 +302,7 @@ def test_the_actor_begins_as_a_copy_of_the_reference(motions):
         SMALL, clone_updates=800, clone_batch_size=64, hidden_sizes=(64,), init_log_std=-2.0
     )
     error = {}
-    for updates in (0, 800):
+    for updates in (0, 300, 800):
         args = dataclasses.replace(args, clone_updates=updates)
         env = make(Toy, args)
         learner = run(partial(amp.init_train_state, args, env), motions, jax.random.key(0)).learner
@@ -314,7 +314,7 @@ def test_the_actor_begins_as_a_copy_of_the_reference(motions):
             np.testing.assert_allclose(stats.mean, motions.obs.mean(axis=0), atol=1e-5)
             assert (np.asarray(stats.var) >= np.asarray(env.noise) ** 2 / 3).all()
             assert stats.count == 1e9
-    assert error[800] < 0.5 * error[0]
+    assert error[300] < 0.5 * error[0]
     # One that always does the reference's mean action would have all of this variance.
     assert error[800] < 0.75 * motions.action.var(axis=0).mean()
 
@@ -1054,4 +1054,4 @@ def test_default_references_are_motions():
         robot = amp.ROBOTS[file.stem]
         found = amp.check_clip(robot, amp.resample(robot, amp.read_motion(robot, file)).qpos)
         assert found["fallen"] == 0 and found["slip"] < 0.3 and found["penetration"] < 0.02
-        assert found["beyond"] < 0.05 and file.stat().st_size < 1_100_000
+        assert found["beyond"] < 0.05 and file.stat().st_size < 1_000_000

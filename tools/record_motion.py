@@ -189,10 +189,11 @@ def main(argv: list[str]) -> None:
     )
     deviation = flags.smooth / script.CONTROL_DT
     motion["qpos"] = smooth_poses(motion["qpos"], deviation)
-    # To 10 micrometres or microradians, and targets to a milliradian, so that the file packs well.
+    # To 10 micrometres or microradians, and targets to a milliradian, each joint's numbers in a row,
+    # so that the file packs well.
     motion["qpos"] = motion["qpos"].round(5)
     motion["targets"] = smooth(motion["targets"], deviation).round(3)
-    arrays = {name: rows.astype(np.float32) for name, rows in motion.items()}
+    arrays = {name: rows.astype(np.float32, order="F") for name, rows in motion.items()}
 
     amp = load_amp()
     out.parent.mkdir(parents=True, exist_ok=True)
