@@ -189,8 +189,8 @@ def main(argv: list[str]) -> None:
     )
     deviation = flags.smooth / script.CONTROL_DT
     motion["qpos"] = smooth_poses(motion["qpos"], deviation)
-    # To 10 micrometres or microradians, and targets to a milliradian, each joint's numbers in a row,
-    # so that the file packs well.
+    # So that the file packs well: to 10 micrometres or microradians, and targets to a milliradian,
+    # with each joint's numbers in a row.
     motion["qpos"] = motion["qpos"].round(5)
     motion["targets"] = smooth(motion["targets"], deviation).round(3)
     arrays = {name: rows.astype(np.float32, order="F") for name, rows in motion.items()}
