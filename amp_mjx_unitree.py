@@ -332,7 +332,10 @@ def other_side(name: str) -> str:
 def both_legs(
     leg: dict[str, Joint], sides: tuple[str, str] = ("left", "right")
 ) -> dict[str, Joint]:
-    """The joints of a left leg or arm and of a right one, which have the same numbers."""
+    """The joints of a left leg or arm and of a right one, by the same numbers.
+
+    Defaults of joints about x and z have opposite signs on the right: replace them (`go2_legs`).
+    """
     return {f"{side}_{name}": joint for side in sides for name, joint in leg.items()}
 
 
@@ -421,7 +424,7 @@ class Robot:
     @property
     def mirror_sign(self) -> np.ndarray:
         """What a mirror at y = 0 does to the angle of each joint [J]: 1 about y, else -1."""
-        return np.where(self.model.jnt_axis[1:, 1] != 0, 1.0, -1.0)
+        return mirror_of_joints(list(self.joints), self.model)[1]
 
     @property
     def best(self) -> float:
@@ -612,8 +615,15 @@ def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
             actuator.set_to_motor()
             actuator.inheritrange = 0
             actuator.ctrlrange = actuator.forcerange
-    model = spec.compile()
+    with or_fail(robot.mjcf if visuals else f"{robot.mjcf} without the shapes for pictures"):
+        model = spec.compile()
     check_model(robot, model)
+    if not visuals:
+        lost = np.flatnonzero(model.body_mass < 0.999 * robot.model.body_mass)
+        names = [model.body(number).name for number in lost]
+        require(
+            not names, f"{robot.mjcf}: {names} need an <inertial>, for their shapes are left out"
+        )
     return model
 
 
@@ -632,6 +642,16 @@ def check_model(robot: Robot, model: mujoco.MjModel) -> None:
     check(hinges.all(), "all joints of a robot must be hinges with a range")
     lost = [name for name in names if other_side(name) not in names]
     check(not lost, f"no joint mirrors {lost}; OTHER_SIDE has the names of the sides")
+    lost = [foot for foot in robot.feet if other_side(foot) not in robot.feet]
+    check(not lost, f"no foot mirrors {lost}; OTHER_SIDE has the names of the sides")
+    gaps = mirror_gaps(names, model)
+    first = int((gaps > 0.01).argmax())  # the highest in the tree
+    message = f"{names[first]} moves {gaps[first]:.3f} m away from where a mirror shows its image"
+    check(gaps[first] <= 0.01, f"{message}; see docs/ppo_mjx_unitree.md, A robot of your own")
+    image, sign = mirror_of_joints(names, model)
+    default = robot.joint_array("default")
+    odd = [name for name, bad in zip(names, default[image] * sign != default, strict=True) if bad]
+    check(not odd, f"ROBOTS' defaults of {odd} are not those that a mirror shows")
 
     moved = [model.joint(number).name for number in model.actuator_trnid[:, 0]]
     check(moved == names, f"its motors move {moved}, but joints and ROBOTS are {names}")
@@ -648,6 +668,41 @@ def check_model(robot: Robot, model: mujoco.MjModel) -> None:
     spheres = (model.geom_type[of_all] == mujoco.mjtGeom.mjGEOM_SPHERE).all()
     alike = len({len(geoms) for geoms in soles}) == len(set(model.geom_size[of_all, 0])) == 1
     check(spheres and alike, "feet must touch by spheres alone, equally many of one radius")
+
+    check("track_velocity" in robot.weights, "weights in ROBOTS must have track_velocity")
+    stands = [name for name, command in robot.test_commands.items() if not any(command)]
+    check(stands, "test_commands in ROBOTS must have one of zeros, by which drift is measured")
+
+
+def mirror_of_joints(names: list[str], model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
+    """Number of each joint's image in a mirror at y = 0, and what it does to its angle: [J] each.
+
+    The sign is 1 for a joint about y, else -1.
+    """
+    image = np.array([names.index(other_side(name)) for name in names])
+    return image, np.where(model.jnt_axis[1:, 1] != 0, 1.0, -1.0)
+
+
+def mirror_gaps(names: list[str], model: mujoco.MjModel) -> np.ndarray:
+    """How far each joint, or its link's mass, is from where a mirror shows its image: [J] m.
+
+    In random poses, the largest distance; 0 for a robot that is its own mirror image.
+    """
+    image, sign = mirror_of_joints(names, model)
+    data = mujoco.MjData(model)
+    random = np.random.default_rng(0)
+
+    def places(angles) -> np.ndarray:
+        data.qpos[:] = [0, 0, 0, 1, 0, 0, 0, *angles]
+        mujoco.mj_kinematics(model, data)
+        return np.stack([data.xanchor[1:], data.xipos[model.jnt_bodyid[1:]]])  # [2, J, 3]
+
+    gaps = []
+    for _ in range(8):
+        angles = random.uniform(-1, 1, len(names))
+        shown = places(angles[image] * sign)[:, image] * [1, -1, 1]
+        gaps.append(np.linalg.norm(shown - places(angles), axis=-1).max(axis=0))
+    return np.max(gaps, axis=0)
 
 
 def sole_geoms(model: mujoco.MjModel, foot: str) -> np.ndarray:
@@ -711,6 +766,8 @@ def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
     data = mujoco.MjData(model)
     mass = model.body_mass[1]  # of the base; 0 is the world
     center = model.body_ipos[1].copy()
+    message = f"--added-mass {args.added_mass}: the base has {mass:.3g} kg, nothing would be left"
+    require(mass + args.added_mass[0] > 0, message)
 
     payloads = {name: [getattr(model, name).copy()] for name in PAYLOAD_FIELDS}
     for _ in range(NUM_PAYLOADS - 1):
@@ -1006,6 +1063,8 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
         "action_change": jnp.square(m.action - m.action_before).sum(),
         "joint_limits": beyond,
     }
+    unknown = [name for name in robot.weights if name not in terms]
+    require(not unknown, f"ROBOTS: there are no terms {unknown} of the reward, but {list(terms)}")
     return {name: terms[name] for name in robot.weights}
 
 
@@ -1041,7 +1100,7 @@ class State:
     data: Physics
     obs: dict[str, jax.Array]  # the actor's [O], with noise, and the critic's [O + 4]
     reward: jax.Array  # [] of the task, 0 to 1; `rollout` mixes it with the style's
-    done: jax.Array  # [] float, 1 if the robot fell; the time limit is in info
+    done: jax.Array  # [] float, 1 if the robot fell or broke; the time limit is in info
     metrics: dict[str, jax.Array]  # the task's reward and its terms, and the errors of tracking
     info: dict[str, Any]
     # key: of the commands, pushes and noise; command: [3]; action: [A], the last one, in no mirror;
@@ -1074,6 +1133,18 @@ def kernel(function):
 
 
 # end shared
+
+
+def not_slow(command: jax.Array, low: np.ndarray, high: np.ndarray) -> jax.Array:
+    """Commands, uniform from low to high, spread over what of that is no slower than MIN_COMMAND.
+
+    Each keeps its sign. Where all of that side is slower, so is the result. All are [3].
+    """
+    fastest = jnp.where(command > 0, high, -low)
+    slowest = jnp.maximum(jnp.where(command > 0, low, -high), 0.0)
+    share = (jnp.abs(command) - slowest) / jnp.maximum(fastest - slowest, 1e-9)
+    least = jnp.maximum(slowest, MIN_COMMAND)
+    return jnp.sign(command) * (least + share * (fastest - least))
 
 
 def has_fallen(robot: Robot, qpos, xp=jnp):
@@ -1136,9 +1207,7 @@ class Env:
         command = jax.random.uniform(value_key, (3,), minval=low, maxval=high)
         choice = jax.random.uniform(axis_key)
         axis = jnp.floor(3 * choice / max(args.one_axis, 1e-9))  # beyond 2: all three
-        fastest = jnp.maximum(jnp.where(command > 0, high, -low), 1e-9)
-        quick = MIN_COMMAND * jnp.sign(command) + (1 - MIN_COMMAND / fastest) * command
-        alone = jnp.where(jnp.arange(3) == axis, quick, 0.0)
+        alone = jnp.where(jnp.arange(3) == axis, not_slow(command, low, high), 0.0)
         command = jnp.where(choice < args.one_axis, alone, command)
 
         speed = jnp.linalg.norm(command[:2])
@@ -1219,12 +1288,13 @@ class Env:
 
         # Half of these episodes begin nearly at rest, as the test does.
         rest_key, velocity_key = jax.random.split(velocity_key)
-        far = jnp.where(jax.random.bernoulli(rest_key), 0.05, 0.5)
+        # A share of the default angles; of the velocity, m/s and rad/s.
+        spread = jnp.where(jax.random.bernoulli(rest_key), 0.05, 0.5)
         default = self.controller.default
         factors = jax.random.uniform(angle_key, default.shape, minval=-1.0, maxval=1.0)
-        angles = default * (1 + far * factors)
+        angles = default * (1 + spread * factors)
         base = jnp.array([0.0, 0.0, self.robot.start_height, 1.0, 0.0, 0.0, 0.0])
-        velocity = far * jax.random.uniform(velocity_key, (6,), minval=-1.0, maxval=1.0)
+        velocity = spread * jax.random.uniform(velocity_key, (6,), minval=-1.0, maxval=1.0)
         action = jnp.zeros(self.action_size)
         qpos = jnp.concatenate([base, angles])
         qvel = jnp.concatenate([velocity, jnp.zeros_like(angles)])
@@ -1340,8 +1410,8 @@ class Env:
         next_key, _, command_key, noise_key = jax.random.split(info["key"], 4)
         pushed = state.data.replace(qvel=state.data.qvel.at[:2].add(self.push(info)))
         data, torque = self.advance(pushed, action, info["action"], info["domain"])
-        slow = (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN as well
-        sane = jnp.isfinite(data.qpos).all() & slow
+        bounded = (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN as well
+        sane = jnp.isfinite(data.qpos).all() & bounded
 
         motion = self.describe_motion(info, state.data, data, action, torque)
         terms = reward_terms(self.robot, motion)
@@ -2906,6 +2976,31 @@ def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
 # end shared
 
 
+# shared: camera
+def make_camera(model: mujoco.MjModel) -> int | mujoco.MjvCamera:
+    """The model's camera `track`; without one, a camera that follows the heaviest of its trees."""
+    number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    if number >= 0:
+        return number
+    camera = mujoco.MjvCamera()
+    mujoco.mjv_defaultFreeCamera(model, camera)
+    is_root = (model.body_parentid == 0) & (np.arange(model.nbody) > 0)
+    root = int(np.argmax(is_root * model.body_subtreemass))
+    camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING
+    camera.trackbodyid = root
+
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    own = model.body_rootid[model.geom_bodyid] == root
+    if own.any():  # the default distance shows the whole floor
+        away = np.linalg.norm(data.geom_xpos[own] - data.xpos[root], axis=1)
+        camera.distance = 4 * float((away + model.geom_rbound[own]).max())
+    return camera
+
+
+# end shared
+
+
 def draw_arrow(scene: mujoco.MjvScene, start, velocity, color: tuple[float, ...]) -> None:
     """Add an arrow of 1 m for 1 m/s. start: [3] m; velocity: [2] m/s."""
     geom = scene.geoms[scene.ngeom]
@@ -2925,6 +3020,7 @@ def write_video(robot: Robot, policy: dict, file: Path) -> None:
     data = original.data
     imageio = importlib.import_module("imageio")
     renderer = make_renderer(original.model)
+    camera = make_camera(original.model)
 
     def film(video) -> None:
         memory = initial_memory()
@@ -2937,7 +3033,7 @@ def write_video(robot: Robot, policy: dict, file: Path) -> None:
                 smooth = smooth + 0.05 * (data.qvel[:2] - smooth)
                 if step % 2:
                     continue
-                renderer.update_scene(data, camera="track")
+                renderer.update_scene(data, camera=camera)
                 wanted = data.xmat[1].reshape(3, 3)[:2, :2] @ command[:2]
                 above = data.qpos[:3] + [0, 0, 0.96 * robot.target_height]
                 below = data.qpos[:3] + [0, 0, 0.88 * robot.target_height]

@@ -452,7 +452,10 @@ def other_side(name: str) -> str:
 def both_legs(
     leg: dict[str, Joint], sides: tuple[str, str] = ("left", "right")
 ) -> dict[str, Joint]:
-    """The joints of a left leg or arm and of a right one, which have the same numbers."""
+    """The joints of a left leg or arm and of a right one, by the same numbers.
+
+    Defaults of joints about x and z have opposite signs on the right: replace them (`go2_legs`).
+    """
     return {f"{side}_{name}": joint for side in sides for name, joint in leg.items()}
 
 
@@ -549,7 +552,7 @@ class Robot:
     @property
     def mirror_sign(self) -> np.ndarray:
         """What a mirror at y = 0 does to the angle of each joint [J]: 1 about y, else -1."""
-        return np.where(self.model.jnt_axis[1:, 1] != 0, 1.0, -1.0)
+        return mirror_of_joints(list(self.joints), self.model)[1]
 
     @property
     def leg_of_joint(self) -> np.ndarray:
@@ -883,9 +886,16 @@ def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
             actuator.set_to_motor()
             actuator.inheritrange = 0
             actuator.ctrlrange = actuator.forcerange
-    model = spec.compile()
+    with or_fail(robot.mjcf if visuals else f"{robot.mjcf} without the shapes for pictures"):
+        model = spec.compile()
     model.hfield_data[:] = FLAT_GROUND
     check_model(robot, model)
+    if not visuals:
+        lost = np.flatnonzero(model.body_mass < 0.999 * robot.model.body_mass)
+        names = [model.body(number).name for number in lost]
+        require(
+            not names, f"{robot.mjcf}: {names} need an <inertial>, for their shapes are left out"
+        )
     return model
 
 
@@ -904,6 +914,16 @@ def check_model(robot: Robot, model: mujoco.MjModel) -> None:
     check(hinges.all(), "all joints of a robot must be hinges with a range")
     lost = [name for name in names if other_side(name) not in names]
     check(not lost, f"no joint mirrors {lost}; OTHER_SIDE has the names of the sides")
+    lost = [foot for foot in robot.feet if other_side(foot) not in robot.feet]
+    check(not lost, f"no foot mirrors {lost}; OTHER_SIDE has the names of the sides")
+    gaps = mirror_gaps(names, model)
+    first = int((gaps > 0.01).argmax())  # the highest in the tree
+    message = f"{names[first]} moves {gaps[first]:.3f} m away from where a mirror shows its image"
+    check(gaps[first] <= 0.01, f"{message}; see docs/ppo_mjx_unitree.md, A robot of your own")
+    image, sign = mirror_of_joints(names, model)
+    default = robot.joint_array("default")
+    odd = [name for name, bad in zip(names, default[image] * sign != default, strict=True) if bad]
+    check(not odd, f"ROBOTS' defaults of {odd} are not those that a mirror shows")
 
     moved = [model.joint(number).name for number in model.actuator_trnid[:, 0]]
     check(moved == names, f"its motors move {moved}, but joints and ROBOTS are {names}")
@@ -920,6 +940,46 @@ def check_model(robot: Robot, model: mujoco.MjModel) -> None:
     spheres = (model.geom_type[of_all] == mujoco.mjtGeom.mjGEOM_SPHERE).all()
     alike = len({len(geoms) for geoms in soles}) == len(set(model.geom_size[of_all, 0])) == 1
     check(spheres and alike, "feet must touch by spheres alone, equally many of one radius")
+
+    offsets = dict(zip(robot.feet, robot.gait_offsets, strict=False))
+    apart = [abs(offsets[foot] - offsets.get(other_side(foot), math.nan)) for foot in offsets]
+    good = len(offsets) == len(robot.feet) and np.allclose(apart, 0.5)
+    check(good, "gait_offsets in ROBOTS must have a foot and its image half a period apart")
+    whole = math.isclose(robot.gait_ticks * CONTROL_DT, robot.gait_period)
+    even = whole and robot.gait_ticks % 2 == 0
+    check(even, f"its gait_period must be an even number of control steps of {CONTROL_DT} s")
+    check("track_velocity" in robot.weights, "weights in ROBOTS must have track_velocity")
+
+
+def mirror_of_joints(names: list[str], model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
+    """Number of each joint's image in a mirror at y = 0, and what it does to its angle: [J] each.
+
+    The sign is 1 for a joint about y, else -1.
+    """
+    image = np.array([names.index(other_side(name)) for name in names])
+    return image, np.where(model.jnt_axis[1:, 1] != 0, 1.0, -1.0)
+
+
+def mirror_gaps(names: list[str], model: mujoco.MjModel) -> np.ndarray:
+    """How far each joint, or its link's mass, is from where a mirror shows its image: [J] m.
+
+    In random poses, the largest distance; 0 for a robot that is its own mirror image.
+    """
+    image, sign = mirror_of_joints(names, model)
+    data = mujoco.MjData(model)
+    random = np.random.default_rng(0)
+
+    def places(angles) -> np.ndarray:
+        data.qpos[:] = [0, 0, 0, 1, 0, 0, 0, *angles]
+        mujoco.mj_kinematics(model, data)
+        return np.stack([data.xanchor[1:], data.xipos[model.jnt_bodyid[1:]]])  # [2, J, 3]
+
+    gaps = []
+    for _ in range(8):
+        angles = random.uniform(-1, 1, len(names))
+        shown = places(angles[image] * sign)[:, image] * [1, -1, 1]
+        gaps.append(np.linalg.norm(shown - places(angles), axis=-1).max(axis=0))
+    return np.max(gaps, axis=0)
 
 
 def sole_geoms(model: mujoco.MjModel, foot: str) -> np.ndarray:
@@ -983,6 +1043,8 @@ def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
     data = mujoco.MjData(model)
     mass = model.body_mass[1]  # of the base; 0 is the world
     center = model.body_ipos[1].copy()
+    message = f"--added-mass {args.added_mass}: the base has {mass:.3g} kg, nothing would be left"
+    require(mass + args.added_mass[0] > 0, message)
 
     payloads = {name: [getattr(model, name).copy()] for name in PAYLOAD_FIELDS}
     for _ in range(NUM_PAYLOADS - 1):
@@ -1276,6 +1338,8 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
         # Of each landing, the time in the air beyond half a second.
         "air_time": walks * jnp.where(m.flight > 0, m.flight - 0.5, 0.0).sum(),
     }
+    unknown = [name for name in robot.weights if name not in terms]
+    require(not unknown, f"ROBOTS: there are no terms {unknown} of the reward, but {list(terms)}")
     return {name: terms[name] for name in robot.weights}
 
 
@@ -1310,7 +1374,7 @@ class State:
     data: Physics
     obs: dict[str, jax.Array]  # the actor's [O], with noise, and the critic's [O + 3 + W]
     reward: jax.Array  # []
-    done: jax.Array  # [] float, 1 if the robot fell; the time limit is in info
+    done: jax.Array  # [] float, 1 if the robot fell or broke; the time limit is in info
     metrics: dict[str, jax.Array]  # the reward's terms, and the errors of tracking
     info: dict[str, Any]
     # key: of the commands, pushes and noise; command: [3]; action: [A], the last one, in no mirror;
@@ -1345,6 +1409,18 @@ def kernel(function):
 
 
 # end shared
+
+
+def not_slow(command: jax.Array, low: np.ndarray, high: np.ndarray) -> jax.Array:
+    """Commands, uniform from low to high, spread over what of that is no slower than MIN_COMMAND.
+
+    Each keeps its sign. Where all of that side is slower, so is the result. All are [3].
+    """
+    fastest = jnp.where(command > 0, high, -low)
+    slowest = jnp.maximum(jnp.where(command > 0, low, -high), 0.0)
+    share = (jnp.abs(command) - slowest) / jnp.maximum(fastest - slowest, 1e-9)
+    least = jnp.maximum(slowest, MIN_COMMAND)
+    return jnp.sign(command) * (least + share * (fastest - least))
 
 
 def has_fallen(robot: Robot, qpos, ground, xp=jnp):
@@ -1402,14 +1478,16 @@ class Env:
     def draw_command(self, key: jax.Array) -> jax.Array:
         """A velocity [3] in the base's frame: m/s, m/s, rad/s.
 
-        Slow ones are 0, so that the command to stand differs from any to walk.
+        Slow ones are 0, so that the command to stand differs from any to walk; of those that go
+        straight none is slow, as they would be many.
         """
         args = self.args
-        value_key, stand_key = jax.random.split(key)
+        value_key, stand_key, straight_key = jax.random.split(key, 3)
         low, high = np.array([args.command_x, args.command_y, args.command_yaw]).T
         command = jax.random.uniform(value_key, (3,), minval=low, maxval=high)
-        straight = jax.random.uniform(jax.random.fold_in(stand_key, 1)) < args.straight
-        command = jnp.where(straight, command * jnp.array([1.0, 0.0, 0.0]), command)
+        straight = jax.random.uniform(straight_key) < args.straight
+        along_x = not_slow(command, low, high) * jnp.array([1.0, 0.0, 0.0])
+        command = jnp.where(straight, along_x, command)
 
         speed = jnp.linalg.norm(command[:2])
         turn = jnp.abs(command[2])
@@ -1487,17 +1565,18 @@ class Env:
 
         # Half of the episodes begin nearly at rest, as the test does.
         rest_key, velocity_key = jax.random.split(velocity_key)
-        far = jnp.where(jax.random.bernoulli(rest_key), 0.05, 0.5)
+        # A share of the default angles; of the velocity, m/s and rad/s.
+        spread = jnp.where(jax.random.bernoulli(rest_key), 0.05, 0.5)
         default = self.controller.default
         factors = jax.random.uniform(angle_key, default.shape, minval=-1.0, maxval=1.0)
-        angles = default * (1 + far * factors)
+        angles = default * (1 + spread * factors)
         # There the ground is flat and at height 0, further than feet reach.
         place = jax.random.uniform(base_keys[0], (2,), minval=-START_HALF, maxval=START_HALF)
         heading = jax.random.uniform(base_keys[1], minval=-math.pi, maxval=math.pi)
         height = jnp.array([self.robot.start_height])
         turn = jnp.array([jnp.cos(heading / 2), 0.0, 0.0, jnp.sin(heading / 2)])
         base = jnp.concatenate([place, height, turn])
-        velocity = far * jax.random.uniform(velocity_key, (6,), minval=-1.0, maxval=1.0)
+        velocity = spread * jax.random.uniform(velocity_key, (6,), minval=-1.0, maxval=1.0)
         action = jnp.zeros(self.action_size)
         qvel = jnp.concatenate([velocity, jnp.zeros_like(angles)])
         data = Physics(
@@ -1628,7 +1707,7 @@ class Env:
         info: before the step; under: [] m, the height of the ground under the robot after it.
         """
         quat = data.qpos[3:7]
-        before_landing = info.get("airborne", 0) * readings["contact"]
+        steps_in_air = info.get("airborne", 0) * readings["contact"]
         return Motion(
             command=info["command"],
             height=data.qpos[2] - under,
@@ -1642,7 +1721,8 @@ class Env:
             action_before=info["action"],
             # Told to stand, it is to have all feet on the floor, though the observed clock runs on.
             stance=is_stance(self.robot, info["elapsed"] + 1) | stands(info["command"]),
-            flight=jnp.where(before_landing > 0, (before_landing + 1) * CONTROL_DT, 0.0),
+            # With the step of the landing.
+            flight=jnp.where(steps_in_air > 0, (steps_in_air + 1) * CONTROL_DT, 0.0),
             **readings,
         )
 
@@ -1662,8 +1742,8 @@ class Env:
         next_key, _, command_key, noise_key = jax.random.split(info["key"], 4)
         pushed = state.data.replace(qvel=state.data.qvel.at[:2].add(self.push(info)))
         data, readings = self.advance(pushed, action, info["action"], info["domain"], tile)
-        slow = (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN as well
-        sane = jnp.isfinite(data.qpos).all() & slow
+        bounded = (jnp.abs(data.qvel) < self.MAX_SPEED).all()  # False for NaN as well
+        sane = jnp.isfinite(data.qpos).all() & bounded
 
         scan = scan_ground(tile, data.qpos)
         under = under_robot(scan)
@@ -2765,6 +2845,31 @@ def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
 # end shared
 
 
+# shared: camera
+def make_camera(model: mujoco.MjModel) -> int | mujoco.MjvCamera:
+    """The model's camera `track`; without one, a camera that follows the heaviest of its trees."""
+    number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    if number >= 0:
+        return number
+    camera = mujoco.MjvCamera()
+    mujoco.mjv_defaultFreeCamera(model, camera)
+    is_root = (model.body_parentid == 0) & (np.arange(model.nbody) > 0)
+    root = int(np.argmax(is_root * model.body_subtreemass))
+    camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING
+    camera.trackbodyid = root
+
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    own = model.body_rootid[model.geom_bodyid] == root
+    if own.any():  # the default distance shows the whole floor
+        away = np.linalg.norm(data.geom_xpos[own] - data.xpos[root], axis=1)
+        camera.distance = 4 * float((away + model.geom_rbound[own]).max())
+    return camera
+
+
+# end shared
+
+
 def draw_arrow(scene: mujoco.MjvScene, start, velocity, color: tuple[float, ...]) -> None:
     """Add an arrow of 1 m for 1 m/s. start: [3] m; velocity: [2] m/s."""
     geom = scene.geoms[scene.ngeom]
@@ -2788,6 +2893,7 @@ def write_video(robot: Robot, policy: dict, file: Path) -> None:
     data = original.data
     imageio = importlib.import_module("imageio")
     command = np.array(TEST_COMMAND)
+    camera = make_camera(original.model)
 
     def film(video, renderer) -> None:
         memory = initial_memory()
@@ -2801,7 +2907,7 @@ def write_video(robot: Robot, policy: dict, file: Path) -> None:
                 break
             if step % 2:
                 continue
-            renderer.update_scene(data, camera="track")
+            renderer.update_scene(data, camera=camera)
             wanted = data.xmat[1].reshape(3, 3)[:2, :2] @ command[:2]
             above = data.qpos[:3] + [0, 0, 0.96 * robot.target_height]
             below = data.qpos[:3] + [0, 0, 0.88 * robot.target_height]

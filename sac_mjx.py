@@ -2050,7 +2050,7 @@ def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
 # end shared
 
 
-# shared: film
+# shared: camera
 def make_camera(model: mujoco.MjModel) -> int | mujoco.MjvCamera:
     """The model's camera `track`; without one, a camera that follows the heaviest of its trees."""
     number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
@@ -2072,6 +2072,10 @@ def make_camera(model: mujoco.MjModel) -> int | mujoco.MjvCamera:
     return camera
 
 
+# end shared
+
+
+# shared: film
 def write_video(env: Env, policy: dict, seed: int, file: Path) -> None:
     """Film one episode in C MuJoCo at its real speed, at 20 (HalfCheetah) to 67 frames a second."""
     original = CMujocoEnv(env)

@@ -133,7 +133,9 @@ def relative_error(found: np.ndarray, true: np.ndarray) -> np.ndarray:
         ("sparse_flag", 3e-4, 1e-3),
         # Contacts and limits of a chain: test_onekernel_models.py has Walker2d's, after a step.
         pytest.param("hopper", 1e-5, 3e-4, marks=pytest.mark.slow),
-        pytest.param("quad_pos", 1e-4, 3e-3, marks=pytest.mark.slow),  # test_own_robots.py moves it
+        pytest.param(
+            "quad_pos", 1e-4, 3e-3, marks=pytest.mark.slow
+        ),  # test_onekernel_models.py steps it
     ],
 )
 def test_accelerations_are_c_mujocos(name, median, most, monkeypatch):

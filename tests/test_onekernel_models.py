@@ -144,6 +144,7 @@ def compare(function, *batch):
     return ours
 
 
+@pytest.mark.slow
 def test_heights_and_contact_forces(monkeypatch):
     """Tables that are looked up, and what scripts use besides `step`: rne_postconstraint."""
     quick_kernels(monkeypatch)

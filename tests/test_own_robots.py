@@ -29,7 +29,15 @@ TRAINED = ["filter", "imu", "mocap", "quad_pos"]
 TRAINED[1:] = [pytest.param(name, marks=pytest.mark.slow) for name in TRAINED[1:]]
 # The largest, and those that move as others do: what is theirs is tested below.
 SLOW = {"dense_contacts", "double_pole", "elliptic", "flywheel", "lengths", "mesh", "mixed_range"}
-SLOW |= {"gripper", "mocap", "no_camera", "quad_inherit", "sparse_flag", "swimmer_euler"}
+SLOW |= {
+    "gripper",
+    "mocap",
+    "no_camera",
+    "quad_inherit",
+    "quad_pos",
+    "sparse_flag",
+    "swimmer_euler",
+}
 TOUCHING = {"dense_contacts", "elliptic", "imu", "lengths", "quad_inherit", "quad_pos"}
 WORLDS = 4
 

@@ -451,6 +451,18 @@ def test_only_what_is_walked_outside_the_middle_counts(env, step):
     np.testing.assert_allclose(new.info["farthest"][:4], [0.91, 0.9, 1.11, 1.1], atol=5e-3)
 
 
+def test_commands_to_go_straight():
+    """As many as the flag says, over the whole range but what is slow."""
+    args = dataclasses.replace(GLIDE, command_x=(-0.4, 1.0), straight=0.7, standing=0.1)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    command = np.asarray(run(jax.vmap(Glider(args).draw_command), keys))
+    speed = command[(command[:, 1] == 0) & (command[:, 0] != 0), 0]
+    assert len(speed) / len(keys) == pytest.approx(0.7 * 0.9, abs=0.03)
+    assert np.abs(speed).min() > 0.2
+    assert -0.4 <= speed.min() < -0.38 and 0.98 < speed.max() <= 1.0
+    assert (speed < 0).mean() == pytest.approx(0.4 / 1.4, abs=0.03)
+
+
 def test_promotion_and_demotion_by_hand():
     """Level, walked, asked and farthest (m), fell -> level, where the random level is 6."""
     episodes = [

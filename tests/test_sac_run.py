@@ -161,7 +161,8 @@ def as_numpy(leaf) -> np.ndarray:
     return np.array(jax.random.key_data(leaf) if is_key else leaf)
 
 
-@pytest.mark.parametrize("buffer_device", [pytest.param("device", marks=pytest.mark.slow), "host"])
+@pytest.mark.slow
+@pytest.mark.parametrize("buffer_device", ["device", "host"])
 def test_resume_on_two_devices_is_bit_equal(tmp_path, make_mesh, without_judge, buffer_device):
     """Four iterations, and the last two once more from the checkpoint after two, end the same.
 

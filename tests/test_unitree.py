@@ -964,6 +964,7 @@ def symmetric(spec) -> None:
     right.iquat, right.inertia = left.iquat * [1, -1, 1, -1], left.inertia
 
 
+@pytest.mark.slow
 def test_mirrored_step_of_a_symmetric_robot(step, moments, monkeypatch, tmp_path):
     """A robot without the real one's asymmetries moves in the mirror as the mirror shows it, as do its observation and
     every reward."""
@@ -1291,6 +1292,20 @@ def test_commands_along_one_axis():
     command = np.asarray(run(jax.vmap(make(Toy, no_turn).draw_command), keys))
     assert np.isfinite(command).all() and (command[:, 2] == 0).all()
     assert (command == 0).all(axis=1).mean() == pytest.approx(1 / 3, abs=0.03)
+
+
+def test_commands_that_are_not_slow():
+    """Each keeps its sign and its order; what is slower than 0.2 is spread over the rest of its side."""
+    low, high = np.array([-0.1, 0.3, -1.0]), np.array([1.0, 0.8, 0.0])
+    for command, expected in (
+        ([0.5, 0.3, -0.5], [0.6, 0.3, -0.6]),
+        ([0.0, 0.55, -1.0], [0.0, 0.55, -1.0]),
+        ([1.0, 0.8, -0.25], [1.0, 0.8, -0.4]),
+    ):
+        ours = unitree.not_slow(jnp.array(command), low, high)
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+    slow = unitree.not_slow(jnp.array([-0.05, 0.3, 0.0]), low, high)
+    assert -0.2 < slow[0] < 0  # all of that side is
 
 
 def test_domains_cover_their_ranges():

@@ -361,6 +361,7 @@ def test_settings_of_each_robot(capsys):
 
 LEFT_KNEE = '<motor joint="left_knee" ctrlrange="-139 139"/>'
 RIGHT_KNEE = LEFT_KNEE.replace("left", "right")
+RIGHT_HIP = '<joint name="right_hip_roll" axis="1 0 0"'
 
 
 @pytest.mark.parametrize(
@@ -388,6 +389,7 @@ RIGHT_KNEE = LEFT_KNEE.replace("left", "right")
         ({'<body name="left_ankle_roll"': '<body name="foot"'}, "['left_ankle_roll']"),
         ({'type="sphere" size="0.005"': 'type="box" size=".02 .02 .005"'}, "spheres alone"),
         ({'<geom class="sole"': '<geom class="sole" size="0.006"'}, "of one radius"),
+        ({RIGHT_HIP: RIGHT_HIP.replace('"1 0 0"', '"-1 0 0"')}, "left_hip_roll moves 0."),
     ],
 )
 def test_model_that_would_be_misread_is_refused(changes, message, tmp_path, capsys):
@@ -403,6 +405,69 @@ def test_model_that_would_be_misread_is_refused(changes, message, tmp_path, caps
         unitree.load_model(robot, 0.005)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feet": ("left_ankle_roll",)}, "no foot mirrors ['left_ankle_roll']"),
+        ({"gait_offsets": (0.0, 0.25)}, "half a period apart"),
+        ({"gait_offsets": (0.0,)}, "half a period apart"),
+        ({"gait_period": 0.5}, "an even number of control steps"),
+        ({"gait_period": 0.81}, "an even number of control steps"),
+        ({"weights": {"alive": 1.0}}, "must have track_velocity"),
+        ({"test_commands": {"forward": (1.0, 0.0, 0.0)}}, "one of zeros"),
+        ({"default": ("left_hip_roll", 0.1)}, "['left_hip_roll', 'right_hip_roll']"),
+    ],
+)
+def test_row_that_would_be_misread_is_refused(changes, message, capsys):
+    if "default" in changes:
+        name, angle = changes["default"]
+        joint = dataclasses.replace(ROBOTS["g1"].joints[name], default=angle)
+        changes = {"joints": ROBOTS["g1"].joints | {name: joint}}
+    with pytest.raises(SystemExit) as stop:
+        unitree.load_model(dataclasses.replace(ROBOTS["g1"], **changes), 0.005)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_reward_has_no_unknown_terms(capsys):
+    robot = dataclasses.replace(ROBOTS["g1"], weights={"track_velocity": 1.0, "tlit": -1.0})
+    with pytest.raises(SystemExit) as stop:
+        unitree.unweighted_terms(robot, motion_of(robot))
+    assert stop.value.code == 2 and "no terms ['tlit']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("", "robot.xml without the shapes for pictures (ValueError"),
+        (
+            '<geom type="sphere" size="0.01" mass="0.1" contype="0" conaffinity="1"/>',
+            "['left_knee', 'right_knee'] need an <inertial>",
+        ),
+    ],
+)
+def test_masses_by_shapes_are_refused(tmp_path, capsys, more, message):
+    """Training leaves the shapes out that only a picture needs."""
+    mjcf = (unitree.MODELS / "g1.xml").read_text()
+    shape = '<geom type="sphere" size="0.05" mass="1.9" contype="0" conaffinity="0"/>'
+    knees = r'(<body name="(?:left|right)_knee"[^>]*>\s*)<inertial[^>]*/>'
+    (tmp_path / "robot.xml").write_text(re.sub(knees, r"\1" + shape + more, mjcf))
+    robot = dataclasses.replace(ROBOTS["g1"], mjcf=str(tmp_path / "robot.xml"))
+    assert robot.model.nbody == ROBOTS["g1"].model.nbody
+    with pytest.raises(SystemExit) as stop:
+        unitree.load_model(robot, 0.005, visuals=False)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_payload_must_leave_the_base_a_mass(capsys):
+    model = unitree.load_model(ROBOTS["g1"], 0.005)
+    model.body_mass[1] = 0.9
+    with pytest.raises(SystemExit) as stop:
+        unitree.draw_payloads(unitree.Args(), model)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--added-mass" in error and "nothing would be left" in error
 
 
 def test_joints_without_an_image_are_refused(tmp_path, capsys):
