@@ -3764,16 +3764,42 @@ def model_digest(model: mujoco.MjModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def onekernel_digest() -> str | None:
+    """A digest of onekernel's code, which makes the physics; None without onekernel."""
+    if not onekernel:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(Path(onekernel.__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of those packages that a run's numbers depend on."""
+    packages = ("jax", "mujoco", "mujoco-mjx", "flax", "optax")
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
 def tell_changes(run_dir: Path, model: mujoco.MjModel) -> None:
-    """Say in a line each if the code or the model is not the one that the run has had."""
+    """Say in a line each what is not as it was when the run was trained."""
     script = Path(__file__)
     for copy in run_dir.glob("*.py"):
         if copy.read_bytes() != script.read_bytes():
             command = shlex.join(["diff", str(copy), str(script)])
             say(f"the code has changed since the run began, perhaps its rewards: {command}")
-    then = json.loads((run_dir / "run.json").read_text()).get("model")
-    if then and then != model_digest(model):
+    then = json.loads((run_dir / "run.json").read_text())
+    if then.get("model", "") not in ("", model_digest(model)):
         say("the model has changed since the run was trained: its files, or MuJoCo's version")
+    if then.get("onekernel", "") not in ("", onekernel_digest()):
+        say("onekernel has changed since the run was trained, or is there only now or then")
+    old, new = then.get("versions", {}), package_versions()
+    changed = [
+        f"{name} {old[name]} -> {new[name]}"
+        for name in new
+        if old.get(name, new[name]) != new[name]
+    ]
+    if changed:
+        say("versions have changed since the run was trained: " + ", ".join(changed))
 
 
 def describe_run(args: Args, mesh: Mesh, model: mujoco.MjModel) -> dict:
@@ -3783,14 +3809,14 @@ def describe_run(args: Args, mesh: Mesh, model: mujoco.MjModel) -> dict:
     with contextlib.suppress(OSError):  # git is not installed
         here = Path(__file__).parent
         commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
-    packages = ("jax", "mujoco", "mujoco-mjx", "flax", "optax")
     return {
         "script": Path(__file__).name,
         "args": dataclasses.asdict(args),
         "commit": commit,
         "model": model_digest(model),
+        "onekernel": onekernel_digest(),
         "devices": [device.device_kind for device in mesh.devices],
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": package_versions(),
     }
 
 

@@ -34,8 +34,8 @@ Shapes: T = num_steps, N = worlds on this device, B = T * N, M = num_minibatches
 observation size, A = action size, E = episodes. A record describes one world; its fields are
 [T, N, ...] in a rollout, [B, ...] in a batch and [B / M, ...] in a minibatch.
 
-Names follow CleanRL's ppo_continuous_action.py; where the algorithm differs, a comment says so. The
-tasks are those of Gymnasium 1.4.0. All metrics and flags are explained in docs/ppo_mjx.md.
+Names follow CleanRL's ppo_continuous_action.py. docs/ppo_mjx.md lists where the algorithm differs,
+and explains all metrics and flags. The tasks are those of Gymnasium 1.4.0.
 
 Blocks between "# shared: NAME" and "# end shared" are copied into the other scripts by
 tools/sync_shared.py; in your own copy, ignore the marks.
@@ -213,7 +213,7 @@ class Args:
     max_grad_norm: NonNegative = 0.5
     """gradients are scaled down to this norm"""
     target_kl: Annotated[float | None, Range(0, 1e9)] = None
-    """end an update after the epoch whose mean KL divergence exceeds this"""
+    """end an update after the epoch whose mean KL divergence exceeds this; later ones do nothing"""
     norm_obs: bool = True
     """normalise observations by running mean and variance; they are clipped to 10 in any case"""
     norm_reward: bool = True
@@ -237,17 +237,17 @@ class Args:
 
 
 # Defaults of flags that depend on the task; those of Args are HalfCheetah's.
-OTHERS = {"num_envs": 128, "num_steps": 32}
+OTHER_TASKS = {"num_envs": 128, "num_steps": 32}
 SETTINGS = {
     "HalfCheetah": {},
-    "Ant": OTHERS | {"learning_rate": 2e-4, "total_timesteps": 3_000_000},
-    "Humanoid": OTHERS | {"learning_rate": 5e-4, "total_timesteps": 2_000_000},
+    "Ant": OTHER_TASKS | {"learning_rate": 2e-4, "total_timesteps": 3_000_000},
+    "Humanoid": OTHER_TASKS | {"learning_rate": 5e-4, "total_timesteps": 2_000_000},
 }
 
 
 def default_args(env_id: str) -> Args:
     """The settings of a task, where no flags change them."""
-    return Args(env_id=env_id, **SETTINGS.get(env_id, OTHERS))
+    return Args(env_id=env_id, **SETTINGS.get(env_id, OTHER_TASKS))
 
 
 # ---- 2. Tasks (SI units and radians; a test holds each equal to Gymnasium's v5) ------------------
@@ -298,7 +298,7 @@ class Task:
     keyframe: str | None = "home"
 
     # The episode goes on while these hold
-    healthy_z: tuple[float, float] = (-math.inf, math.inf)  # m, height of the torso
+    healthy_z: tuple[float, float] = (-math.inf, math.inf)  # m, the coordinate `first_observed`
     max_pitch: float = math.inf  # rad, for planar robots: the coordinate after z is their pitch
     max_state: float = math.inf  # m, rad, m/s and rad/s: all coordinates and velocities but x and z
 
@@ -660,9 +660,9 @@ class State:
     reward: jax.Array  # []
     done: jax.Array  # [] float, 1 if terminated. At the time limit 0, unlike Transition.done
     metrics: dict[str, jax.Array]  # the reward's terms
-    info: dict[str, jax.Array]
     # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
     # x: m, position along the forward axis
+    info: dict[str, jax.Array]
 
 
 # end shared
@@ -853,10 +853,12 @@ class Env:
         start = (data, self.template)
         (data, full), _ = jax.lax.scan(substep, start, None, length=self.task.frame_skip)
         if "cfrc_ext" in dict(self.task.sensed):
-            full = smooth.rne_postconstraint(self.model, full)
+            with jax.default_matmul_precision("highest"):  # as in `physics_step`
+                full = smooth.rne_postconstraint(self.model, full)
 
         # `data` is the state at the end of the control step. What MuJoCo computes from it, like
-        # xpos, is older in `full`: from before the last integration (see Task.sense).
+        # xpos, is older in `full`: from before the last integration (see Task.sense). So x is as old
+        # as in Gymnasium's task: of the end where it is a coordinate, else from before.
         now = self.measure(data, full)
         source, *index = self.task.position
         if source == "qpos":
@@ -1099,9 +1101,9 @@ def shuffle(key: jax.Array, size: int) -> jax.Array:
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     """Adam's direction, on gradients that are scaled down to max_grad_norm.
 
-    The caller subtracts learning_rate * direction; do not pass it to optax.apply_updates. A
-    gradient that is not finite is skipped and counted, as optax.apply_if_finite does; the norm that
-    clipping needs anyway tells whether it is finite.
+    The caller subtracts learning_rate * direction, as the rate depends on the iteration; do not pass
+    the direction to optax.apply_updates. A gradient that is not finite is skipped and counted, as
+    optax.apply_if_finite does; the norm that clipping needs anyway tells whether it is finite.
     """
     adam = optax.scale_by_adam(eps=1e-5)
 
@@ -1205,9 +1207,9 @@ class Transition:
     terminated: jax.Array  # bool
     done: jax.Array  # bool: terminated, or at the time limit
     valid: jax.Array  # bool: False for steps to leave out of the loss, as they broke the world
-    finished: jax.Array
     # bool: an episode ended here that did not break and began at elapsed 0 (the first ones begin at
     # a random clock); only these are logged
+    finished: jax.Array
 
 
 # shared: seams
@@ -1275,7 +1277,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
             valid=~broken,
             finished=done & ~broken & (end.episode_length == state.info["elapsed"]),
         )
-        # All worlds are reset in each step: under vmap a branch would compute both sides anyway.
+        # All worlds are reset in each step: under vmap, XLA computes both sides of a branch anyway.
         fresh = start_worlds(jax.vmap(kernel(env.reset))(reset_key), key, end.times_broken)
         return where_done(done, fresh, end), transition
 
@@ -1597,7 +1599,8 @@ def train_iteration(
         mesh=mesh,
         in_specs=(STATE_SPEC,),
         out_specs=(STATE_SPEC, P(), P("devices")),
-        check_vma=False,  # with it, jax.grad would sum over the devices, before `update` averages
+        # With it, jax.grad would sum the networks' gradient over the devices, before `update` averages.
+        check_vma=False,
     )
     state, metrics, box = run(state)
     return state, metrics | {"black_box": box}
@@ -2723,16 +2726,42 @@ def model_digest(model: mujoco.MjModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def onekernel_digest() -> str | None:
+    """A digest of onekernel's code, which makes the physics; None without onekernel."""
+    if not onekernel:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(Path(onekernel.__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of those packages that a run's numbers depend on."""
+    packages = ("jax", "mujoco", "mujoco-mjx", "flax", "optax")
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
 def tell_changes(run_dir: Path, model: mujoco.MjModel) -> None:
-    """Say in a line each if the code or the model is not the one that the run has had."""
+    """Say in a line each what is not as it was when the run was trained."""
     script = Path(__file__)
     for copy in run_dir.glob("*.py"):
         if copy.read_bytes() != script.read_bytes():
             command = shlex.join(["diff", str(copy), str(script)])
             say(f"the code has changed since the run began, perhaps its rewards: {command}")
-    then = json.loads((run_dir / "run.json").read_text()).get("model")
-    if then and then != model_digest(model):
+    then = json.loads((run_dir / "run.json").read_text())
+    if then.get("model", "") not in ("", model_digest(model)):
         say("the model has changed since the run was trained: its files, or MuJoCo's version")
+    if then.get("onekernel", "") not in ("", onekernel_digest()):
+        say("onekernel has changed since the run was trained, or is there only now or then")
+    old, new = then.get("versions", {}), package_versions()
+    changed = [
+        f"{name} {old[name]} -> {new[name]}"
+        for name in new
+        if old.get(name, new[name]) != new[name]
+    ]
+    if changed:
+        say("versions have changed since the run was trained: " + ", ".join(changed))
 
 
 def describe_run(args: Args, mesh: Mesh, model: mujoco.MjModel) -> dict:
@@ -2742,14 +2771,14 @@ def describe_run(args: Args, mesh: Mesh, model: mujoco.MjModel) -> dict:
     with contextlib.suppress(OSError):  # git is not installed
         here = Path(__file__).parent
         commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
-    packages = ("jax", "mujoco", "mujoco-mjx", "flax", "optax")
     return {
         "script": Path(__file__).name,
         "args": dataclasses.asdict(args),
         "commit": commit,
         "model": model_digest(model),
+        "onekernel": onekernel_digest(),
         "devices": [device.device_kind for device in mesh.devices],
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": package_versions(),
     }
 
 

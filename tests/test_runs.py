@@ -138,15 +138,17 @@ def test_resumed_run_becomes_longer(copy, capsys, monkeypatch, without_judge):
     monkeypatch.setattr(ppo_mjx, "write_video", lambda *inputs: films.append(inputs[-1]))
     (copy / SCRIPT.name).write_text("an older version, with other rewards")
     run = json.loads((copy / "run.json").read_text())
-    ppo_mjx.write_run(copy, run | {"model": "another"})
+    old = {"model": "another", "onekernel": "another", "versions": run["versions"] | {"jax": "0.1"}}
+    ppo_mjx.write_run(copy, run | old)
 
     double = 2 * ITERATIONS * STEPS
     flags = ["--total-timesteps", str(double), "--track", "--capture-video"]
     ppo_mjx.main(["--resume", str(copy), *flags])
     out = capsys.readouterr().out
-    (code, model) = (line for line in out.splitlines() if "changed" in line)
+    (code, model, kernel, versions) = (line for line in out.splitlines() if "changed" in line)
     assert code.endswith(f"diff {copy / SCRIPT.name} {SCRIPT}")
-    assert "the model has changed" in model
+    assert "the model has changed" in model and "onekernel has changed" in kernel
+    assert versions.endswith(f": jax 0.1 -> {run['versions']['jax']}")
     assert f"made longer, from {double // 2} to {double} steps" in out
     assert int(ppo_mjx.checkpoints(copy)[0].stem) == 2 * ITERATIONS
     saved = ppo_mjx.read_run(copy)
