@@ -983,7 +983,10 @@ def describe_frame(qpos, qvel, feet, command=None, xp=jnp):
 
 @struct.dataclass
 class Motions:
-    """The reference, a frame each control step: all clips, one after the other."""
+    """The reference, a frame each control step: all clips, one after the other.
+
+    `load_motions`, below among the files, makes it.
+    """
 
     qpos: jax.Array  # [L, 7 + J]
     qvel: jax.Array  # [L, 6 + J] in each pose: the mean of the ways to it and from it
@@ -1205,10 +1208,13 @@ class Env:
         value_key, stand_key, axis_key = jax.random.split(key, 3)
         low, high = np.array([args.command_x, args.command_y, args.command_yaw]).T
         command = jax.random.uniform(value_key, (3,), minval=low, maxval=high)
-        choice = jax.random.uniform(axis_key)
-        axis = jnp.floor(3 * choice / max(args.one_axis, 1e-9))  # beyond 2: all three
-        alone = jnp.where(jnp.arange(3) == axis, not_slow(command, low, high), 0.0)
-        command = jnp.where(choice < args.one_axis, alone, command)
+        # One of those axes along which it may move fast enough.
+        open_axes = np.flatnonzero(np.maximum(-low, high) >= MIN_COMMAND)
+        if len(open_axes):
+            choice_key, axis_key = jax.random.split(axis_key)
+            axis = jax.random.choice(axis_key, open_axes)
+            alone = jnp.where(jnp.arange(3) == axis, not_slow(command, low, high), 0.0)
+            command = jnp.where(jax.random.uniform(choice_key) < args.one_axis, alone, command)
 
         speed = jnp.linalg.norm(command[:2])
         turn = jnp.abs(command[2])
@@ -1427,12 +1433,12 @@ class Env:
         window = jnp.concatenate([info["window"][1:], frame[None]])
 
         velocity = jnp.stack([motion.velocity[0], motion.velocity[1], motion.rates[2]])
-        progress = next_progress(info["progress"], info["command"], velocity)
-        lost = has_fallen(self.robot, data.qpos) | (progress < self.args.min_progress)
+        followed = next_progress(info["progress"], info["command"], velocity)
+        lost = has_fallen(self.robot, data.qpos) | (followed < self.args.min_progress)
 
         # The step is rewarded for the old command; the next one is observed already.
         command = self.next_command(command_key, info["command"])
-        progress = jnp.where((command != info["command"]).any(), 1.0, progress)
+        progress = jnp.where((command != info["command"]).any(), 1.0, followed)
         elapsed = info["elapsed"] + 1
         obs = self.observations(noise_key, data, command, action, progress, info["level"])
         return State(
@@ -2542,7 +2548,8 @@ def read_motion(robot: Robot, file: Path) -> Clip:
     require(file.is_file(), f"--motion {file}: no such file")
     with or_fail(f"--motion {file}: no motion of {robot.mjcf}"):
         clip = READERS[file.suffix](robot, file)
-        if not np.isfinite(clip.qpos).all():
+        arrays = [array for array in (clip.qpos, clip.targets, clip.command) if array is not None]
+        if not all(np.isfinite(array).all() for array in arrays):
             raise ValueError("numbers that are not finite")
         if not 1e-4 <= clip.dt <= 1:
             raise ValueError(f"{clip.dt} s between frames")
@@ -2579,7 +2586,8 @@ def resample(robot: Robot, clip: Clip) -> Clip:
         targets = (1 - share) * clip.targets[before] + share * clip.targets[before + 1]
     command = clip.command
     if command is not None:
-        command = command[np.ceil(times - 1e-6).astype(int)]  # that on the way to the next frame
+        following = np.minimum(np.ceil(times - 1e-6).astype(int), last)
+        command = command[following]  # that on the way to the next frame
     return Clip(qpos=poses, dt=CONTROL_DT, targets=targets, command=command)
 
 

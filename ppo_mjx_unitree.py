@@ -1274,10 +1274,13 @@ class Env:
         value_key, stand_key, axis_key = jax.random.split(key, 3)
         low, high = np.array([args.command_x, args.command_y, args.command_yaw]).T
         command = jax.random.uniform(value_key, (3,), minval=low, maxval=high)
-        choice = jax.random.uniform(axis_key)
-        axis = jnp.floor(3 * choice / max(args.one_axis, 1e-9))  # beyond 2: all three
-        alone = jnp.where(jnp.arange(3) == axis, not_slow(command, low, high), 0.0)
-        command = jnp.where(choice < args.one_axis, alone, command)
+        # One of those axes along which it may move fast enough.
+        open_axes = np.flatnonzero(np.maximum(-low, high) >= MIN_COMMAND)
+        if len(open_axes):
+            choice_key, axis_key = jax.random.split(axis_key)
+            axis = jax.random.choice(axis_key, open_axes)
+            alone = jnp.where(jnp.arange(3) == axis, not_slow(command, low, high), 0.0)
+            command = jnp.where(jax.random.uniform(choice_key) < args.one_axis, alone, command)
 
         speed = jnp.linalg.norm(command[:2])
         turn = jnp.abs(command[2])

@@ -185,6 +185,19 @@ def test_csv(tmp_path):
     np.testing.assert_allclose(legs.qpos[0, 7:], np.arange(12) / 100, atol=1e-9)
 
 
+def test_npz_in_single_precision(tmp_path):
+    """0.02 s is a little less then, so that the clip's last moment lies beyond its last frame."""
+    poses = stand(G1, 200)
+    command = np.tile([1.0, 0.0, 0.0], (200, 1))
+    file = tmp_path / "clip.npz"
+    np.savez(file, qpos=poses, dt=np.float32(0.02), command=command)
+    assert len(amp.resample(G1, amp.read_motion(G1, file)).command) == 200
+    command[7, 2] = np.nan
+    np.savez(file, qpos=poses, dt=0.02, command=command)
+    with pytest.raises(SystemExit):
+        amp.read_motion(G1, file)
+
+
 def write_json(file: Path, frames, duration=0.04) -> Path:
     file.write_text(json.dumps({"FrameDuration": duration, "Frames": frames}))
     return file
@@ -1039,6 +1052,9 @@ def test_a_policy_is_recorded(tmp_path, capsys):
     controller = amp.make_controller(G1)
     torque = controller.stiffness * (clip.targets - poses[:, 7:])
     assert np.abs(torque).mean() > 3 and np.abs(torque).max() < 200
+
+    # The reference that ships is not overwritten unasked.
+    assert "g1.npz is there already" in refused(capsys, [str(run_dir)], record_motion.main)
 
     policy = dict(np.load(run_dir / "policy.npz"))
     policy["b2"] = policy["b2"] + 5.0

@@ -1291,7 +1291,8 @@ def test_commands_along_one_axis():
     no_turn = dataclasses.replace(USUAL, one_axis=1.0, standing=0.0, command_yaw=(0.0, 0.0))
     command = np.asarray(run(jax.vmap(make(Toy, no_turn).draw_command), keys))
     assert np.isfinite(command).all() and (command[:, 2] == 0).all()
-    assert (command == 0).all(axis=1).mean() == pytest.approx(1 / 3, abs=0.03)
+    assert (command != 0).any(axis=1).all()  # not along the axis that is closed
+    assert (command[:, 1] == 0).mean() == pytest.approx(1 / 2, abs=0.03)
 
 
 def test_commands_that_are_not_slow():

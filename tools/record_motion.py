@@ -174,6 +174,8 @@ def main(argv: list[str]) -> None:
     out = flags.out or script.MODELS / "motions" / f"{args.robot}.npz"
     if out.suffix != ".npz":
         fail(f"--out {out}: the name has to end in .npz")
+    if flags.out is None and out.exists():
+        fail(f"{out} is there already: remove it, or name another file by --out")
     try:
         with np.load(flags.run_dir / "policy.npz", allow_pickle=False) as arrays:
             policy = dict(arrays)

@@ -48,13 +48,14 @@ def record(amp: ModuleType, model: mujoco.MjModel, poses: np.ndarray, file: Path
     """Film poses [T, 7 + J] at the control rate once."""
     imageio = importlib.import_module("imageio")
     renderer = amp.make_renderer(model)
+    camera = amp.make_camera(model)
     data = mujoco.MjData(model)
     every = round(FRAME_DT / amp.CONTROL_DT)  # poses from one picture to the next
     with warnings.catch_warnings(action="ignore"):
         with imageio.get_writer(file, fps=1 / (every * amp.CONTROL_DT)) as video:
             for pose in poses[::every]:
                 set_pose(model, data, pose)
-                renderer.update_scene(data, camera="track")
+                renderer.update_scene(data, camera=camera)
                 video.append_data(renderer.render())
     print(f"video: {file}")
 
