@@ -234,6 +234,8 @@ class Args:
     """widths of the ELU layers, in the actor and in the critic"""
     init_log_std: Annotated[float, Range(-20, 20)] = -1.0
     """log of the policy's standard deviation at the start"""
+    policy_average: Fraction = 0.02
+    """share of the training over which the saved policy's weights are averaged; 0: the last ones"""
 
     @property
     def steps_per_iteration(self) -> int:
@@ -1661,6 +1663,7 @@ class Learner:
     """What is learnt; the same on every device."""
 
     params: dict  # "actor" and "critic": Flax parameters; "log_std": [A]
+    averaged: dict  # the actor's parameters, by `average_policy`: those that are saved
     opt_state: optax.OptState  # of the parameters as one vector
     learning_rate: jax.Array  # []
     level: jax.Array  # [] of the curriculum, that episodes begin with: see Env.draw_domain
@@ -1695,7 +1698,7 @@ class TrainState:
 
 
 # What --init-from takes from another run's learner.
-INHERITED = ("params", "obs_stats", "return_stats")
+INHERITED = ("params", "averaged", "obs_stats", "return_stats")
 
 STATE_SPEC = TrainState(learner=P(), worlds=P("devices"))
 
@@ -1802,6 +1805,7 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     vector, _ = ravel_pytree(params)
     learner = Learner(
         params=params,
+        averaged=params["actor"],
         opt_state=make_optimizer(args).init(vector),
         learning_rate=jnp.float32(args.learning_rate),
         level=level,
@@ -2200,6 +2204,17 @@ def next_level(args: Args, robot: Robot, level: jax.Array, reward: jax.Array) ->
     return jnp.clip(level + jnp.where(tracked > WELL_TRACKED, change, -change), 0.0, 1.0)
 
 
+def average_policy(args: Args, learner: Learner) -> dict:
+    """The actor's parameters, averaged over the last iterations, the latest of them weighing most.
+
+    They act better than those of a single iteration, which has its minibatches' noise. Nothing is
+    rolled out with them: the actor that learns and acts stays as it is.
+    Source: Polyak and Juditsky 1992; exponentially weighted, as in arXiv:1806.04498.
+    """
+    span = max(1.0, args.policy_average * args.num_iterations)
+    return optax.incremental_update(learner.params["actor"], learner.averaged, 1 / span)
+
+
 def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict, dict]:
     """Rollout, advantages and update with one device's worlds.
 
@@ -2232,6 +2247,7 @@ def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainStat
     metrics |= episode_metrics(worlds, steps)
 
     learner = learner.replace(
+        averaged=average_policy(args, learner),
         obs_stats=obs_stats,
         return_stats=return_stats,
         level=next_level(args, env.robot, learner.level, metrics["reward/track_velocity"]),
@@ -2295,7 +2311,7 @@ def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
         "obs_mean": learner.obs_stats["actor"].mean,
         "obs_var": learner.obs_stats["actor"].var,
     }
-    for name, layer in learner.params["actor"]["params"].items():  # Dense_0, Dense_1, ...
+    for name, layer in learner.averaged["params"].items():  # Dense_0, Dense_1, ...
         number = name.removeprefix("Dense_")
         policy["w" + number] = layer["kernel"]
         policy["b" + number] = layer["bias"]

@@ -1652,6 +1652,7 @@ def tiny_learner(random, hidden: int = 3):
     params["log_std"] = jnp.array([-0.5, -0.3])
     return unitree.Learner(
         params,
+        params["actor"],
         None,
         jnp.float32(1e-3),
         jnp.float32(1),
@@ -1660,6 +1661,25 @@ def tiny_learner(random, hidden: int = 3):
         jax.random.key(0),
         jnp.array(0),
     )
+
+
+def test_policy_is_averaged():
+    """The latest parameters have a share of 1 / (a tenth of the iterations), those before what is left; 0: the last."""
+    random = np.random.default_rng(0)
+    learner = tiny_learner(random)
+    last = dense(random, 17, 3, 2)
+    learner = learner.replace(params=learner.params | {"actor": last})
+    for share, weight in ((0.1, 0.2), (0.0, 1.0)):
+        args = dataclasses.replace(USUAL, policy_average=share)
+        args = dataclasses.replace(args, total_timesteps=50 * args.steps_per_iteration)
+        jax.tree.map(
+            lambda new, before, after, weight=weight: np.testing.assert_allclose(
+                after, weight * new + (1 - weight) * before, atol=1e-6
+            ),
+            last,
+            learner.averaged,
+            unitree.average_policy(args, learner),
+        )
 
 
 @pytest.mark.parametrize(("imitation_coef", "iteration"), [(0, 1), (0.4, 1), (0.4, 6)])
@@ -1900,7 +1920,12 @@ LEARN = dataclasses.replace(  # to stand, on a robot that is always the same
     imitation_coef=0.0,
 )
 SHORT = dataclasses.replace(
-    LEARN, num_envs=64, total_timesteps=12 * 64 * 24, update_epochs=2, checkpoint_every=8
+    LEARN,
+    num_envs=64,
+    total_timesteps=12 * 64 * 24,
+    update_epochs=2,
+    checkpoint_every=8,
+    policy_average=0.25,
 )
 
 
@@ -2041,7 +2066,9 @@ def test_exported_policy_is_the_actor(trained, env):
     half_step = math.pi / 40
     second_half = (obs[:, 45:] @ [math.cos(half_step), math.sin(half_step)] < 0)[:, None]
     seen = np.where(second_half, mirrored(obs), obs).astype(np.float32)
-    mean = actor.apply(learner.params["actor"], unitree.normalize(learner.obs_stats["actor"], seen))
+    seen = unitree.normalize(learner.obs_stats["actor"], seen)
+    mean = actor.apply(learner.averaged, seen)
+    assert np.abs(mean - actor.apply(learner.params["actor"], seen)).max() > 1e-3
     mean = np.where(second_half, mirror_joints(mean), mean)
     assert np.ptp(mean) > 0.5 and 0.2 < second_half.mean() < 0.8
     # Whatever it has learnt.
