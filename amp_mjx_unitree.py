@@ -1000,6 +1000,7 @@ class Motions:
     first: jax.Array  # [C] int32, number of each clip's first frame
     length: jax.Array  # [C] int32, frames in it
     chance: jax.Array  # [C] that one of the clips up to this one is drawn
+    onsets: jax.Array  # [M] int32, frames soon after a new command; without any, all of a clip
 
 
 def draw_moment(args: Args, motions: Motions, key: jax.Array) -> jax.Array:
@@ -1012,6 +1013,21 @@ def draw_moment(args: Args, motions: Motions, key: jax.Array) -> jax.Array:
     earliest = args.num_frames - 1
     number = jax.random.randint(frame_key, (), earliest, motions.length[clip])
     return motions.first[clip] + number
+
+
+ONSET_TIME = 0.3  # s after a new command
+ONSET_SHARE = 0.33
+
+
+def draw_demonstration(args: Args, motions: Motions, key: jax.Array) -> jax.Array:
+    """The number of a frame to copy or to begin in, int32 []: by `draw_moment`, a third of them onsets.
+
+    How a motion starts is decided in few frames, which a copy would hardly see otherwise.
+    """
+    moment_key, onset_key, choice_key = jax.random.split(key, 3)
+    onset = jax.random.choice(onset_key, motions.onsets)
+    chosen = jax.random.uniform(choice_key) < ONSET_SHARE
+    return jnp.where(chosen, onset, draw_moment(args, motions, moment_key))
 
 
 def window_at(args: Args, motions: Motions, moment: jax.Array) -> jax.Array:
@@ -1162,12 +1178,12 @@ def next_progress(progress, command, velocity) -> jax.Array:
     """Which share of a command a robot follows: [], a mean over about PROGRESS_TIME.
 
     progress: [], before the step; command, velocity: [3] m/s, m/s, rad/s. The share is the velocity
-    along the command, from 0 to 2 of it, since a push changes a large multiple of a slow one; told to
+    along the command, from -2 to 2 of it, since a push is a large multiple of a slow one; told to
     stand, a robot does as told.
     """
     size = jnp.square(command).sum()
     share = jnp.where(size > 0, command @ velocity / jnp.maximum(size, 1e-6), 1.0)
-    share = jnp.clip(share, 0.0, 2.0)
+    share = jnp.clip(share, -2.0, 2.0)
     return progress + CONTROL_DT / PROGRESS_TIME * (share - progress)
 
 
@@ -1728,7 +1744,7 @@ def start_worlds(env_state: State, keys: jax.Array, times_broken: jax.Array) -> 
 def draw_start(args: Args, motions: Motions, key: jax.Array) -> dict[str, jax.Array]:
     """A moment of the reference, and whether an episode begins there, for Env.reset."""
     moment_key, choice_key = jax.random.split(key)
-    moment = draw_moment(args, motions, moment_key)
+    moment = draw_demonstration(args, motions, moment_key)
     return {
         "chosen": jax.random.uniform(choice_key) < args.reference_starts,
         "qpos": motions.qpos[moment],
@@ -1767,7 +1783,7 @@ def clone(
     def loss(params: dict, key: jax.Array) -> jax.Array:
         moment_key, noise_key, action_key = jax.random.split(key, 3)
         moment_keys = jax.random.split(moment_key, args.clone_batch_size)
-        moments = jax.vmap(partial(draw_moment, args, motions))(moment_keys)
+        moments = jax.vmap(partial(draw_demonstration, args, motions))(moment_keys)
         obs = motions.obs[moments]
         obs += env.noise * jax.random.uniform(noise_key, obs.shape, minval=-1.0, maxval=1.0)
         shape = obs[:, last_action].shape
@@ -1785,6 +1801,20 @@ def clone(
     keys = jax.random.split(key, args.clone_updates)
     (params, _), _ = jax.lax.scan(step, (actor, optimizer.init(actor)), keys)
     return params
+
+
+def least_variance(args: Args, env: Env) -> np.ndarray:
+    """Variance of the actor's observation that a reference lacks: [O].
+
+    It has no noise, and its commands and actions may hardly vary, as on a straight path.
+    """
+    var = np.square(np.asarray(env.noise)) / 3
+    where = part_slices(env.robot, env.seen["actor"])
+    low, high = np.array([args.command_x, args.command_y, args.command_yaw]).T
+    scale = np.array(env.seen["actor"]["command"].scale)
+    var[where["command"]] += 0.25 * np.square(scale * (high - low)) / 12
+    var[where["action"]] += math.exp(2 * args.init_log_std)
+    return var
 
 
 def init_train_state(args: Args, env: Env, motions: Motions, key: jax.Array) -> TrainState:
@@ -1813,7 +1843,7 @@ def init_train_state(args: Args, env: Env, motions: Motions, key: jax.Array) -> 
         obs_stats["actor"] = RunningStats(
             count=jnp.float32(CLONE_WEIGHT),
             mean=motions.obs.mean(axis=0),
-            var=motions.obs.var(axis=0) + jnp.square(env.noise) / 3,
+            var=motions.obs.var(axis=0) + least_variance(args, env),
         )
         stats = obs_stats["actor"]
         params["actor"] = clone(args, env, motions, params["actor"], stats, clone_key)
@@ -2013,8 +2043,7 @@ def ppo_loss(
     value_loss = 0.5 * mean_valid(jnp.square(value - mb.target))
 
     entropy = policy.entropy()
-    actor_loss = jnp.where(actor_learns(args, learner), policy_loss - ent_coef * entropy, 0.0)
-    loss = actor_loss + args.vf_coef * value_loss
+    loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss
     metrics = {
         "losses/loss": loss,
         "losses/policy_loss": policy_loss,
@@ -2051,9 +2080,15 @@ def next_learning_rate(
     return jnp.clip(factor * learning_rate, 1e-5, 1e-2)
 
 
-def step_sizes(args: Args, params: dict, learning_rate: jax.Array) -> jax.Array:
-    """Each parameter's step size, as a vector: learning_rate [], but the critic has its own."""
-    rates = {name: learning_rate for name in params} | {"critic": args.critic_learning_rate}
+def step_sizes(args: Args, learner: Learner, learning_rate: jax.Array) -> jax.Array:
+    """Each parameter's step size, as a vector: learning_rate [], but the critic has its own.
+
+    Before `actor_learns` all others are 0: Adam's moments have the actor's gradients by then, as it
+    would otherwise take them for rare ones, and step several times too far at first.
+    """
+    params = learner.params
+    rate = jnp.where(actor_learns(args, learner), learning_rate, 0.0)
+    rates = {name: rate for name in params} | {"critic": args.critic_learning_rate}
     filled = {
         name: jax.tree.map(lambda x, rate=rate: jnp.full_like(x, rate), params[name])
         for name, rate in rates.items()
@@ -2082,7 +2117,7 @@ def update(
     ent_coef = args.ent_coef + progress * (args.final_ent_coef - args.ent_coef)
     optimizer = make_optimizer(args)
     vector, unravel = ravel_pytree(learner.params)
-    step_size = step_sizes(args, learner.params, learning_rate)
+    step_size = step_sizes(args, learner, learning_rate)
 
     def minibatch_step(carry, mb: Batch):
         vector, opt_state = carry
@@ -2725,6 +2760,18 @@ def demonstrate(
     return obs, np.where(mirrored, mirror_actions(robot, action), action)
 
 
+def soon_after_a_command(args: Args, command: np.ndarray) -> np.ndarray:
+    """Numbers of a clip's frames in which the actor has seen a new command for less than ONSET_TIME.
+
+    command: [T, 3] on the way to each frame; the actor sees that on the way to the next one.
+    Commands by `command_of` change slowly, and have none.
+    """
+    changed = np.flatnonzero((np.abs(np.diff(command, axis=0)) > 0.1).any(axis=1))
+    ages = np.arange(round(ONSET_TIME / CONTROL_DT))
+    numbers = (changed[:, None] + ages).ravel()
+    return numbers[(numbers >= args.num_frames - 1) & (numbers < len(command))]
+
+
 def load_motions(args: Args) -> Motions:
     """The reference from its files, as NumPy arrays. Says in a line what each of them is."""
     robot = ROBOTS[args.robot]
@@ -2766,6 +2813,12 @@ def load_motions(args: Args) -> Motions:
         demos = [demo for demo in demos[::2] for _ in range(2)]
     length = np.array([len(poses) for poses in qpos], np.int32)
     chance = np.cumsum(weights) / np.sum(weights)
+    first = np.cumsum(length, dtype=np.int32) - length
+    onsets = [
+        start + soon_after_a_command(args, rows)
+        for start, rows in zip(first, commands, strict=True)
+    ]
+    onsets = np.concatenate(onsets).astype(np.int32)
     return Motions(
         qpos=np.concatenate(qpos).astype(np.float32),
         qvel=np.concatenate(qvel).astype(np.float32),
@@ -2774,7 +2827,8 @@ def load_motions(args: Args) -> Motions:
         obs=np.concatenate([obs for obs, _ in demos]).astype(np.float32),
         action=np.concatenate([action for _, action in demos]).astype(np.float32),
         action_before=np.concatenate([robot.actions(rows) for rows in targets]).astype(np.float32),
-        first=np.cumsum(length, dtype=np.int32) - length,
+        first=first,
+        onsets=onsets if len(onsets) else np.arange(args.num_frames - 1, length[0], dtype=np.int32),
         length=length,
         chance=chance.astype(np.float32),
     )

@@ -350,9 +350,11 @@ def test_the_critic_has_its_own_step_size():
         "critic": {"w": jnp.zeros(4)},
         "log_std": jnp.zeros(2),
     }
-    args = dataclasses.replace(SMALL, critic_learning_rate=0.5)
-    rates = amp.step_sizes(args, params, jnp.float32(0.25))
-    np.testing.assert_array_equal(rates, [0.25] * 6 + [0.5] * 4 + [0.25] * 2)
+    args = dataclasses.replace(SMALL, critic_learning_rate=0.5, critic_first=0.5)
+    for iteration, rate in ((1, 0.0), (2, 0.25)):  # of four
+        learner = types.SimpleNamespace(params=params, iteration=jnp.int32(iteration))
+        rates = amp.step_sizes(args, learner, jnp.float32(0.25))
+        np.testing.assert_array_equal(rates, [rate] * 6 + [0.5] * 4 + [rate] * 2)
 
 
 def test_the_level_rises_when_robots_walk_and_are_seldom_lost():
@@ -393,8 +395,9 @@ def test_who_does_not_do_as_told_is_lost():
         assert follow(command, [0.0, 0.0, 0.0], 50) == pytest.approx(math.exp(-1), abs=0.01)
         assert follow(command, np.multiply(0.5, command), 500) == pytest.approx(0.5, abs=1e-3)
     assert follow(forward, [0.0, 0.0, 0.0], 79) > 0.2 > follow(forward, [0.0, 0.0, 0.0], 81)
-    # A push says nothing of what a robot does: it counts as standing, or as twice the speed.
-    assert follow(forward, [-0.5, 0.7, 0.0], 500) == pytest.approx(0, abs=1e-3)
+    # Of a push, no more counts than twice the command.
+    assert follow(forward, [-0.5, 0.7, 0.0], 500) == pytest.approx(-1, abs=1e-3)
+    assert follow(forward, [-9.0, 0.7, 0.0], 500) == pytest.approx(-2, abs=1e-3)
     assert follow(forward, [9.0, 0.7, 0.0], 500) == pytest.approx(2, abs=1e-3)
     assert follow([0.0, 0.0, 0.0], [0.3, 0.0, 0.0], 50) == 1
 
@@ -511,6 +514,7 @@ def labelled(lengths: list[int], chance: list[float]) -> amp.Motions:
         first=jnp.int32(np.cumsum([0, *lengths[:-1]])),
         length=jnp.int32(lengths),
         chance=jnp.float32(chance),
+        onsets=jnp.int32([3]),
     )
 
 
@@ -535,6 +539,42 @@ def test_windows_follow_the_weights_and_stay_in_their_clip(num_frames):
         counts = np.bincount(last, minlength=length)[num_frames - 1 :]
         assert len(counts) == length - num_frames + 1
         np.testing.assert_allclose(counts / counts.mean(), 1, atol=0.15)
+
+
+def test_a_third_of_the_demonstrations_are_onsets():
+    motions = labelled([100], [1.0]).replace(onsets=jnp.int32([7, 8]))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    numbers = run(jax.vmap(partial(amp.draw_demonstration, SMALL, motions)), keys)
+    counts = np.bincount(numbers, minlength=100) / 4000
+    np.testing.assert_allclose(counts[[7, 8]], 0.33 / 2 + 0.67 / 99, atol=0.02)
+    assert counts[50:].sum() == pytest.approx(0.67 * 50 / 99, abs=0.03)
+
+
+def test_onsets_are_the_frames_after_a_new_command(tmp_path):
+    """The actor sees a command one frame before it has led to a pose. Without commands all frames count."""
+    told = np.zeros((60, 3))
+    told[31:, 0] = 0.5
+    np.savez(tmp_path / "told.npz", qpos=stand(G1, 60), dt=DT, command=told)
+    motions = load(str(tmp_path / "told.npz"))
+    # Of 59 frames, as the first pose has no velocity; then those of the image.
+    first = np.arange(29, 29 + 15)
+    np.testing.assert_array_equal(motions.onsets, [*first, *(59 + first)])
+    seen = amp.part_slices(G1, amp.seen_parts(G1, "actor"))["command"]
+    assert not motions.obs[28, seen].any() and motions.obs[29, seen].any()
+    still = load(write(tmp_path / "still.npz", stand(G1, 20)))
+    np.testing.assert_array_equal(still.onsets, np.arange(SMALL.num_frames - 1, 19))
+
+
+def test_a_reference_that_hardly_varies_leaves_room_for_commands_and_actions(motions):
+    """Where it has one command only, others stay within the normaliser's 10 deviations."""
+    env = make(Toy, SMALL)
+    least = amp.least_variance(SMALL, env)
+    where = amp.part_slices(G1, env.seen["actor"])
+    scale = np.array(env.seen["actor"]["command"].scale)
+    spread = np.array([1.6, 0.8, 1.6]) * scale
+    np.testing.assert_allclose(least[where["command"]], 0.25 * spread**2 / 12, rtol=1e-6)
+    np.testing.assert_allclose(least[where["action"]], math.exp(2 * SMALL.init_log_std), rtol=1e-6)
+    np.testing.assert_allclose(least[where["rates"]], env.noise[where["rates"]] ** 2 / 3, rtol=1e-6)
 
 
 def test_weights_of_files(tmp_path):
