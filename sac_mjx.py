@@ -3146,6 +3146,8 @@ def evaluate_run(args: Args, run_dir: Path) -> None:
     with or_fail(f"--evaluate {run_dir}: no policy"):
         with np.load(run_dir / "policy.npz", allow_pickle=False) as file:
             policy = dict(file)
+    with or_fail(f"--evaluate {run_dir}: its policy is not one of this script"):
+        act(policy, initial_memory(), np.zeros(env.observation_size, np.float32))
     tell_changes(run_dir, load_model(env.task))
     judge(args, env, policy)
     if args.capture_video:

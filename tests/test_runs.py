@@ -244,6 +244,17 @@ def test_other_networks_do_not_fit(run_dir, capsys, changes):
     assert error.count("\n") == 1
 
 
+def test_policy_of_another_script_is_refused(copy, capsys):
+    """As by a recurrent network's parameters: one line."""
+    policy = dict(np.load(copy / "policy.npz"))
+    np.savez(copy / "policy.npz", **policy | {"w1": np.zeros((3, 3))})
+    with pytest.raises(SystemExit) as stop:
+        ppo_mjx.main(["--evaluate", str(copy)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "not one of this script" in error
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_policy_to_begin_with(script, tmp_path, capsys):
     """A run that was stopped too early, or none; and each script takes what its learner has."""
