@@ -1093,6 +1093,13 @@ def test_a_policy_is_recorded(tmp_path, capsys):
     torque = controller.stiffness * (clip.targets - poses[:, 7:])
     assert np.abs(torque).mean() > 3 and np.abs(torque).max() < 200
 
+    alone = [str(run_dir / "policy.npz"), "--out", str(tmp_path / "same.npz"), *call[3:]]
+    record_motion.main([*alone, "--robot", "g1"])
+    for name, array in np.load(out).items():
+        np.testing.assert_array_equal(array, np.load(tmp_path / "same.npz")[name])
+    assert "--robot goes with" in refused(capsys, alone, record_motion.main)
+    assert "there are g1," in refused(capsys, [*alone, "--robot", "g3"], record_motion.main)
+
     # The reference that ships is not overwritten unasked.
     assert "g1.npz is there already" in refused(capsys, [str(run_dir)], record_motion.main)
 

@@ -2,14 +2,15 @@
 
     python tools/record_motion.py runs/NAME
     python tools/record_motion.py runs/NAME --out my_walk.npz --seconds 4 --smooth 0.02
+    python tools/record_motion.py docs/g1_policy.npz --robot g1 --out walk.npz
 
-The policy of the run walks in C MuJoCo, as in its script's test: the same model, controller and
-start. Without a break it is given one command after the other: each of the command's axes at its
-ends and at shares of them, and random ones, of which half are along one axis. Before each of them
-it is told to stand for a moment, so that the reference shows how to stop and, what is harder to
-find, how to start. Turns to the left suffice, for the training adds the mirror image of all that it
-reads; a command that does not turn is to the left. So the same foot is the first in all that the
-training takes for the same side, and a copy of it knows which one to lift.
+The policy of the run, or in the file, walks in C MuJoCo, as in its script's test: the same model,
+controller and start. Without a break it is given one command after the other: each of the command's
+axes at its ends and at shares of them, and random ones, of which half are along one axis. Before
+each of them it is told to stand for a moment, so that the reference shows how to stop and, what is
+harder to find, how to start. Turns to the left suffice, for the training adds the mirror image of
+all that it reads; a command that does not turn is to the left. So the same foot is the first in all
+that the training takes for the same side, and a copy of it knows which one to lift.
 
 A little noise on the actions (--noise) shows how the policy comes back to its path, which a copy of
 it needs to know, and keeps a discriminator from telling the robots of a training, whose actions are
@@ -35,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 from tools.play import fail, find_script
+from tools.replay_nan import load_script
 from tools.show_motion import load_amp
 
 FIRST = 0.4  # s, from the start to the first pose that is kept
@@ -150,14 +152,15 @@ def smooth_poses(poses: np.ndarray, deviation: float) -> np.ndarray:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help="run folder")
+    parser.add_argument("run", type=Path, help="run folder, or a policy's npz")
+    parser.add_argument("--robot", help="whose policy it is, if it is no run folder's")
     parser.add_argument("--out", type=Path, metavar="FILE.npz", help="the file to write")
     parser.add_argument("--seconds", type=float, default=2.4, help="of each command")
     parser.add_argument("--random", type=int, default=60, help="random commands beside the ends")
     parser.add_argument("--noise", type=float, default=0.2, help="deviation, of the actions")
     parser.add_argument("--smooth", type=float, default=0.0, help="a Gaussian's deviation, s")
     parser.add_argument("--seed", type=int, default=0, help="of random commands and noise")
-    parser.add_argument("--script", type=Path, help="the script that made the run")
+    parser.add_argument("--script", type=Path, help="the script that made it")
     flags = parser.parse_args(argv)
     for name, least, most in (
         ("seconds", 0.1, 600),
@@ -169,18 +172,26 @@ def main(argv: list[str]) -> None:
         if not least <= value <= most:
             fail(f"--{name} {value}: not between {least} and {most}")
 
-    script = find_script(flags.run_dir, flags.script)
-    args = script.read_run(flags.run_dir)
+    alone = flags.run.suffix == ".npz"
+    if alone != (flags.robot is not None):
+        fail("--robot goes with a policy's npz, and only with that: a run folder tells its robot")
+    if alone:
+        script = load_script(flags.script or ROOT / "ppo_mjx_unitree.py")
+        args = script.default_args(flags.robot)
+    else:
+        script = find_script(flags.run, flags.script)
+        args = script.read_run(flags.run)
     out = flags.out or script.MODELS / "motions" / f"{args.robot}.npz"
     if out.suffix != ".npz":
         fail(f"--out {out}: the name has to end in .npz")
     if flags.out is None and out.exists():
         fail(f"{out} is there already: remove it, or name another file by --out")
     try:
-        with np.load(flags.run_dir / "policy.npz", allow_pickle=False) as arrays:
+        file = flags.run if alone else flags.run / "policy.npz"
+        with np.load(file, allow_pickle=False) as arrays:
             policy = dict(arrays)
     except Exception as error:  # there is no end to what may be wrong with a file
-        fail(f"{flags.run_dir}: no policy ({type(error).__name__}: {error!s:.200})")
+        fail(f"{flags.run}: no policy ({type(error).__name__}: {error!s:.200})")
 
     ranges = np.array([args.command_x, args.command_y, args.command_yaw])
     commands = list_commands(ranges, flags.random, script.MIN_COMMAND, flags.seed)
