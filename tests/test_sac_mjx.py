@@ -907,7 +907,7 @@ MUTATIONS = {
         'args, env, learner.params["critics"], mb.next_obs',
     ),
     "no entropy in the target": ("critic_target", "atoms(args) + entropy", "atoms(args) + 0 * entropy"),
-    "the entropy's sign": ("critic_target", 'entropy = -jnp.exp(', 'entropy = jnp.exp('),
+    "the entropy's sign": ("critic_target", "entropy_bonus = -temperature", "entropy_bonus = temperature"),
     "time limits do not bootstrap": ("n_step_by_hand", "counted & terminated", "counted & done"),
     "terminations bootstrap": ("n_step_by_hand", "jnp.where(goes_on, args", "jnp.where(True, args"),
     "sums go on over an end": ("n_step_by_hand", "jnp.cumprod(valid, axis=0) * alive", "jnp.cumprod(valid, axis=0)"),
