@@ -15,8 +15,9 @@ Two things are measured, in C MuJoCo at 500 Hz, nothing being random but the sta
   of a discriminator that has never rewarded the policy: trained anew on half of both motions, in blocks of 2 s, and
   tested on the other half; 0.5 if it cannot tell them apart.
 
-Beside them: the frequency of steps and the height of the soles in them while walking, the cost of transport (power /
-(weight * speed)), slip and jerk. The reference's own are given where poses tell them.
+Beside them: the frequency of steps and the height of the soles in them while walking, the cost of transport (mean
+power / (weight * mean speed along the command), both while told to go somewhere), slip and jerk. The reference's own
+are given where poses tell them.
 
 Writes benchmarks/results/motion_prior_ROBOT.json.
 """
@@ -68,7 +69,8 @@ class Record:
     qpos: np.ndarray  # [T, 7 + J]
     command: np.ndarray  # [T, 3]
     starts: np.ndarray  # [T] bool: the robot did not come here from the pose before
-    power: float = float("nan")  # W, mean while walking
+    power: float = float("nan")  # W, mean while told to go somewhere
+    speed: float = float("nan")  # m/s along the command, then
     falls: int = 0
 
 
@@ -87,6 +89,7 @@ def follow(script: ModuleType, robot, policy: dict, command: np.ndarray) -> Reco
     memory = script.initial_memory()
     poses = []
     powers = []
+    speeds = []
     falls = 0
     starts = []
     fallen = True
@@ -95,14 +98,22 @@ def follow(script: ModuleType, robot, policy: dict, command: np.ndarray) -> Reco
         memory, action = script.act(policy, memory, original.observe(now))
         row = original.step(action)
         poses.append(original.data.qpos.copy())
-        if now.any():
+        if now[:2].any():
             powers.append(row["power"])
+            speeds.append(row["velocity"][:2] @ now[:2] / np.linalg.norm(now[:2]))
         fallen = row["fallen"]
         if fallen:
             falls += 1
             original.reset(falls)
             memory = script.initial_memory()
-    return Record(np.array(poses), command, np.array(starts), power=np.mean(powers), falls=falls)
+    return Record(
+        np.array(poses),
+        command,
+        np.array(starts),
+        power=np.mean(powers),
+        speed=np.mean(speeds),
+        falls=falls,
+    )
 
 
 def soles_of(robot, qpos: np.ndarray) -> np.ndarray:
@@ -219,8 +230,6 @@ def measure(args: Args, label: str, policy: dict, reference: Record) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):
         test = script.judge(robot, policy)
     mine = follow(script, robot, policy, reference.command)
-    walks = mine.command[:, :2].any(axis=1)
-    speed = np.linalg.norm(mine.command[walks, :2], axis=1).mean()
     weight = robot.model.body_mass.sum() * 9.81
     steps = 20 if args.smoke else TRAINED
     accuracies = [fresh_accuracy(robot, mine, reference, seed, steps) for seed in args.seeds]
@@ -228,7 +237,7 @@ def measure(args: Args, label: str, policy: dict, reference: Record) -> dict:
         "label": label,
         "evaluation": test,
         "falls": mine.falls,
-        "cost_of_transport": mine.power / (weight * speed),
+        "cost_of_transport": mine.power / (weight * mine.speed),
         "fresh_accuracy": float(np.median(accuracies)),
         **joint_distances(mine, reference),
         **gait(robot, mine),
