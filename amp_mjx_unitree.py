@@ -2682,8 +2682,9 @@ def check_clip(robot: Robot, qpos: np.ndarray) -> dict[str, float]:
     """What may be wrong with poses [T, 7 + J] at the control rate.
 
     slip: m/s, mean horizontal speed of the feet within 1 cm of the floor; penetration: m, of the
-    deepest sole into it; beyond: rad, of the worst joint beyond its limits; fallen: share of the
-    poses from which an episode would end at once.
+    deepest sole into it, or with the other sign, how far above it even that one stays; beyond: rad,
+    of the worst joint beyond its limits; fallen: share of the poses from which an episode would end
+    at once.
     """
     feet, soles = trace_feet(robot, qpos)
     quat = qpos[:, None, 3:7] * np.array([1, -1, -1, -1])
@@ -2694,7 +2695,7 @@ def check_clip(robot: Robot, qpos: np.ndarray) -> dict[str, float]:
     beyond = np.maximum(low - qpos[:, 7:], qpos[:, 7:] - high).max()
     return {
         "slip": float((speed * loaded).sum() / max(1, loaded.sum())),
-        "penetration": float(max(0.0, -soles.min())),
+        "penetration": float(-soles.min()),
         "beyond": float(max(0.0, beyond)),
         "fallen": float(has_fallen(robot, qpos, np).mean()),
     }
@@ -2703,9 +2704,14 @@ def check_clip(robot: Robot, qpos: np.ndarray) -> dict[str, float]:
 def describe_clip(robot: Robot, qpos: np.ndarray) -> str:
     """A line about poses at the control rate, with what `check_clip` finds."""
     found = check_clip(robot, qpos)
+    depth = 1000 * found["penetration"]
+    where = (
+        f"{depth:.0f} mm into the floor"
+        if depth > -5
+        else f"never nearer than {-depth:.0f} mm to the floor"
+    )
     return (
-        f"{len(qpos) * CONTROL_DT:.1f} s, feet slip {found['slip']:.2f} m/s, "
-        f"{1000 * found['penetration']:.0f} mm into the floor, "
+        f"{len(qpos) * CONTROL_DT:.1f} s, feet slip {found['slip']:.2f} m/s, {where}, "
         f"joints {found['beyond']:.2f} rad beyond their limits, {found['fallen']:.0%} fallen"
     )
 

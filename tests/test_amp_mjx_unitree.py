@@ -260,6 +260,8 @@ def test_what_is_wrong_with_a_clip():
     assert amp.check_clip(G1, falls)["fallen"] == 0.25
     flying = slides + np.eye(19)[2]
     assert amp.check_clip(G1, flying)["slip"] == 0
+    height = -1000 * amp.check_clip(G1, flying)["penetration"]
+    assert f"never nearer than {height:.0f} mm to the floor" in amp.describe_clip(G1, flying)
 
 
 def test_the_command_that_a_clip_follows(tmp_path):
