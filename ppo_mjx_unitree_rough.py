@@ -509,6 +509,9 @@ class Robot:
     # MuJoCo's solimp of the soles. Where spheres sink in by a good part of their radius, C MuJoCo
     # has more contacts of a triangle each than our physics have.
     sole_solimp: tuple[float, ...] = (0.9, 0.95, 0.001, 0.5, 2.0)  # MuJoCo's default
+    # m, of the spheres under the feet; None: as in the file. C MuJoCo pushes a small one that has
+    # sunk in to the side, by triangles beside it.
+    sole_radius: float | None = None
 
     action_scale: float = 0.25  # rad, from an action to the target of its joint
 
@@ -664,7 +667,7 @@ ROBOTS = {
             }
         ),
         feet=("left_ankle_roll", "right_ankle_roll"),
-        weights=BIPED_WEIGHTS,
+        weights=BIPED_WEIGHTS | {"track_velocity": 4.0, "track_yaw": 1.5, "swing_height": -40.0},
         test_commands=BIPED_COMMANDS,
         start_height=0.8,
         target_height=0.78,
@@ -673,8 +676,11 @@ ROBOTS = {
         gait_period=0.8,
         gait_offsets=(0.0, 0.5),
         stance_share=0.55,
-        swing_height=0.17,
+        swing_height=0.15,
         sole_solimp=(0.98, 0.99, 0.001, 0.5, 2.0),
+        sole_radius=0.02,
+        command_x=(-0.4, 1.0),
+        total_timesteps=30_000_000,
     ),
     # Waist and arms move, too. mjlab's motors and gains; Playground's pose.
     "g1_29dof": Robot(
@@ -879,6 +885,9 @@ def load_model(robot: Robot, dt: float, visuals: bool = True) -> mujoco.MjModel:
         for geom in spec.body(foot).geoms:
             geom.solimp = robot.sole_solimp
             geom.solref = SOLE_SOLREF
+            if geom.conaffinity and robot.sole_radius:  # its lowest point stays where it is
+                geom.pos[2] += robot.sole_radius - geom.size[0]
+                geom.size[0] = robot.sole_radius
     if not visuals:
         for geom in spec.geoms:
             if not geom.contype and not geom.conaffinity:

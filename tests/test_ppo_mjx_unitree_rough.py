@@ -192,6 +192,20 @@ def test_mirror_shows_the_scan_of_mirrored_ground():
         assert np.abs(mirrored[where] - scan).max() > 0.01
 
 
+def test_wider_soles_are_as_low():
+    """The G1's spheres are wider than in the file, and reach as low in the foot's frame. All other shapes stay."""
+    models = [rough.ROBOTS["g1"].model, flat.ROBOTS["g1"].model]
+    _, soles = flat.find_feet(flat.ROBOTS["g1"], models[1])
+    soles = soles.ravel()
+    lowest = [
+        model.geom_pos[soles] - np.outer(model.geom_size[soles, 0], [0, 0, 1]) for model in models
+    ]
+    np.testing.assert_allclose(*lowest, atol=1e-9)
+    np.testing.assert_allclose(models[0].geom_size[soles, 0], 0.02)
+    others = np.setdiff1d(np.flatnonzero(models[0].geom_bodyid > 0), soles)
+    np.testing.assert_array_equal(*(model.geom_pos[others] for model in models))
+
+
 # ---- Physics: the environment's step, compiled once
 
 
