@@ -387,6 +387,7 @@ CROWD = "".join(
 )
 
 
+@pytest.mark.slow
 def test_far_geoms_and_contacts_that_do_not_touch_are_skipped():
     """What touches has MJX's contacts and rows; what does not has rows of zeros."""
     model = mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{CROWD}</worldbody></mujoco>")

@@ -79,7 +79,7 @@ NAMES = [name for name in mjx_models.NAMES if name not in NOT_BY_MJX + LIKE_ANOT
 
 # They take longest; parts of theirs are in others.
 SLOW = ("Ant", "HalfCheetah", "Hopper", "Swimmer", "InvertedDoublePendulum", "Reacher")
-SLOW += ("dense_contacts", "double_pole", "lengths")
+SLOW += ("dense_contacts", "double_pole", "lengths", "g1")
 
 
 @pytest.mark.parametrize(

@@ -876,8 +876,7 @@ def test_nothing_is_earned_after_an_episode(monkeypatch):
 def run_dir(tmp_path_factory) -> Path:
     """A finished run of the command line, two fifths as long as by default."""
     runs = tmp_path_factory.mktemp("runs")
-    with optimised():
-        sac.main(["--total-timesteps", "204800", "--runs-dir", str(runs)])
+    sac.main(["--total-timesteps", "204800", "--runs-dir", str(runs)])
     (folder,) = runs.iterdir()
     return folder
 
