@@ -732,11 +732,11 @@ def check_model(robot: Robot, model: mujoco.MjModel) -> None:
     check(not lost, f"no joint mirrors {lost}; OTHER_SIDE has the names of the sides")
     lost = [foot for foot in robot.feet if other_side(foot) not in robot.feet]
     check(not lost, f"no foot mirrors {lost}; OTHER_SIDE has the names of the sides")
-    gaps = mirror_gaps(names, model)
+    image, sign = mirror_of_joints(names, model)
+    gaps = mirror_gaps(model, image, sign)
     first = int((gaps > 0.01).argmax())  # the highest in the tree
     message = f"{names[first]} moves {gaps[first]:.3f} m away from where a mirror shows its image"
     check(gaps[first] <= 0.01, f"{message}; see docs/ppo_mjx_unitree.md, A robot of your own")
-    image, sign = mirror_of_joints(names, model)
     default = robot.joint_array("default")
     odd = [name for name, bad in zip(names, default[image] * sign != default, strict=True) if bad]
     check(not odd, f"ROBOTS' defaults of {odd} are not those that a mirror shows")
@@ -778,12 +778,12 @@ def mirror_of_joints(names: list[str], model: mujoco.MjModel) -> tuple[np.ndarra
     return image, np.where(model.jnt_axis[1:, 1] != 0, 1.0, -1.0)
 
 
-def mirror_gaps(names: list[str], model: mujoco.MjModel) -> np.ndarray:
+def mirror_gaps(model: mujoco.MjModel, image: np.ndarray, sign: np.ndarray) -> np.ndarray:
     """How far each joint, or its link's mass, is from where a mirror shows its image: [J] m.
 
-    In random poses, the largest distance; 0 for a robot that is its own mirror image.
+    In random poses, the largest distance; 0 for a robot that is its own mirror image. image, sign:
+    by `mirror_of_joints`.
     """
-    image, sign = mirror_of_joints(names, model)
     data = mujoco.MjData(model)
     random = np.random.default_rng(0)
 
@@ -794,7 +794,7 @@ def mirror_gaps(names: list[str], model: mujoco.MjModel) -> np.ndarray:
 
     gaps = []
     for _ in range(8):
-        angles = random.uniform(-1, 1, len(names))
+        angles = random.uniform(-1, 1, len(image))
         shown = places(angles[image] * sign)[:, image] * [1, -1, 1]
         gaps.append(np.linalg.norm(shown - places(angles), axis=-1).max(axis=0))
     return np.max(gaps, axis=0)
