@@ -47,6 +47,9 @@ record describes one world; its fields are [T, N, ...] in a rollout, [B, ...] in
 Motion prior: Peng et al., arXiv:2104.02180. Robots, observation, gains and rewards follow
 unitreerobotics/unitree_rl_gym (276801e); names follow CleanRL. All metrics and flags are explained
 in docs/amp_mjx_unitree.md.
+
+Blocks between "# shared: NAME" and "# end shared" are equal in several scripts
+(tools/sync_shared.py); in your own copy, ignore the marks.
 """
 
 import contextlib
@@ -317,6 +320,7 @@ class Joint:
     held: bool = False  # no action moves it: its controller holds it at `default`
 
 
+# shared: sides
 # Names of joints and feet begin with their side, unless they are in the middle.
 OTHER_SIDE = {"left": "right", "right": "left", "FL": "FR", "FR": "FL", "RL": "RR", "RR": "RL"}
 
@@ -352,6 +356,9 @@ def slow_servo(armature: float, torque: float, **fields) -> Joint:
     stiffness = armature * rate**2
     damping = 2 * 2 * armature * rate
     return Joint(stiffness=stiffness, damping=damping, reach=torque / stiffness, **fields)
+
+
+# end shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -676,6 +683,7 @@ def check_model(robot: Robot, model: mujoco.MjModel) -> None:
     check(stands, "test_commands in ROBOTS must have one of zeros, by which drift is measured")
 
 
+# shared: limbs
 def mirror_of_joints(names: list[str], model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
     """Number of each joint's image in a mirror at y = 0, and what it does to its angle: [J] each.
 
@@ -718,6 +726,10 @@ def find_feet(robot: Robot, model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarr
     return bodies, np.array([sole_geoms(model, foot) for foot in robot.feet])
 
 
+# end shared
+
+
+# shared: controller
 class Controller(NamedTuple):
     """The joints' PD controllers: [J] each."""
 
@@ -746,6 +758,10 @@ def make_controller(robot: Robot) -> Controller:
     )
 
 
+# end shared
+
+
+# shared: payloads
 # Payloads: variants of the model with another mass and centre of the base. PAYLOAD_FIELDS are the
 # fields that differ. The first one is the robot as it is.
 NUM_PAYLOADS = 64
@@ -780,6 +796,9 @@ def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
         for name, values in payloads.items():
             values.append(getattr(model, name).copy())
     return {name: np.array(values) for name, values in payloads.items()}
+
+
+# end shared
 
 
 # ---- 3. Observation ------------------------------------------------------------------------------
@@ -825,6 +844,7 @@ def seen_parts(robot: Robot, who: str) -> dict[str, Part]:
     return SEEN[who]
 
 
+# shared: base_frame
 def cross_product(a, b, xp=jnp):
     """Of vectors [..., 3]. On single vectors numpy.cross takes more than twice as long."""
     a1, a2, a3 = a[..., 0], a[..., 1], a[..., 2]
@@ -843,6 +863,9 @@ def to_base_frame(quat, vector, xp=jnp):
 def stands(command):
     """Whether the command [..., 3] is to stand still: bool [...]."""
     return (command == 0).all(axis=-1)
+
+
+# end shared
 
 
 def sense(robot: Robot, qpos, qvel, command, action, xp=jnp) -> dict[str, Any]:
@@ -874,6 +897,7 @@ def part_width(robot: Robot, part: Part) -> int:
     return {"joints": len(robot.joints), "actions": len(robot.acted)}.get(part.width, part.width)
 
 
+# shared: parts
 def part_slices(robot: Robot, parts: dict[str, Part]) -> dict[str, slice]:
     """Where the parts stand in the observation, by their names."""
     slices = {}
@@ -905,6 +929,9 @@ def mirror_joints(robot: Robot, joints, chosen=None):
 def mirror_actions(robot: Robot, actions):
     """Actions [..., A] as a mirror shows them."""
     return mirror_joints(robot, actions, robot.acted)
+
+
+# end shared
 
 
 def mirror_observation(robot: Robot, obs, xp=jnp, who="actor"):
@@ -1156,6 +1183,7 @@ def kernel(function):
 # end shared
 
 
+# shared: not_slow
 def not_slow(command: jax.Array, low: np.ndarray, high: np.ndarray) -> jax.Array:
     """Commands, uniform from low to high, spread over what of that is no slower than MIN_COMMAND.
 
@@ -1166,6 +1194,9 @@ def not_slow(command: jax.Array, low: np.ndarray, high: np.ndarray) -> jax.Array
     share = (jnp.abs(command) - slowest) / jnp.maximum(fastest - slowest, 1e-9)
     least = jnp.maximum(slowest, MIN_COMMAND)
     return jnp.sign(command) * (least + share * (fastest - least))
+
+
+# end shared
 
 
 def has_fallen(robot: Robot, qpos, xp=jnp):
@@ -1584,6 +1615,7 @@ class Gaussian:
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
+# shared: actor
 def kl_divergence(old: Gaussian, new: Gaussian) -> jax.Array:
     """KL(old || new), in nats: [...]."""
     variance = jnp.exp(2 * new.log_std)
@@ -1611,6 +1643,9 @@ def apply_policy(
     """
     actor, _ = make_networks(args, env)
     return memory, Gaussian(actor.apply(params["actor"], obs), params["log_std"])
+
+
+# end shared
 
 
 # ---- 9. Training state ---------------------------------------------------------------------------
@@ -2314,6 +2349,7 @@ def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
 # end shared
 
 
+# shared: batch
 def make_batch(
     args: Args, env: Env, learner: Learner, steps: Transition, reward: jax.Array
 ) -> tuple[Batch, jax.Array]:
@@ -2350,6 +2386,10 @@ def make_batch(
     return batch, explained_variance
 
 
+# end shared
+
+
+# shared: episode_metrics
 def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
     """Of the episodes that ended in a rollout, over all devices."""
     sums = {
@@ -2368,6 +2408,9 @@ def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
         "charts/falls": sums["falls"],
         "charts/nan_resets": sums["broken"],
     }
+
+
+# end shared
 
 
 WELL_TRACKED = 0.55  # share of the reward for the velocity; a G1 that stands still has 0.53
@@ -2391,6 +2434,7 @@ def next_level(
     return jnp.clip(level + jnp.where(good, change, -change), 0.0, 1.0)
 
 
+# shared: average_policy
 def average_policy(args: Args, learner: Learner) -> dict:
     """The actor's parameters, averaged over the last iterations, the latest of them weighing most.
 
@@ -2400,6 +2444,9 @@ def average_policy(args: Args, learner: Learner) -> dict:
     """
     span = max(1.0, args.policy_average * args.num_iterations)
     return optax.incremental_update(learner.params["actor"], learner.averaged, 1 / span)
+
+
+# end shared
 
 
 def device_iteration(
@@ -2875,6 +2922,7 @@ def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
     return jax.device_get(policy)
 
 
+# shared: act
 def act(policy: dict, memory: tuple, obs, xp=np) -> tuple[tuple, Any]:
     """The exported policy: its memory and the actor's observations [..., O] -> next memory, action.
 
@@ -2889,6 +2937,9 @@ def act(policy: dict, memory: tuple, obs, xp=np) -> tuple[tuple, Any]:
         x = xp.where(x > 0, x, xp.expm1(xp.minimum(x, 0.0)))  # ELU
     action = x @ policy[f"w{last}"] + policy[f"b{last}"]
     return memory, xp.where(mirrored, action @ policy["mirror_action"], action)
+
+
+# end shared
 
 
 class CMujocoEnv:
@@ -2946,6 +2997,7 @@ class CMujocoEnv:
         }
 
 
+# shared: walking_test
 # The test is frozen: results of different policies and versions compare only while it stays as it
 # is. Its commands stand in the robot's row.
 TEST_STARTS = 8
@@ -3044,6 +3096,9 @@ def judge(robot: Robot, policy: dict) -> dict:
     return {"passed": passed, **result, "table": table}
 
 
+# end shared
+
+
 # shared: renderer
 def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
     """A renderer by MUJOCO_GL; without it by EGL on Linux, which needs no display."""
@@ -3085,6 +3140,7 @@ def make_camera(model: mujoco.MjModel) -> int | mujoco.MjvCamera:
 # end shared
 
 
+# shared: arrow
 def draw_arrow(scene: mujoco.MjvScene, start, velocity, color: tuple[float, ...]) -> None:
     """Add an arrow of 1 m for 1 m/s. start: [3] m; velocity: [2] m/s."""
     geom = scene.geoms[scene.ngeom]
@@ -3093,6 +3149,9 @@ def draw_arrow(scene: mujoco.MjvScene, start, velocity, color: tuple[float, ...]
     end = start + np.array([*velocity, 1e-3])
     mujoco.mjv_connector(geom, arrow, 0.02, start, end)
     scene.ngeom += 1
+
+
+# end shared
 
 
 def write_video(robot: Robot, policy: dict, file: Path) -> None:
@@ -3754,6 +3813,7 @@ def check_args(args: Args) -> None:
 
 
 # ---- 19. Main ------------------------------------------------------------------------------------
+# shared: legged_run_dir
 def open_run_dir(args: Args, run_dir: Path | None) -> Path:
     """The folder of a new run, or that of the run to continue. Fails if nothing can be written."""
     resuming = run_dir is not None
@@ -3765,6 +3825,9 @@ def open_run_dir(args: Args, run_dir: Path | None) -> Path:
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()
     return run_dir
+
+
+# end shared
 
 
 @dataclasses.dataclass
@@ -4026,6 +4089,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     return run_dir, policy
 
 
+# shared: legged_main
 def evaluate_run(args: Args, run_dir: Path) -> int:
     """What --evaluate does. Returns the exit code: 0 if the policy passes the test."""
     args = dataclasses.replace(args, robot=read_run(run_dir).robot)
@@ -4037,6 +4101,9 @@ def evaluate_run(args: Args, run_dir: Path) -> int:
     tell_changes(run_dir, ROBOTS[args.robot].model)
     result = finish(args, run_dir, policy)
     return int(not result["passed"])
+
+
+# end shared
 
 
 def smoke(args: Args) -> None:

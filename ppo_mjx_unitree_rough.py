@@ -45,6 +45,9 @@ A record describes one world; its fields are [T, N, ...] in a rollout, [B, ...] 
 Robots, observation, gains and rewards follow unitreerobotics/unitree_rl_gym (276801e); names follow
 CleanRL; the ground follows legged_gym (8fa29ac). All metrics and flags are explained in
 docs/ppo_mjx_unitree_rough.md.
+
+Blocks between "# shared: NAME" and "# end shared" are equal in several scripts
+(tools/sync_shared.py); in your own copy, ignore the marks.
 """
 
 import contextlib
@@ -437,6 +440,7 @@ class Joint:
     sweep: tuple[float, float, float] = (0.0, 0.0, 0.0)  # rad s/m, rad s/m, s
 
 
+# shared: sides
 # Names of joints and feet begin with their side, unless they are in the middle.
 OTHER_SIDE = {"left": "right", "right": "left", "FL": "FR", "FR": "FL", "RL": "RR", "RR": "RL"}
 
@@ -472,6 +476,9 @@ def slow_servo(armature: float, torque: float, **fields) -> Joint:
     stiffness = armature * rate**2
     damping = 2 * 2 * armature * rate
     return Joint(stiffness=stiffness, damping=damping, reach=torque / stiffness, **fields)
+
+
+# end shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -962,6 +969,7 @@ def check_model(robot: Robot, model: mujoco.MjModel) -> None:
     check("track_velocity" in robot.weights, "weights in ROBOTS must have track_velocity")
 
 
+# shared: limbs
 def mirror_of_joints(names: list[str], model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
     """Number of each joint's image in a mirror at y = 0, and what it does to its angle: [J] each.
 
@@ -1004,6 +1012,10 @@ def find_feet(robot: Robot, model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarr
     return bodies, np.array([sole_geoms(model, foot) for foot in robot.feet])
 
 
+# end shared
+
+
+# shared: controller
 class Controller(NamedTuple):
     """The joints' PD controllers: [J] each."""
 
@@ -1032,6 +1044,10 @@ def make_controller(robot: Robot) -> Controller:
     )
 
 
+# end shared
+
+
+# shared: payloads
 # Payloads: variants of the model with another mass and centre of the base. PAYLOAD_FIELDS are the
 # fields that differ. The first one is the robot as it is.
 NUM_PAYLOADS = 64
@@ -1066,6 +1082,9 @@ def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
         for name, values in payloads.items():
             values.append(getattr(model, name).copy())
     return {name: np.array(values) for name, values in payloads.items()}
+
+
+# end shared
 
 
 # ---- 3. Observation ------------------------------------------------------------------------------
@@ -1113,6 +1132,7 @@ def seen_parts(robot: Robot, who: str) -> dict[str, Part]:
     return {name: part for name, part in SEEN[who].items() if robot.clock or name != "clock"}
 
 
+# shared: base_frame
 def cross_product(a, b, xp=jnp):
     """Of vectors [..., 3]. On single vectors numpy.cross takes more than twice as long."""
     a1, a2, a3 = a[..., 0], a[..., 1], a[..., 2]
@@ -1131,6 +1151,9 @@ def to_base_frame(quat, vector, xp=jnp):
 def stands(command):
     """Whether the command [..., 3] is to stand still: bool [...]."""
     return (command == 0).all(axis=-1)
+
+
+# end shared
 
 
 def sense(robot: Robot, qpos, qvel, command, action, elapsed, xp=jnp) -> dict[str, Any]:
@@ -1165,6 +1188,7 @@ def part_width(robot: Robot, part: Part) -> int:
     return widths.get(part.width, part.width)
 
 
+# shared: parts
 def part_slices(robot: Robot, parts: dict[str, Part]) -> dict[str, slice]:
     """Where the parts stand in the observation, by their names."""
     slices = {}
@@ -1196,6 +1220,9 @@ def mirror_joints(robot: Robot, joints, chosen=None):
 def mirror_actions(robot: Robot, actions):
     """Actions [..., A] as a mirror shows them."""
     return mirror_joints(robot, actions, robot.acted)
+
+
+# end shared
 
 
 def mirror_observation(robot: Robot, obs, xp=jnp, who="actor"):
@@ -1422,6 +1449,7 @@ def kernel(function):
 # end shared
 
 
+# shared: not_slow
 def not_slow(command: jax.Array, low: np.ndarray, high: np.ndarray) -> jax.Array:
     """Commands, uniform from low to high, spread over what of that is no slower than MIN_COMMAND.
 
@@ -1432,6 +1460,9 @@ def not_slow(command: jax.Array, low: np.ndarray, high: np.ndarray) -> jax.Array
     share = (jnp.abs(command) - slowest) / jnp.maximum(fastest - slowest, 1e-9)
     least = jnp.maximum(slowest, MIN_COMMAND)
     return jnp.sign(command) * (least + share * (fastest - least))
+
+
+# end shared
 
 
 def has_fallen(robot: Robot, qpos, ground, xp=jnp):
@@ -1905,6 +1936,7 @@ class Gaussian:
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
+# shared: actor
 def kl_divergence(old: Gaussian, new: Gaussian) -> jax.Array:
     """KL(old || new), in nats: [...]."""
     variance = jnp.exp(2 * new.log_std)
@@ -1932,6 +1964,9 @@ def apply_policy(
     """
     actor, _ = make_networks(args, env)
     return memory, Gaussian(actor.apply(params["actor"], obs), params["log_std"])
+
+
+# end shared
 
 
 # ---- 8. Training state ---------------------------------------------------------------------------
@@ -2465,6 +2500,7 @@ def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
 # end shared
 
 
+# shared: batch
 def make_batch(
     args: Args, env: Env, learner: Learner, steps: Transition, reward: jax.Array
 ) -> tuple[Batch, jax.Array]:
@@ -2501,6 +2537,10 @@ def make_batch(
     return batch, explained_variance
 
 
+# end shared
+
+
+# shared: episode_metrics
 def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
     """Of the episodes that ended in a rollout, over all devices."""
     sums = {
@@ -2519,6 +2559,9 @@ def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
         "charts/falls": sums["falls"],
         "charts/nan_resets": sums["broken"],
     }
+
+
+# end shared
 
 
 def ground_metrics(worlds: Worlds) -> dict[str, jax.Array]:
@@ -2545,6 +2588,7 @@ def next_level(args: Args, robot: Robot, level: jax.Array, reward: jax.Array) ->
     return jnp.clip(level + jnp.where(tracked > WELL_TRACKED, change, -change), 0.0, 1.0)
 
 
+# shared: average_policy
 def average_policy(args: Args, learner: Learner) -> dict:
     """The actor's parameters, averaged over the last iterations, the latest of them weighing most.
 
@@ -2554,6 +2598,9 @@ def average_policy(args: Args, learner: Learner) -> dict:
     """
     span = max(1.0, args.policy_average * args.num_iterations)
     return optax.incremental_update(learner.params["actor"], learner.averaged, 1 / span)
+
+
+# end shared
 
 
 def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict, dict]:
@@ -2660,6 +2707,7 @@ def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
     return jax.device_get(policy)
 
 
+# shared: act
 def act(policy: dict, memory: tuple, obs, xp=np) -> tuple[tuple, Any]:
     """The exported policy: its memory and the actor's observations [..., O] -> next memory, action.
 
@@ -2674,6 +2722,9 @@ def act(policy: dict, memory: tuple, obs, xp=np) -> tuple[tuple, Any]:
         x = xp.where(x > 0, x, xp.expm1(xp.minimum(x, 0.0)))  # ELU
     action = x @ policy[f"w{last}"] + policy[f"b{last}"]
     return memory, xp.where(mirrored, action @ policy["mirror_action"], action)
+
+
+# end shared
 
 
 class CMujocoEnv:
@@ -2895,6 +2946,7 @@ def make_camera(model: mujoco.MjModel) -> int | mujoco.MjvCamera:
 # end shared
 
 
+# shared: arrow
 def draw_arrow(scene: mujoco.MjvScene, start, velocity, color: tuple[float, ...]) -> None:
     """Add an arrow of 1 m for 1 m/s. start: [3] m; velocity: [2] m/s."""
     geom = scene.geoms[scene.ngeom]
@@ -2903,6 +2955,9 @@ def draw_arrow(scene: mujoco.MjvScene, start, velocity, color: tuple[float, ...]
     end = start + np.array([*velocity, 1e-3])
     mujoco.mjv_connector(geom, arrow, 0.02, start, end)
     scene.ngeom += 1
+
+
+# end shared
 
 
 VIDEO_LEVEL = 6
@@ -3568,6 +3623,7 @@ def check_args(args: Args) -> None:
 
 
 # ---- 16. Main ------------------------------------------------------------------------------------
+# shared: legged_run_dir
 def open_run_dir(args: Args, run_dir: Path | None) -> Path:
     """The folder of a new run, or that of the run to continue. Fails if nothing can be written."""
     resuming = run_dir is not None
@@ -3579,6 +3635,9 @@ def open_run_dir(args: Args, run_dir: Path | None) -> Path:
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=run_dir if resuming else run_dir.parent).close()
     return run_dir
+
+
+# end shared
 
 
 @dataclasses.dataclass
@@ -3817,6 +3876,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     return run_dir, policy
 
 
+# shared: legged_main
 def evaluate_run(args: Args, run_dir: Path) -> int:
     """What --evaluate does. Returns the exit code: 0 if the policy passes the test."""
     args = dataclasses.replace(args, robot=read_run(run_dir).robot)
@@ -3828,6 +3888,9 @@ def evaluate_run(args: Args, run_dir: Path) -> int:
     tell_changes(run_dir, ROBOTS[args.robot].model)
     result = finish(args, run_dir, policy)
     return int(not result["passed"])
+
+
+# end shared
 
 
 def smoke(args: Args) -> None:

@@ -83,10 +83,10 @@ def test_docs_explain_every_metric_and_flag(script):
 
 
 def test_shared_blocks_are_shared(tmp_path, monkeypatch, capsys):
-    """The scripts' copies are those of ppo_mjx.py; a copy that differs is found, and written anew."""
+    """All copies are as the block's source has it; one that differs is found, and written anew."""
     assert sync_shared.main(["--check"]) == 0
-    blocks = sync_shared.read_blocks(ROOT / "ppo_mjx.py")
-    assert {"evaluation", "log", "files", "command_line"} <= blocks.keys()
+    blocks = sync_shared.source_blocks()
+    assert {"evaluation", "log", "files", "command_line", "controller", "act"} <= blocks.keys()
     for name in blocks:
         copies = [
             file.name
@@ -95,15 +95,20 @@ def test_shared_blocks_are_shared(tmp_path, monkeypatch, capsys):
         ]
         assert len(copies) > 1, name
 
-    for name in "ppo_mjx.py", "sac_mjx_pendulum.py":
+    changes = {
+        "sac_mjx_pendulum.py": ("def count_bytes(tree)", "def count_bytes(a_tree)"),
+        "amp_mjx_unitree.py": ("def stands(command)", "def stands(a_command)"),
+    }
+    for name in (*sync_shared.SOURCES, *changes):
         (tmp_path / name).write_text((ROOT / name).read_text())
     monkeypatch.setattr(sync_shared, "ROOT", tmp_path)
-    copy = tmp_path / "sac_mjx_pendulum.py"
-    whole = copy.read_text()
-    copy.write_text(whole.replace("def count_bytes(tree)", "def count_bytes(a_tree)"))
-    assert copy.read_text() != whole and sync_shared.main(["--check"]) == 1
-    assert "sac_mjx_pendulum.py" in capsys.readouterr().out
-    assert sync_shared.main([]) == 0 and copy.read_text() == whole
+    for name, change in changes.items():
+        copy = tmp_path / name
+        whole = copy.read_text()
+        copy.write_text(whole.replace(*change))
+        assert copy.read_text() != whole and sync_shared.main(["--check"]) == 1
+        assert name in capsys.readouterr().out
+        assert sync_shared.main([]) == 0 and copy.read_text() == whole
 
 
 def test_tables_are_those_of_the_json(tmp_path, monkeypatch, capsys):

@@ -1,11 +1,12 @@
-"""Copy the shared blocks of ppo_mjx.py into the other scripts.
+"""Copy what the scripts share from the one that is its source into the others.
 
     python tools/sync_shared.py          write the copies
     python tools/sync_shared.py --check  exit with 1 if a copy differs
 
 Each script stands alone, so that it can be read and copied as one file. What several scripts need
-is marked `# shared: NAME` ... `# end shared` and is the same everywhere: ppo_mjx.py is the source,
-and another script has a copy of each block whose markers it holds.
+is marked `# shared: NAME` ... `# end shared` and is the same everywhere. The source of a block is
+ppo_mjx.py, or ppo_mjx_unitree.py where only legged robots need it; another script has a copy of
+each block whose markers it holds.
 """
 
 import re
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "ppo_mjx.py"
+SOURCES = ("ppo_mjx.py", "ppo_mjx_unitree.py")  # the first that has a block is its source
 BLOCK = re.compile(r"^# shared: (\w+)\n(.*?)^# end shared$", re.MULTILINE | re.DOTALL)
 
 
@@ -22,13 +23,21 @@ def read_blocks(file: Path) -> dict[str, str]:
     return dict(BLOCK.findall(file.read_text()))
 
 
+def source_blocks() -> dict[str, str]:
+    """All shared blocks, each as its source has it."""
+    blocks = {}
+    for name in SOURCES:
+        blocks = read_blocks(ROOT / name) | blocks
+    return blocks
+
+
 def synchronized(text: str, blocks: dict[str, str]) -> str:
-    """A script's text with the source's blocks in place of its own."""
+    """A script's text with the sources' blocks in place of its own."""
 
     def replace(match: re.Match) -> str:
         name = match[1]
         if name not in blocks:
-            raise SystemExit(f"error: {SOURCE.name} has no shared block {name}")
+            raise SystemExit(f"error: {' and '.join(SOURCES)} have no shared block {name}")
         return f"# shared: {name}\n{blocks[name]}# end shared"
 
     return BLOCK.sub(replace, text)
@@ -37,7 +46,7 @@ def synchronized(text: str, blocks: dict[str, str]) -> str:
 def main(argv: list[str]) -> int:
     if argv not in ([], ["--check"]):
         raise SystemExit(__doc__)
-    blocks = read_blocks(SOURCE)
+    blocks = source_blocks()
     differing = []
     for file in sorted(ROOT.glob("*_mjx*.py")):
         text = file.read_text()
@@ -49,7 +58,7 @@ def main(argv: list[str]) -> int:
             file.write_text(wanted)
 
     if differing:
-        print("differ from ppo_mjx.py:" if argv else "written:", ", ".join(differing))
+        print("differ from their source:" if argv else "written:", ", ".join(differing))
     return int(bool(argv and differing))
 
 
