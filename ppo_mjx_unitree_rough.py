@@ -198,7 +198,7 @@ class Args:
     gain_noise: RelativeError = 0.1
     """largest relative error of each joint's stiffness and damping"""
     strength_noise: RelativeError = 0.1
-    """largest relative error of the torque, the same for all motors, as from a low battery"""
+    """largest relative error of each motor's torque"""
     action_delay: Fraction = 1.0
     """largest delay of an action, in control steps"""
     curriculum: Fraction = 0.3
@@ -1546,8 +1546,9 @@ class Env:
         keys = jax.random.split(key, 7)
         stiffness_key, damping_key, strength_key, friction_key, *payload_keys, delay_key = keys
 
-        def factor(key, largest_error, shape):
-            error = jax.random.uniform(key, shape, minval=-largest_error, maxval=largest_error)
+        def factor(key, largest_error):  # [J]
+            joints = self.controller.default.shape
+            error = jax.random.uniform(key, joints, minval=-largest_error, maxval=largest_error)
             return 1 + level * error
 
         low, high = args.friction
@@ -1558,9 +1559,9 @@ class Env:
         longest = round(args.action_delay * args.decimation)
         delay = jax.random.randint(delay_key, (), 0, longest + 1)
         return {
-            "stiffness": factor(stiffness_key, args.gain_noise, self.controller.stiffness.shape),
-            "damping": factor(damping_key, args.gain_noise, self.controller.damping.shape),
-            "strength": factor(strength_key, args.strength_noise, ()),
+            "stiffness": factor(stiffness_key, args.gain_noise),
+            "damping": factor(damping_key, args.gain_noise),
+            "strength": factor(strength_key, args.strength_noise),
             "friction": usual + level * (friction - usual),
             "payload": jnp.where(loaded, payload, 0),
             "delay": jnp.round(level * delay).astype(jnp.int32),  # physics steps

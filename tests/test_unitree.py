@@ -1035,7 +1035,7 @@ def test_every_randomised_number_changes_the_physics(step, moments):
         "payload": 0,
         "stiffness": ones,
         "damping": ones,
-        "strength": 1.0,
+        "strength": ones,
         "delay": 0,
     }
     other = {
@@ -1043,7 +1043,7 @@ def test_every_randomised_number_changes_the_physics(step, moments):
         "payload": 1,
         "stiffness": knee,
         "damping": knee,
-        "strength": 0.9,
+        "strength": 0.9 * ones,
         "delay": 2,
     }
     assert names == sorted(other)
@@ -1323,8 +1323,8 @@ def test_domains_cover_their_ranges():
     numbers = np.concatenate(
         [np.reshape(domain[name], (count, -1)) for name in (*ranges, "payload")], axis=1
     ).T
-    assert len(numbers) == 1 + 12 + 12 + 1 + 1  # each joint has its own stiffness and damping
-    assert np.abs(np.corrcoef(numbers) - np.eye(27)).max() < 0.15  # each is drawn for itself
+    assert len(numbers) == 1 + 3 * 12 + 1  # each joint has its own stiffness, damping and strength
+    assert np.abs(np.corrcoef(numbers) - np.eye(38)).max() < 0.15  # each is drawn for itself
     np.testing.assert_array_equal(np.unique(domain["payload"]), np.arange(unitree.NUM_PAYLOADS))
     np.testing.assert_array_equal(np.unique(domain["delay"]), np.arange(args.decimation + 1))
     assert np.bincount(domain["delay"]).min() > 0.15 * count
