@@ -758,7 +758,7 @@ def faults_memory() -> str:
     rows = [
         [row["script"], row["fault"], row["seen"]] for name in names for row in load(name)["rows"]
     ]
-    return markdown(["script", "", "memory of the process"], rows) + sources(names)
+    return markdown(["script", "", "memory of the process"], rows) + sources(names, BY_XLA)
 
 
 def gpu_rows() -> Iterable[tuple[str, str, dict]]:
