@@ -21,6 +21,7 @@ SOURCES = {
     path.stem: json.loads(path.read_text())
     for path in Path(__file__).with_name("robots").glob("*.json")
 }
+GAIT_PERIOD = {"g1_29dof": 0.8, "h1": 0.8, "h1_2": 0.8, "go2": 0.48}  # s
 ACTOR_SIZE = {"g1": 47, "g1_29dof": 98, "h1": 41, "h1_2": 47, "go2": 47, "go2_no_clock": 45}
 
 
@@ -98,6 +99,54 @@ def test_what_the_networks_see(name):
     np.testing.assert_allclose(obs[9 : 9 + joints], qpos[7:] - robot.joint_array("default"))
     np.testing.assert_allclose(obs[9 + joints : 9 + 2 * joints], 0.05 * qvel[6:])
     np.testing.assert_array_equal(obs[9 + 2 * joints :][:actions], action)
+
+
+# ---- The loop on the robot's own computer
+
+
+def turn_back(quat, vector) -> np.ndarray:
+    """A vector of the world in the frame of a body with this quaternion."""
+    back = np.zeros(3)
+    mujoco.mju_rotVecQuat(back, vector, quat * [1, -1, -1, -1])
+    return back
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_loop_is_unitrees(name):
+    """From the same start, the same actions lead where Unitree's loop leads, written anew by the source's numbers: PD
+    torques 500 times a second, 50 times a second an action and what the actor sees, number by number."""
+    robot, source = ROBOTS[name], SOURCES[name]
+    default, kp, kd = (np.array(source[key], float) for key in ("default", "kp", "kd"))
+    torques = np.array([row["torque"] for row in source["bodies"] if "axis" in row])
+    scale = 0.25 * torques / kp if name == "g1_29dof" else 0.25  # mjlab's scale is by the motor
+    period = GAIT_PERIOD[name]  # the 1e-4 below are for the source's gains, which are rounded
+
+    original = unitree.CMujocoEnv(robot)
+    original.reset(1)
+    model = unitree.load_model(robot, 0.002)
+    data = mujoco.MjData(model)
+    data.qpos[:] = original.data.qpos
+    random, command, action = (
+        np.random.default_rng(0),
+        np.array([0.4, -0.2, 0.3]),
+        np.zeros(len(kp)),
+    )
+    for tick in range(25):
+        clock = 2 * math.pi * (tick * 0.02 % period) / period
+        rates, gravity = data.qvel[3:6], turn_back(data.qpos[3:7], np.array([0.0, 0.0, -1.0]))
+        seen = [0.25 * rates, gravity, command * [2, 2, 0.25], data.qpos[7:] - default]
+        seen += [0.05 * data.qvel[6:], action, [math.sin(clock), math.cos(clock)]]
+        np.testing.assert_allclose(original.observe(command), np.concatenate(seen), atol=1e-4)
+
+        action = random.uniform(-1, 1, len(kp))
+        row = original.step(action)
+        for _ in range(10):
+            torque = kp * (default + scale * action - data.qpos[7:]) - kd * data.qvel[6:]
+            data.ctrl[:] = np.clip(torque, -torques, torques)
+            mujoco.mj_step(model, data)
+        np.testing.assert_allclose(original.data.qpos, data.qpos, atol=1e-4)
+        velocity = np.append(turn_back(data.qpos[3:7], data.qvel[:3])[:2], data.qvel[5])
+        np.testing.assert_allclose(row["velocity"], velocity, atol=1e-4)
 
 
 # ---- Symmetry
