@@ -533,6 +533,23 @@ def rough_test() -> str:
     return markdown(header, rows) + sources(rough_names())
 
 
+def rough_speed() -> str:
+    """Of the environment on each level of ground, beside the plane."""
+    arms = {}
+    for row in load("rough_speed")["rows"]:
+        arms.setdefault(row["arm"], []).append(row)
+    robots = [ROBOT_NAMES[row["robot"]] for row in arms["flat"]]
+    rows = []
+    for arm, cells in arms.items():
+        rows.append([arm])
+        for row in cells:
+            rows[-1] += [large(row["env_steps_per_s"]), three_digits(row["rough / flat"])]
+    header = ["ground"]
+    for robot in robots:
+        header += [f"{robot}: environment steps/s", "/ flat"]
+    return markdown(header, rows) + sources(["rough_speed"])
+
+
 def g1_test() -> str:
     """The test of docs/g1_policy.npz."""
     test = load("g1_policy")["evaluation"]
@@ -834,6 +851,7 @@ TABLES = {
         walk_tests,
         rough_time,
         rough_test,
+        rough_speed,
         g1_ablations,
         sac_peers,
         sac_throughput,
