@@ -4,6 +4,7 @@ the rule of the levels, training and resuming with them, and the test on rough g
 import dataclasses
 import functools
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from quick import QUICK, quick_kernels
 import ppo_mjx_unitree as flat
 import ppo_mjx_unitree_rough as rough
 
+DOCS = Path(rough.__file__).with_name("docs")
 ROBOT = rough.ROBOTS["go2"]
 KINDS = list(rough.KINDS)
 GROUND = np.asarray(rough.make_ground(jax.random.key(7)))
@@ -753,3 +755,17 @@ def test_verdict(monkeypatch, capsys, change, passed):
     assert result["passed"] == passed
     assert len(result["table"]) == len(rough.TEST_LEVELS) * len(KINDS)
     assert ("PASS" if passed else "FAIL") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["g1", "go2"])
+def test_shipped_policy_climbs_stairs(name):
+    """One start of the test on stairs up of level 3, steps of 0.11 m: no fall, and to the border in time."""
+    robot = rough.ROBOTS[name]
+    with np.load(DOCS / f"{name}_rough_policy.npz") as file:
+        policy = dict(file)
+    original = rough.CMujocoEnv(robot)
+    tiles = np.asarray(rough.make_ground(jax.random.key(rough.TEST_SEED)))
+    original.model.hfield_data[:] = tiles[rough.tile_number(3, KINDS.index("stairs up"))]
+    result = rough.drive(original, policy, 1)
+    assert result["falls"] == 0 and result["crossed"] == 1
+    assert result["error"] < 0.2 and result["yaw"] < 0.25
