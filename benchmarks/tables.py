@@ -170,12 +170,13 @@ def sources(names: list[str], earlier: str | None = None) -> str:
 # ---- Learning curves ----------------------------------------------------------------------------
 
 CURVES = ["curves", "curves_3d"]
+CURVES_AVX2 = ["curves_avx2", "curves_3d_avx2"]  # the same on a processor without AVX-512
 
 
-def curve_rows() -> dict[str, list[dict]]:
+def curve_rows(names: list[str] = CURVES) -> dict[str, list[dict]]:
     """By task: its trainings, a row for each seed."""
     tasks = {}
-    for name in CURVES:
+    for name in names:
         for row in load(name)["rows"]:
             tasks.setdefault(row["env_id"], []).append(row)
     return tasks
@@ -241,9 +242,9 @@ def readme_results() -> str:
     )
 
 
-def ppo_final() -> str:
+def ppo_final(names: list[str] = CURVES) -> str:
     rows = []
-    for task, seeds in curve_rows().items():
+    for task, seeds in curve_rows(names).items():
         final = [row["final"] for row in seeds]
         rows.append(
             [
@@ -257,7 +258,11 @@ def ppo_final() -> str:
         )
     header = ["", "seconds until the first iteration is done", "steps in all", "return at the end"]
     header += ["standard deviation of the episodes", "seconds until the last policy"]
-    return markdown(header, rows) + sources(CURVES, SIMPLIFIED)
+    return markdown(header, rows) + sources(names, SIMPLIFIED)
+
+
+def ppo_final_avx2() -> str:
+    return ppo_final(CURVES_AVX2)
 
 
 def ppo_peers() -> str:
@@ -838,6 +843,7 @@ TABLES = {
         readme_results,
         readme_onekernel,
         ppo_final,
+        ppo_final_avx2,
         ppo_peers,
         training_speed,
         peers_speed,
