@@ -283,7 +283,7 @@ def slope(key, difficulty, sign):
     """A pit (up from its middle) or a pyramid (down) with a slope of up to 0.4.
 
     This and the following functions return a tile's heights [SIZE, SIZE] in m. key: what is random
-    follows from it; difficulty: [] from 0 to 1; sign: 1 to go up from the middle, -1 down.
+    follows from it, here nothing; difficulty: [] from 0 to 1; sign: 1 to go up from the middle, -1 down.
     """
     return sign * 0.4 * difficulty * np.maximum(OUT - FLAT_HALF, 0.0)
 

@@ -890,7 +890,7 @@ def mirror_state(state):
         elapsed=info["elapsed"] + 20,
         action=jnp.array(mirror_joints(info["action"])),
         domain=info["domain"]
-        | {name: info["domain"][name][:, SIDES] for name in ("stiffness", "damping")},
+        | {name: info["domain"][name][:, SIDES] for name in ("stiffness", "damping", "strength")},
     )
 
 
