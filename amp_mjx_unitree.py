@@ -3866,8 +3866,11 @@ def build(args: Args, mesh: Mesh, motions: Motions) -> Programs:
     start = time.perf_counter()
     events = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    # The first state is made once: less time for LLVM is more than its program takes to run.
+    is_cpu = mesh.devices[0].platform == "cpu"
+    quickly = {"xla_backend_optimization_level": 0} if is_cpu else None
     with ThreadPoolExecutor() as pool:  # XLA compiles one program while JAX traces the next
-        init = pool.submit(init.compile)
+        init = pool.submit(init.compile, compiler_options=quickly)
         iterate = train_iteration.lower(args, env, mesh, motions, shapes).compile()
         state = init.result()(motions, key)
 

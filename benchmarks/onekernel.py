@@ -270,6 +270,11 @@ def watch_compiler():
     seconds = collections.Counter()
     results = {}
     platform = api.PLATFORMS[api.default_platform()]
+    start_compiling = platform.start_compiling
+
+    def compile_now(text: str) -> bytes:  # nothing else is done meanwhile
+        code = start_compiling(text)
+        return code if isinstance(code, bytes) else code()
 
     def timed(owner, function: str, stage: str):
         original = getattr(owner, function)
@@ -287,7 +292,8 @@ def watch_compiler():
         timed(api.Kernel, "trace", "trace_s"),
         timed(api.Kernel, "build", "build_s"),
         timed(platform, "kernel_ir", "llvm_s"),
-        timed(platform, "compile_ir", "llvm_s"),
+        mock.patch.object(platform, "start_compiling", compile_now),
+        timed(platform, "start_compiling", "llvm_s"),
     ):
         yield figures
     graph = results["build"]
@@ -297,7 +303,7 @@ def watch_compiler():
     figures["operations"] = sum(
         bool(live[node]) and op not in ("const", "input") for node, op in enumerate(graph.op)
     )
-    figures["code_kb"] = len(results["compile_ir"]) / 1000
+    figures["code_kb"] = len(results["start_compiling"]) / 1000
 
 
 def compile_again(args: Args, task: Task, num_envs: int, cache: str) -> dict:

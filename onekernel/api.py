@@ -6,8 +6,10 @@ jax.vmap turns it into the same primitive with an axis of worlds, jit and scan l
 and when a program is compiled for a platform it becomes a call of a kernel there: made now, or
 found in the cache."""
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import io
@@ -187,6 +189,19 @@ class StructureReader(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+@contextlib.contextmanager
+def no_collection():
+    """Without Python's garbage collector. It would look through the millions of small objects that
+    a trace consists of, again and again, and find nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class Kernel:
     """A function, traced for arguments of certain types.
 
@@ -217,8 +232,9 @@ class Kernel:
             self.key = hashlib.sha256(text.encode()).hexdigest()
             if self.restore():
                 return
-        self.trace()
-        self.graph(default_platform())  # is everything in it known?
+        with no_collection():
+            self.trace()
+            self.graph(default_platform())  # is everything in it known?
         if self.key is not None and not self.captured:
             self.keep()
 
@@ -382,12 +398,14 @@ class Kernel:
                 "\n".join((text, module.identity(), versions(), *sources)).encode()
             )
             name = f"onekernel_{digest.hexdigest()[:32]}"
-            found = self.load_code(f"kernel {name}")
-            if found is None:
-                found = (name, scratch, module.compile_ir(text))
-                cache.store(f"kernel {name}", pack_code(*found))
+            places = [f"kernel {name}"]
             if self.key is not None:
-                cache.store(f"code {self.key} {identity}", pack_code(*found))
+                places.append(f"code {self.key} {identity}")
+            found = self.load_code(places[0])
+            if found is not None:
+                keep_code(places[1:], *found)
+            else:
+                found = (name, scratch, start_compiling(module, text, places, name, scratch))
         name, scratch, code = found
         module.register(name, code, len(self.operand_shapes()), len(self.out_shapes), batched)
         return name, scratch
@@ -428,8 +446,26 @@ class Kernel:
         ]
 
 
-def pack_code(name: str, scratch: int, code: bytes) -> bytes:
-    return cache.pack({"name": name, "scratch": scratch}, [code])
+def keep_code(places: list[str], name: str, scratch: int, code: bytes) -> None:
+    """Leaves a kernel to later processes, under these keys."""
+    for place in places:
+        cache.store(place, cache.pack({"name": name, "scratch": scratch}, [code]))
+
+
+def start_compiling(module, text: str, places: list[str], name: str, scratch: int):
+    """The code of a kernel for the platform of that module, also left to later processes under
+    those keys; or a function that does this, since it is still being compiled."""
+    code = module.start_compiling(text)
+    if isinstance(code, bytes):
+        keep_code(places, name, scratch, code)
+        return code
+
+    def finish() -> bytes:
+        compiled = code()
+        keep_code(places, name, scratch, compiled)
+        return compiled
+
+    return finish
 
 
 def key_impl(value):

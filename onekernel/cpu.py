@@ -4,6 +4,7 @@ The handler that XLA calls (see ffi.py) is in the same module as the kernel and 
 """
 
 import functools
+from collections.abc import Callable
 
 import llvmlite.binding as llvm
 
@@ -125,12 +126,26 @@ def handler_ir(operands: int, results: int, batched: bool) -> list[str]:
 def compile_ir(text: str) -> bytes:
     """Machine code for this processor, as `ffi.Loader` takes it."""
     modules = text.split(parts.SEPARATOR)
-    return cache.pack(parts.symbols(text), machine_code.compile_modules(modules))
+    return cache.pack(parts.symbols(text), [machine_code.compile_module(one) for one in modules])
+
+
+def start_compiling(text: str) -> bytes | Callable[[], bytes]:
+    """What `compile_ir` gives, or, if that takes long, a function that waits for it while other
+    processes compile."""
+    if len(text) < machine_code.TEXT_OF_A_PROCESS:
+        return compile_ir(text)
+    finish = machine_code.start_modules(text.split(parts.SEPARATOR))
+    return lambda: cache.pack(parts.symbols(text), finish())
 
 
 loader = ffi.Loader("cpu")
 
 
-def register(name: str, code: bytes, operands: int, results: int, batched: bool) -> None:
-    """Makes a kernel known to XLA under this name."""
-    loader.register(name, code)
+def register(
+    name: str, code: bytes | Callable[[], bytes], operands: int, results: int, batched: bool
+) -> None:
+    """Makes a kernel known to XLA under this name. code: see `start_compiling`."""
+    if isinstance(code, bytes):
+        loader.register(name, code)
+    else:
+        loader.register_early(name, code)

@@ -12,11 +12,14 @@ version, so offsets stay; tests/test_onekernel_cuda.py compares all of them with
 
 import ctypes
 import threading
+from collections.abc import Callable
 
 import jax
 import llvmlite.binding as llvm
 
-from onekernel import cache
+from onekernel import cache, machine_code
+
+HANDLER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)  # of the call frame; null, or an error
 
 # Where fields stand in XLA's structs, in bytes.
 FRAME_EXTENSION = 8
@@ -64,6 +67,28 @@ def store(name: str, base: str, offset: int, value: str) -> list[str]:
     ]
 
 
+def entry_ir(traits: int = 0) -> list[str]:
+    """The begin of a handler, up to where it is to do its work; it may jump to the label `done`,
+    which has to follow."""
+    return [
+        "define ptr @handler(ptr %frame) {",
+        *load("extension", "%frame", FRAME_EXTENSION),
+        "%asked = icmp ne ptr %extension, null",
+        "br i1 %asked, label %describe, label %stages",
+        "describe:",  # XLA asks for the version of its interface that the handler was written for
+        *load("metadata", "%extension", EXTENSION_METADATA),
+        *store("major", "%metadata", METADATA_MAJOR_VERSION, f"i32 {API_MAJOR_VERSION}"),
+        *store("minor", "%metadata", METADATA_MINOR_VERSION, f"i32 {API_MINOR_VERSION}"),
+        *store("traits", "%metadata", METADATA_TRAITS, f"i32 {traits}"),
+        "ret ptr null",
+        "stages:",
+        *load("stage", "%frame", FRAME_STAGE, "i32"),
+        f"%execute = icmp eq i32 %stage, {STAGE_EXECUTE}",
+        "br i1 %execute, label %run, label %done",
+        "run:",
+    ]
+
+
 def handler_ir(
     operands: int, results: int, batched: bool, work: list[str], traits: int = 0
 ) -> list[str]:
@@ -85,21 +110,7 @@ def handler_ir(
         ]
 
     lines = [
-        "define ptr @handler(ptr %frame) {",
-        *load("extension", "%frame", FRAME_EXTENSION),
-        "%asked = icmp ne ptr %extension, null",
-        "br i1 %asked, label %describe, label %stages",
-        "describe:",  # XLA asks for the version of its interface that the handler was written for
-        *load("metadata", "%extension", EXTENSION_METADATA),
-        *store("major", "%metadata", METADATA_MAJOR_VERSION, f"i32 {API_MAJOR_VERSION}"),
-        *store("minor", "%metadata", METADATA_MINOR_VERSION, f"i32 {API_MINOR_VERSION}"),
-        *store("traits", "%metadata", METADATA_TRAITS, f"i32 {traits}"),
-        "ret ptr null",
-        "stages:",
-        *load("stage", "%frame", FRAME_STAGE, "i32"),
-        f"%execute = icmp eq i32 %stage, {STAGE_EXECUTE}",
-        "br i1 %execute, label %run, label %done",
-        "run:",
+        *entry_ir(traits),
         *load("arguments", "%frame", FRAME_ARGUMENTS),
         *load("results", "%frame", FRAME_RESULTS),
     ]
@@ -116,6 +127,36 @@ def handler_ir(
     return [*lines, *work, "done:", "ret ptr null", "}"]
 
 
+def gate_ir() -> str:
+    """The module of a handler whose work another function does, @target, with the same argument.
+
+    There can be another target from one call to the next."""
+    return "\n".join(
+        [
+            "@target = dso_local global ptr null",
+            *entry_ir(),
+            "%target.now = load atomic ptr, ptr @target acquire, align 8",
+            "%error = call ptr %target.now(ptr %frame)",
+            "ret ptr %error",
+            "done:",
+            "ret ptr null",
+            "}",
+        ]
+    )
+
+
+def report(frame: int, message: str) -> int | None:
+    """An error that a handler may return, so that XLA raises it. frame: the call frame's address."""
+    api = ctypes.c_void_p.from_address(frame + FRAME_API).value
+    create = HANDLER(ctypes.c_void_p.from_address(api + API_ERROR_CREATE).value)
+    text = ctypes.create_string_buffer(message.encode())
+    arguments = ctypes.create_string_buffer(ERROR_SIZE)
+    ctypes.c_size_t.from_buffer(arguments).value = ERROR_SIZE
+    ctypes.c_void_p.from_buffer(arguments, ERROR_MESSAGE).value = ctypes.addressof(text)
+    ctypes.c_int.from_buffer(arguments, ERROR_CODE).value = CODE_INTERNAL
+    return create(ctypes.addressof(arguments))
+
+
 def load_object(code: bytes) -> llvm.ExecutionEngine:
     """Puts an object file's code and data into memory.
 
@@ -130,6 +171,24 @@ def load_object(code: bytes) -> llvm.ExecutionEngine:
     return engine
 
 
+def load_handler(code: bytes) -> tuple[list[llvm.ExecutionEngine], int]:
+    """Puts all modules of a handler (see cpu.compile_ir) into memory. Returns their owners, and the
+    handler's address."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    header, modules = cache.unpack(code)
+    engines = [load_object(module) for module in modules]
+    addresses = {}
+    for engine, functions in zip(engines, header["functions"], strict=True):
+        for symbol in functions:
+            addresses[symbol] = engine.get_function_address(symbol)
+    for engine, calls in zip(engines, header["calls"], strict=True):
+        for symbol in calls:
+            variable = engine.get_global_value_address(f"{symbol}_address")
+            ctypes.c_void_p.from_address(variable).value = addresses[symbol]
+    return engines, addresses["handler"]
+
+
 class Loader:
     """Puts handlers into memory and tells XLA of them, for one of its platforms ("cpu" or "CUDA").
     All that is loaded stays until the process ends, since XLA may call it for as long."""
@@ -142,21 +201,45 @@ class Loader:
     def register(self, name: str, code: bytes) -> None:
         """Makes the handler in the code (see cpu.compile_ir) the FFI target `name`."""
         with self.lock:
+            if name not in self.loaded:
+                self.tell_xla(name, *load_handler(code))
+
+    def register_early(self, name: str, finish: Callable[[], bytes]) -> None:
+        """Makes `name` an FFI target although its code is still being compiled, so that XLA can
+        compile the program around it meanwhile. finish: waits for the code, which is as
+        `register` takes it. The first call of the handler waits for it, too, and raises what
+        `finish` does."""
+
+        def first_call(frame: int) -> int | None:
+            with lock:  # several devices may call at once
+                if not done:
+                    try:
+                        engines, address = load_handler(finish())
+                        done.append((engines, HANDLER(address), None))
+                    except Exception as error:  # noqa: BLE001, nothing above here can take it
+                        done.append((None, None, f"onekernel: {type(error).__name__}: {error}"))
+                _, handler, problem = done[0]
+            if problem:
+                return report(frame, problem)
+            ctypes.c_void_p.from_address(target).value = ctypes.cast(handler, ctypes.c_void_p).value
+            return handler(frame)
+
+        lock = threading.Lock()
+        done: list[tuple] = []
+        callback = HANDLER(first_call)
+        with self.lock:
             if name in self.loaded:
                 return
-            llvm.initialize_native_target()
-            llvm.initialize_native_asmprinter()
-            header, modules = cache.unpack(code)
-            engines = [load_object(module) for module in modules]
-            addresses = {}
-            for engine, functions in zip(engines, header["functions"], strict=True):
-                for symbol in functions:
-                    addresses[symbol] = engine.get_function_address(symbol)
-            for engine, calls in zip(engines, header["calls"], strict=True):
-                for symbol in calls:
-                    variable = engine.get_global_value_address(f"{symbol}_address")
-                    ctypes.c_void_p.from_address(variable).value = addresses[symbol]
-            address = addresses["handler"]
-            function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform=self.platform)
-            self.loaded[name] = (engines, function)
+            gate = machine_code.compile_module(gate_ir())
+            engine = load_object(gate)
+            target = engine.get_global_value_address("target")
+            ctypes.c_void_p.from_address(target).value = ctypes.cast(
+                callback, ctypes.c_void_p
+            ).value
+            self.tell_xla(name, (engine, callback, done), engine.get_function_address("handler"))
+
+    def tell_xla(self, name: str, owners, address: int) -> None:
+        """Makes the function at this address an FFI target. owners: of what it needs."""
+        function = HANDLER(address)
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform=self.platform)
+        self.loaded[name] = (owners, function)

@@ -1,15 +1,20 @@
 """LLVM's work for CPUs: machine code of modules in LLVM IR, on all cores.
 
-llvmlite lets one thread at a time into LLVM. So where there are several large modules, this file is
-also run as a program, which reads modules from its standard input and writes their code to its
-standard output. It imports llvmlite alone, and starts in a fraction of a second."""
+llvmlite lets one thread at a time into LLVM. So large modules are compiled by other processes, on
+several cores if there are several modules, while this process goes on, with JAX's and XLA's work
+for the same program. They run this file as a program, which reads modules from its standard input
+and writes their code to its standard output. It imports llvmlite alone, and starts in a fraction of
+a second."""
 
+import atexit
 import functools
 import os
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 
 import llvmlite.binding as llvm
 
@@ -43,8 +48,9 @@ def compile_module(text: str) -> bytes:
     return machine.emit_object(module)
 
 
-def compile_modules(texts: list[str]) -> list[bytes]:
-    """Machine code of each module, compiled on as many cores as pays."""
+def start_modules(texts: list[str]) -> Callable[[], list[bytes]]:
+    """Has other processes compile modules, on as many cores as pays. Returns a function that waits
+    for their machine code."""
     size = sum(map(len, texts))
     count = max(1, min(count_cores(), len(texts), size // TEXT_OF_A_PROCESS))
     shares: list[list[int]] = [[] for _ in range(count)]
@@ -53,17 +59,18 @@ def compile_modules(texts: list[str]) -> list[bytes]:
         least = loads.index(min(loads))
         shares[least].append(module)
         loads[least] += len(texts[module])
+    workers = [start_worker([texts[module] for module in share]) for share in shares]
 
-    codes: dict[int, bytes] = {}
-    workers = [(share, start_worker([texts[module] for module in share])) for share in shares[1:]]
-    for module in shares[0]:
-        codes[module] = compile_module(texts[module])
-    for share, worker in workers:
-        found = worker()
-        if found is None:
-            found = [compile_module(texts[module]) for module in share]
-        codes |= dict(zip(share, found, strict=True))
-    return [codes[module] for module in range(len(texts))]
+    def finish() -> list[bytes]:
+        codes: dict[int, bytes] = {}
+        for share, worker in zip(shares, workers, strict=True):
+            found = worker()
+            if found is None:
+                found = [compile_module(texts[module]) for module in share]
+            codes |= dict(zip(share, found, strict=True))
+        return [codes[module] for module in range(len(texts))]
+
+    return finish
 
 
 def count_cores() -> int:
@@ -81,7 +88,7 @@ def count_cores() -> int:
 # Another process ----------------------------------------------------------------------------------
 
 
-def start_worker(texts: list[str]):
+def start_worker(texts: list[str]) -> Callable[[], list[bytes] | None]:
     """Has another process compile the modules. Returns a function that waits for it and gives
     their code, or None if the process came to nothing."""
     environment = os.environ | {
@@ -102,9 +109,11 @@ def start_worker(texts: list[str]):
         )
     except OSError:  # a full disk, or no such program
         return lambda: None
+    atexit.register(process.kill)
 
     def wait() -> list[bytes] | None:
         failed = process.wait() != 0
+        atexit.unregister(process.kill)
         answer.seek(0)
         codes = read_items(answer)
         request.close()
@@ -131,5 +140,6 @@ def read_items(file) -> list[bytes]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # to end at once, and without a traceback
     modules = [item.decode() for item in read_items(sys.stdin.buffer)]
     write_items(sys.stdout.buffer, [compile_module(module) for module in modules])

@@ -1,6 +1,10 @@
 """Large kernels in several functions, compiled by several processes (onekernel/parts.py), and kernels
 for other processors."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,13 +64,13 @@ def small_parts(monkeypatch):
 def texts(monkeypatch):
     """The modules' texts of what is compiled."""
     texts = []
-    real = machine_code.compile_modules
+    real = cpu.start_compiling
 
-    def compile_modules(modules):
-        texts.append(modules)
-        return real(modules)
+    def start_compiling(text):
+        texts.append(text.split(parts.SEPARATOR))
+        return real(text)
 
-    monkeypatch.setattr(machine_code, "compile_modules", compile_modules)
+    monkeypatch.setattr(cpu, "start_compiling", start_compiling)
     return texts
 
 
@@ -89,12 +93,53 @@ def test_other_processes_compile_the_same(monkeypatch, texts):
     alone = [machine_code.compile_module(text) for text in texts[0]]
     monkeypatch.setattr(machine_code, "TEXT_OF_A_PROCESS", 1)
     monkeypatch.setattr(machine_code, "count_cores", lambda: 3)
-    here = []
-    monkeypatch.setattr(machine_code, "compile_module", lambda text: here.append(text) or b"")
-    together = machine_code.compile_modules(texts[0])
-    assert 0 < len(here) < len(alone)
-    for text, one, other in zip(texts[0], alone, together, strict=True):
-        assert other == (b"" if text in here else one)
+    finish = machine_code.start_modules(texts[0])
+    monkeypatch.setattr(machine_code, "compile_module", None)  # none is compiled here
+    assert finish() == alone
+
+
+def test_xla_compiles_while_other_processes_do(monkeypatch):
+    """The program is compiled before its kernel is; the first call waits for it, also if two come
+    at once."""
+    expected = run(45)
+    monkeypatch.setattr(machine_code, "TEXT_OF_A_PROCESS", 1)
+    started = threading.Event()
+    real = machine_code.start_modules
+
+    def start_modules(texts):
+        finish = real(texts)
+        return lambda: started.wait(60) and finish()
+
+    monkeypatch.setattr(machine_code, "start_modules", start_modules)
+    # Another function, and so another program to JAX and another kernel to XLA.
+    function = onekernel.compile(lambda *x: (program(*x)[0] + 1.0, *program(*x)[1:]))
+    compiled = jax.jit(jax.vmap(function)).lower(*arguments(45)).compile()
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(compiled, *arguments(45)) for _ in range(2)]
+        time.sleep(0.1)
+        assert not any(call.done() for call in calls)
+        started.set()
+        for call in calls:
+            first, *others = call.result()
+            np.testing.assert_array_equal(first, expected[0] + 1.0)
+            for one, other in zip(others, expected[1:], strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+def test_the_first_call_raises_what_compilation_does(monkeypatch):
+    def start_modules(texts):
+        def finish():
+            raise MemoryError("no more")
+
+        return finish
+
+    monkeypatch.setattr(machine_code, "TEXT_OF_A_PROCESS", 1)
+    monkeypatch.setattr(machine_code, "start_modules", start_modules)
+    function = onekernel.compile(lambda x: x * 3.0 + 7.0)
+    compiled = jax.jit(jax.vmap(function)).lower(jnp.ones(3)).compile()
+    for _ in range(2):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="onekernel: MemoryError: no more"):
+            jax.block_until_ready(compiled(jnp.ones(3)))
 
 
 @pytest.mark.parametrize("broken", ["no_such_program", "/bin/false"])
@@ -103,8 +148,11 @@ def test_what_other_processes_fail_at_is_compiled_here(monkeypatch, broken):
     monkeypatch.setattr(machine_code, "TEXT_OF_A_PROCESS", 1)
     monkeypatch.setattr(machine_code, "count_cores", lambda: 3)
     monkeypatch.setattr(machine_code.sys, "executable", broken)
-    for one, other in zip(run(3), expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+    # Another function, so that the kernel is not the one that XLA knows by now.
+    function = onekernel.compile(lambda *x: [-result for result in program(*x)[::3]])
+    results = jax.vmap(function)(*arguments(3))
+    for one, other in zip(results, expected[::3], strict=True):
+        np.testing.assert_array_equal(one, -other)
 
 
 def test_a_full_disk_means_to_compile_here(monkeypatch):
