@@ -290,12 +290,19 @@ def training_speed() -> str:
     for key, (label, text) in labels.items():
         if all(key in result["speed"][column] for column in columns):
             rows.append([label, *(text(result["speed"][column][key]) for column in columns)])
-    starts = result.get("first_update_s", {})
-    for kind, label in ("cold", "empty"), ("warm", "filled"):
-        seconds = [starts.get(column.split()[0], {}).get(kind) for column in columns]
-        rows.append([f"seconds to the first update, {label} cache", *map(three_digits, seconds)])
     header = ["", *(f"{column} worlds" for column in columns)]
     return markdown(header, rows) + sources(["training_speed"], SIMPLIFIED)
+
+
+def start() -> str:
+    """Seconds to the first update."""
+    starts = load("start")["first_update_s"]
+    rows = [
+        [f"{label} cache", *(three_digits(seconds[kind]) for seconds in starts.values())]
+        for kind, label in (("cold", "empty"), ("warm", "filled"))
+    ]
+    header = ["seconds to the first update", *(ROBOT_NAMES.get(name, name) for name in starts)]
+    return markdown(header, rows) + sources(["start"])
 
 
 def peers_speed() -> str:
@@ -846,6 +853,7 @@ TABLES = {
         ppo_final_avx2,
         ppo_peers,
         training_speed,
+        start,
         peers_speed,
         peers_return,
         onekernel_speed,

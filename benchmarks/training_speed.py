@@ -1,19 +1,13 @@
-"""How much of the speed of bare physics is left to training, and how soon the first update is done.
+"""How much of the speed of bare physics is left to training.
 
     python benchmarks/training_speed.py
 
 Three programs take the same worlds equally far, in turn, `--repeats` times over: one training iteration; a scan of the
 script's own `env.step`; and a scan of the physics alone, with the smallest state. Both are kernels by onekernel, as in
-training. Ratios are medians over the turns. Then `ppo_mjx.py` is started with an empty
-and with a filled compile cache, and the seconds to its first update are taken.
-Writes benchmarks/results/NAME.json.
+training. Ratios are medians over the turns. Writes benchmarks/results/NAME.json.
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from functools import partial
 
@@ -33,7 +27,6 @@ class Args:
     num_envs: tuple[int, ...] = (256,)
     warmups: int = 20  # iterations of the training before
     repeats: int = 15
-    starts: int = 3  # starts of the script, cold and warm each
     name: str = "training_speed"  # of the JSON file
     smoke: bool = False
 
@@ -105,52 +98,13 @@ def measure(env_id: str, num_envs: int, warmups: int, repeats: int) -> dict:
     return row | {"seconds": seconds}
 
 
-def first_update(env_id: str, cache: str) -> float:
-    """Seconds from the start of the script to the end of its first iteration."""
-    with tempfile.TemporaryDirectory() as runs:
-        command = [
-            sys.executable,
-            "ppo_mjx.py",
-            "--env-id",
-            env_id,
-            "--total-timesteps",
-            "4096",
-            "--eval-every",
-            "0",
-        ]
-        environment = os.environ | common.caches(cache)
-        start = time.perf_counter()
-        command += ["--runs-dir", runs]
-        # No terminal, where it would show a bar and no lines.
-        process = subprocess.Popen(
-            command,
-            cwd=common.ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        lines, seconds = [], None
-        for line in process.stdout:
-            lines.append(line.decode())
-            if b"] step " in line:
-                seconds = time.perf_counter() - start
-                process.kill()  # what it would evaluate is of no use here
-                break
-        process.wait()
-        if seconds is None:
-            raise RuntimeError("".join(lines[-20:]))
-    return seconds
-
-
 def main(args: Args) -> None:
     if args.smoke:
         common.hardly_optimise()
-        args = dataclasses.replace(
-            args, env_ids=("Hopper",), num_envs=(8,), warmups=1, repeats=1, starts=1
-        )
+        args = dataclasses.replace(args, env_ids=("Hopper",), num_envs=(8,), warmups=1, repeats=1)
     common.refuse_fallbacks()
     common.make_mesh()  # starts JAX with all cores
-    speed, starts = {}, {}
+    speed = {}
     print(
         "| task | worlds | train steps/s | env.step | physics | train / env.step | train / physics |"
     )
@@ -165,18 +119,6 @@ def main(args: Args) -> None:
             ]
             print(f"| {env_id} | {num_envs} | {' | '.join(numbers)} |", flush=True)
     common.write(args.name, args, {"speed": speed}, args.smoke)
-    for env_id in args.env_ids:
-        times = {"cold": [], "warm": []}
-        for _ in range(args.starts):
-            with tempfile.TemporaryDirectory() as cache:
-                for kind in times:
-                    times[kind].append(first_update(env_id, cache))
-        starts[env_id] = {kind: float(np.median(values)) for kind, values in times.items()} | {
-            "all": times
-        }
-        cold, warm = starts[env_id]["cold"], starts[env_id]["warm"]
-        print(f"{env_id}: first update after {cold:.1f} s cold, {warm:.1f} s warm", flush=True)
-    common.write(args.name, args, {"speed": speed, "first_update_s": starts}, args.smoke)
 
 
 if __name__ == "__main__":
