@@ -4,7 +4,7 @@ XLA's FFI hands a function, the handler, a pointer to a "call frame", a C struct
 to all operands and results. A handler is usually written in C++ against XLA's header; ours is a few
 lines of LLVM IR, so no compiler is needed on the user's machine. `handler_ir` writes what every
 handler does, and is given what a CPU's and a GPU's do differently; `Loader` puts the machine code
-into memory and tells XLA of it.
+into memory and tells XLA of it; a `Gate` stands for code that is still being compiled.
 
 The header: jax.ffi.include_dir(), xla/ffi/api/c_api.h. Its structs only grow at their ends within a
 version, so offsets stay; tests/test_onekernel_cuda.py compares all of them with the header.
@@ -128,9 +128,8 @@ def handler_ir(
 
 
 def gate_ir() -> str:
-    """The module of a handler whose work another function does, @target, with the same argument.
-
-    There can be another target from one call to the next."""
+    """The module of a handler that calls the function at the address in @target, which may change
+    from one call to the next."""
     return "\n".join(
         [
             "@target = dso_local global ptr null",
@@ -189,6 +188,37 @@ def load_handler(code: bytes) -> tuple[list[llvm.ExecutionEngine], int]:
     return engines, addresses["handler"]
 
 
+class Gate:
+    """A handler that XLA may know before its code is compiled, and compile programs around. Its
+    first call waits for the code, and raises what comes of it.
+
+    address: of the handler. It calls `first_call` until there is code, and then that."""
+
+    def __init__(self, finish: Callable[[], bytes]):
+        """finish: waits for the code, which is as `load_handler` takes it."""
+        self.finish = finish
+        self.lock = threading.Lock()  # several devices may call at once
+        self.handler = None
+        self.callback = HANDLER(self.first_call)
+        self.engine = load_object(machine_code.compile_module(gate_ir()))
+        self.address = self.engine.get_function_address("handler")
+        place = self.engine.get_global_value_address("target")
+        self.target = ctypes.c_void_p.from_address(place)
+        self.target.value = ctypes.cast(self.callback, ctypes.c_void_p).value
+
+    def first_call(self, frame: int) -> int | None:
+        try:
+            with self.lock:
+                if self.handler is None:
+                    self.engines, address = load_handler(self.finish())
+                    self.handler = HANDLER(address)
+                    self.finish = None  # with all that was to be compiled
+                    self.target.value = address
+        except BaseException as error:  # noqa: BLE001, what C calls cannot raise; nor on Ctrl-C
+            return report(frame, f"onekernel: {type(error).__name__}: {error}")
+        return self.handler(frame)
+
+
 class Loader:
     """Puts handlers into memory and tells XLA of them, for one of its platforms ("cpu" or "CUDA").
     All that is loaded stays until the process ends, since XLA may call it for as long."""
@@ -205,38 +235,12 @@ class Loader:
                 self.tell_xla(name, *load_handler(code))
 
     def register_early(self, name: str, finish: Callable[[], bytes]) -> None:
-        """Makes `name` an FFI target although its code is still being compiled, so that XLA can
-        compile the program around it meanwhile. finish: waits for the code, which is as
-        `register` takes it. The first call of the handler waits for it, too, and raises what
-        `finish` does."""
-
-        def first_call(frame: int) -> int | None:
-            with lock:  # several devices may call at once
-                if not done:
-                    try:
-                        engines, address = load_handler(finish())
-                        done.append((engines, HANDLER(address), None))
-                    except Exception as error:  # noqa: BLE001, nothing above here can take it
-                        done.append((None, None, f"onekernel: {type(error).__name__}: {error}"))
-                _, handler, problem = done[0]
-            if problem:
-                return report(frame, problem)
-            ctypes.c_void_p.from_address(target).value = ctypes.cast(handler, ctypes.c_void_p).value
-            return handler(frame)
-
-        lock = threading.Lock()
-        done: list[tuple] = []
-        callback = HANDLER(first_call)
+        """Makes `name` an FFI target while its code is still being compiled. finish: waits for the
+        code, which is as `register` takes it."""
         with self.lock:
-            if name in self.loaded:
-                return
-            gate = machine_code.compile_module(gate_ir())
-            engine = load_object(gate)
-            target = engine.get_global_value_address("target")
-            ctypes.c_void_p.from_address(target).value = ctypes.cast(
-                callback, ctypes.c_void_p
-            ).value
-            self.tell_xla(name, (engine, callback, done), engine.get_function_address("handler"))
+            if name not in self.loaded:
+                gate = Gate(finish)
+                self.tell_xla(name, gate, gate.address)
 
     def tell_xla(self, name: str, owners, address: int) -> None:
         """Makes the function at this address an FFI target. owners: of what it needs."""

@@ -111,6 +111,7 @@ def start_worker(texts: list[str]) -> Callable[[], list[bytes] | None]:
         return lambda: None
     atexit.register(process.kill)
 
+    @functools.cache
     def wait() -> list[bytes] | None:
         failed = process.wait() != 0
         atexit.unregister(process.kill)
@@ -140,6 +141,6 @@ def read_items(file) -> list[bytes]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # to end at once, and without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who waits for the code
     modules = [item.decode() for item in read_items(sys.stdin.buffer)]
     write_items(sys.stdout.buffer, [compile_module(module) for module in modules])

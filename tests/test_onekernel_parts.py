@@ -126,20 +126,32 @@ def test_xla_compiles_while_other_processes_do(monkeypatch):
                 np.testing.assert_array_equal(one, other)
 
 
-def test_the_first_call_raises_what_compilation_does(monkeypatch):
-    def start_modules(texts):
-        def finish():
-            raise MemoryError("no more")
+@pytest.mark.parametrize("problem", [MemoryError("no more"), KeyboardInterrupt("no more")])
+def test_the_first_call_raises_what_compilation_does(monkeypatch, problem):
+    """And tries again at the next one."""
+    real, times = machine_code.start_modules, []
 
-        return finish
+    def start_modules(texts):
+        finish = real(texts)
+
+        def fail_twice():
+            times.append(1)
+            if len(times) < 3:
+                raise problem
+            return finish()
+
+        return fail_twice
 
     monkeypatch.setattr(machine_code, "TEXT_OF_A_PROCESS", 1)
     monkeypatch.setattr(machine_code, "start_modules", start_modules)
-    function = onekernel.compile(lambda x: x * 3.0 + 7.0)
+    factor = len(type(problem).__name__)  # a kernel of its own for each problem
+    function = onekernel.compile(lambda x: x * factor + 7.0)
     compiled = jax.jit(jax.vmap(function)).lower(jnp.ones(3)).compile()
+    told = f"onekernel: {type(problem).__name__}: no more"
     for _ in range(2):
-        with pytest.raises(jax.errors.JaxRuntimeError, match="onekernel: MemoryError: no more"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=told):
             jax.block_until_ready(compiled(jnp.ones(3)))
+    np.testing.assert_array_equal(compiled(jnp.ones(3)), factor + 7.0)
 
 
 @pytest.mark.parametrize("broken", ["no_such_program", "/bin/false"])
