@@ -5,13 +5,15 @@ import json
 import math
 import re
 import types
+from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import mujoco
 import numpy as np
 import pytest
-from quick import quick_kernels
+from quick import quick_jit, quick_kernels
 
 import ppo_mjx_unitree as unitree
 
@@ -147,6 +149,119 @@ def test_loop_is_unitrees(name):
         np.testing.assert_allclose(original.data.qpos, data.qpos, atol=1e-4)
         velocity = np.append(turn_back(data.qpos[3:7], data.qvel[:3])[:2], data.qvel[5])
         np.testing.assert_allclose(row["velocity"], velocity, atol=1e-4)
+
+
+# ---- PD torques in training
+
+
+def control_steps_by_hand(robot: unitree.Robot) -> dict:
+    """Ten control steps, one after the other, of random actions, gains, strengths and delays, in C MuJoCo: [10, ...]
+    each. The motors of the MJCF file are off, and torques by the row's numbers push its joints."""
+    model = mujoco.MjModel.from_xml_path(str(unitree.MODELS / robot.mjcf))
+    model.opt.timestep = 0.005
+    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ACTUATION
+    servo = model.actuator_forcelimited == 1
+    most = np.where(servo, model.actuator_forcerange[:, 1], model.actuator_ctrlrange[:, 1])
+    joints = robot.joints.values()
+    default, stiffness, damping = np.array(
+        [(joint.default, joint.stiffness, joint.damping) for joint in joints]
+    ).T
+    acted = [not joint.held for joint in joints]
+    reach = np.array([robot.action_scale * joint.reach for joint in joints])[acted]
+    friction = model.geom_friction[model.geom_priority == 1, 0][0]  # the same for all soles
+
+    data = mujoco.MjData(model)
+    random = np.random.default_rng(0)
+    data.qpos[7:] = default
+    data.qvel[:] = random.normal(0, 0.5, model.nv)
+    action_before = np.zeros(len(reach))
+    rows = []
+    for moment in range(10):
+        action = random.uniform(-1, 1, len(reach))
+        action *= 8 if moment in (3, 7) else 1  # some torques are beyond their limits
+        factors = random.uniform(0.9, 1.1, (3, len(joints)))
+        domain = dict(zip(("stiffness", "damping", "strength"), factors, strict=True))
+        domain |= {"friction": friction, "payload": 0, "delay": moment % 5}
+        start = {name: getattr(data, name).copy() for name in ("qpos", "qvel", "qacc_warmstart")}
+        torques = []
+        for substep in range(4):
+            target = default.copy()
+            target[acted] += reach * (action_before if substep < domain["delay"] else action)
+            torque = factors[0] * stiffness * (target - data.qpos[7:])
+            torque = factors[2] * (torque - factors[1] * damping * data.qvel[6:])
+            torques.append(np.clip(torque, -most, most))
+            data.qfrc_applied[6:] = torques[-1]
+            mujoco.mj_step(model, data)
+        rows.append(
+            {
+                "inputs": (unitree.Physics(**start), action, action_before, domain),
+                "torques": np.array(torques),
+                "qpos": data.qpos.copy(),
+                "qvel": data.qvel.copy(),
+            }
+        )
+        action_before = action
+    by_hand = jax.tree.map(lambda *leaves: np.array(leaves), *rows)
+    limited = (np.abs(by_hand["torques"]) == most)[..., acted]
+    assert limited.any(axis=(0, 1)).mean() > 0.5 and limited.mean() < 0.3
+    return by_hand
+
+
+def train_env(name: str, monkeypatch) -> unitree.Env:
+    monkeypatch.setitem(unitree.ROBOTS, name, ROBOTS[name])
+    return unitree.Env(unitree.default_args(name))
+
+
+@pytest.mark.parametrize("name", ROBOTS)
+def test_motors_get_the_rows_pd_torques(name, monkeypatch):
+    """In each physics step of Env.advance, by the randomised gains and strengths; those of the action before, until the
+    new one has arrived. They move the joints. C MuJoCo stands in for MJX, whose step takes seconds to compile."""
+    by_hand, env, torques = control_steps_by_hand(ROBOTS[name]), train_env(name, monkeypatch), []
+    model = unitree.load_model(ROBOTS[name], 0.005, visuals=False)
+    original = mujoco.MjData(model)
+    given = ("qpos", "qvel", "qacc_warmstart", "ctrl")
+    read = ("qpos", "qvel", "qacc_warmstart", "xpos", "cvel", "subtree_com", "geom_xpos")
+
+    def results() -> list[np.ndarray]:
+        return [np.float32(getattr(original, field)) for field in read]
+
+    def step(*values) -> list[np.ndarray]:
+        torques.append(np.array(values[-1]))
+        for field, value in zip(given, values, strict=True):
+            getattr(original, field)[:] = value
+        mujoco.mj_step(model, original)
+        return results()
+
+    def physics_step(_, data):
+        after = jax.pure_callback(step, results(), *(getattr(data, field) for field in given))
+        return types.SimpleNamespace(**dict(zip(read, after, strict=True)))
+
+    monkeypatch.setattr(unitree, "physics_step", physics_step)
+    advance = quick_jit(env.advance)
+    for moment in range(10):
+        inputs = jax.tree.map(lambda x, moment=moment: x[moment], by_hand["inputs"])
+        data, readings = jax.device_get(advance(*inputs))
+        expected = by_hand["torques"][moment]
+        np.testing.assert_allclose(torques[-4:], expected, atol=2e-3)
+        np.testing.assert_allclose(readings["torque"], expected[-1], atol=2e-3)
+        np.testing.assert_allclose(data.qpos, by_hand["qpos"][moment], atol=5e-6)
+        np.testing.assert_allclose(data.qvel, by_hand["qvel"][moment], atol=5e-4)
+    assert len(torques) == 40
+
+
+# test_unitree.py has the G1's step. That of the Go2 without a clock is the Go2's.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOURCES)
+def test_training_moves_as_c_mujoco_by_pd_torques(name, monkeypatch):
+    """Control steps by MJX end where C MuJoCo's with torques by hand do, but for rounding in single precision, which
+    contacts magnify."""
+    quick_kernels(monkeypatch)
+    by_hand, env = control_steps_by_hand(ROBOTS[name]), train_env(name, monkeypatch)
+    data, readings = jax.jit(jax.vmap(unitree.kernel(env.advance)))(*by_hand["inputs"])
+    np.testing.assert_allclose(data.qpos, by_hand["qpos"], atol=1e-5)  # observed: 2e-6
+    np.testing.assert_allclose(data.qvel, by_hand["qvel"], atol=2e-3)  # observed: 4e-4
+    np.testing.assert_allclose(readings["torque"], by_hand["torques"][:, -1], atol=5e-3)
+    assert readings["contact"].any() and not readings["contact"].all()
 
 
 # ---- Symmetry
@@ -349,6 +464,125 @@ def test_standing_still_earns_all_there_is(name):
     assert terms.keys() == robot.weights.keys()
     for term, value in terms.items():
         assert value == pytest.approx(best.get(term, 0), abs=1e-6), term
+
+
+SITUATIONS = (  # the command, and whether a step is needed to catch the robot
+    ((0.5, -0.2, 0.3), True),
+    ((-1.2, 0.4, -0.6), False),  # beyond 1 m/s tracking does not become easier
+    ((0.0, 0.06, 0.9), False),  # up to 0.1 m/s time in the air does not count
+    ((0.0, 0.0, 0.0), False),
+    ((0.0, 0.0, 0.0), True),
+)
+
+
+def random_motions(robot: unitree.Robot) -> list[dict]:
+    """Measured states, five of each situation."""
+    random = np.random.default_rng(0)
+    joints, actions, feet = len(robot.joints), len(robot.acted), len(robot.feet)
+    default = np.array([joint.default for joint in robot.joints.values()])
+    motions = []
+    for command, must_step in SITUATIONS * 5:
+        contact = random.random(feet) < 0.5
+        told_to_stand = not any(command)
+        # Near the default pose, which pays who stands; elsewhere some joints are near their limits.
+        spread = 0.1 if told_to_stand else 1.0
+        motions.append(
+            dict(
+                command=np.array(command),
+                height=robot.target_height + random.normal(0, 0.05),
+                velocity=[*command[:2], 0] + random.normal(0, 0.2, 3),
+                rates=[0, 0, command[2]] + random.normal(0, 0.3, 3),
+                gravity=random.normal(0, 0.4, 3),
+                angles=default + random.normal(0, spread, joints),
+                speeds=random.normal(0, 2, joints),
+                accelerations=random.normal(0, 50, joints),
+                torque=random.normal(0, 20, joints),
+                action=random.normal(0, 1, actions),
+                action_before=random.normal(0, 1, actions),
+                foot_height=random.uniform(0, 0.2, feet),
+                foot_velocity=random.normal(0, 0.5, (feet, 3)),
+                contact=contact,
+                stance=(random.random(feet) < 0.5) | told_to_stand,
+                flight=contact * random.uniform(0.02, 1, feet) * (random.random(feet) < 0.7),
+                clearance=~contact * random.uniform(0, 0.06, feet),
+                capture_error=must_step * random.uniform(0.01, 0.3),
+            )
+        )
+    return motions
+
+
+def terms_by_hand(robot: unitree.Robot, m: dict) -> dict[str, float]:
+    """All terms that a robot's reward can have, of one measured state."""
+    model = mujoco.MjModel.from_xml_path(str(unitree.MODELS / robot.mjcf))
+    joints, feet = list(robot.joints.values()), range(len(robot.feet))
+    told_to_stand = not m["command"].any()
+    must_step = m["capture_error"] > 0
+    asked = math.hypot(*m["command"][:2])
+    missed = math.hypot(*(m["command"] - m["velocity"])[:2])
+    over_the_limits = bent = hips = 0.0
+    off = []
+    for joint, angle, (low, high) in zip(joints, m["angles"], model.jnt_range[1:], strict=True):
+        margin = 0.05 * (high - low)
+        over_the_limits += max(0, angle - (high - margin), low + margin - angle)
+        off.append(angle - joint.default)
+        bent += joint.posture * off[-1] ** 2
+        hips += angle**2 if joint.upright else 0
+    gait = swing = slip = lifted = air = 0.0
+    for foot in feet:
+        gait += 1 if m["contact"][foot] == m["stance"][foot] else -1
+        if m["contact"][foot]:
+            slip += sum(m["foot_velocity"][foot] ** 2)
+        elif not told_to_stand:
+            swing += (m["foot_height"][foot] - robot.swing_height) ** 2
+        lifted += min(m["clearance"][foot], 0.03)
+        air += m["flight"][foot] - 0.5 if m["flight"][foot] else 0
+    keeps_still = told_to_stand and not must_step
+    return {
+        "track_velocity": math.exp(-(missed**2) / (0.04 + 0.21 * min(asked, 1))),
+        "track_yaw": math.exp(-((m["command"][2] - m["rates"][2]) ** 2) / 0.25),
+        "alive": 1,
+        "gait": len(feet) / 2 if told_to_stand and must_step else gait,
+        "swing_height": swing,
+        "stance_slip": slip,
+        "vertical_velocity": m["velocity"][2] ** 2,
+        "roll_pitch_rate": m["rates"][0] ** 2 + m["rates"][1] ** 2,
+        "tilt": m["gravity"][0] ** 2 + m["gravity"][1] ** 2,
+        "height": (m["height"] - robot.target_height) ** 2,
+        "joint_acceleration": sum(m["accelerations"] ** 2),
+        "joint_velocity": sum(m["speeds"] ** 2),
+        "torque": sum(m["torque"] ** 2),
+        "action_change": sum((m["action"] - m["action_before"]) ** 2),
+        "joint_limits": over_the_limits,
+        "upright_joints": hips,
+        "posture": bent,
+        "lifted_standing": lifted if keeps_still else 0,
+        "capture": m["capture_error"] if told_to_stand else 0,
+        "standing_pose": math.exp(-np.mean(np.square(off)) / 0.01) if keeps_still else 0,
+        "air_time": air if asked > 0.1 else 0,
+    }
+
+
+@pytest.mark.parametrize("name", ROBOTS)
+def test_every_term_by_hand(name):
+    """Of random motions, with the row's numbers; and what the term is worth in one control step."""
+    robot = ROBOTS[name]
+    motions = random_motions(robot)
+    by_hand = [terms_by_hand(robot, motion) for motion in motions]
+    assert robot.weights.keys() <= by_hand[0].keys()  # a new term wants a line above
+    batch = unitree.Motion(
+        **{field: jnp.array([motion[field] for motion in motions]) for field in motions[0]}
+    )
+    unweighted = jax.vmap(partial(unitree.unweighted_terms, robot))(batch)
+    weighted = jax.vmap(partial(unitree.reward_terms, robot))(batch)
+    assert unweighted.keys() == robot.weights.keys()
+    assert weighted.keys() == {f"reward_{term}" for term in robot.weights}
+    for term, weight in robot.weights.items():
+        expected = np.array([terms[term] for terms in by_hand])
+        assert term == "alive" or len(np.unique(expected)) > 2, term
+        np.testing.assert_allclose(unweighted[term], expected, rtol=2e-5, atol=1e-6, err_msg=term)
+        np.testing.assert_allclose(
+            weighted[f"reward_{term}"], 0.02 * weight * expected, rtol=2e-5, atol=1e-8, err_msg=term
+        )
 
 
 def test_air_time_and_posture_by_hand():
