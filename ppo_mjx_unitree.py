@@ -357,7 +357,6 @@ class Robot:
     command_yaw: tuple[float, float] = Args.command_yaw
     added_mass: tuple[float, float] = Args.added_mass
     standing: float = Args.standing
-    push_speed: float = Args.push_speed
     imitation_coef: float = Args.imitation_coef
     ent_coef: float = Args.ent_coef
     total_timesteps: int = Args.total_timesteps
@@ -514,10 +513,7 @@ ROBOTS = {
         gait_offsets=(0.0, 0.5),
         stance_share=0.55,
         swing_height=0.08,
-        # With fewer pushes while it stands, and weaker ones, one training of five fell over them.
-        standing=0.25,
-        push_speed=1.0,
-        total_timesteps=10_000_000,
+        total_timesteps=12_000_000,
     ),
     # Waist and arms move, too. mjlab's motors and gains; Playground's pose.
     "g1_29dof": Robot(
