@@ -1,10 +1,10 @@
-"""How soon after the start of a process the first update is done.
+"""How soon after the start of a process its training is under way.
 
     python benchmarks/start.py
 
 Training scripts are started with an empty and then with a filled compile cache, `--repeats` times, and killed
-after their first iteration. Tasks are `ppo_mjx.py`'s, robots `ppo_mjx_unitree.py`'s. Writes
-benchmarks/results/NAME.json.
+when they print their first line of progress, which comes with the tenth iteration. Tasks are `ppo_mjx.py`'s, robots
+`ppo_mjx_unitree.py`'s. Writes benchmarks/results/NAME.json.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ class Args:
     smoke: bool = False
 
 
-def first_update(of: str, cache: str) -> float:
-    """Seconds from the start of the script to the end of its first iteration."""
+def first_progress(of: str, cache: str) -> float:
+    """Seconds from the start of the script to its first line of progress."""
     command = [sys.executable, "ppo_mjx.py", "--env-id", of, "--eval-every", "0"]
     if of in ppo_mjx_unitree.ROBOTS:
         command = [sys.executable, "ppo_mjx_unitree.py", "--robot", of]
@@ -66,12 +66,12 @@ def main(args: Args) -> None:
         for _ in range(args.repeats):
             with tempfile.TemporaryDirectory() as cache:
                 for kind in times:
-                    times[kind].append(first_update(of, cache))
+                    times[kind].append(first_progress(of, cache))
         medians = {kind: statistics.median(values) for kind, values in times.items()}
         starts[of] = medians | {"all": times}
         seconds = ", ".join(f"{value:.1f} s {kind}" for kind, value in medians.items())
-        print(f"{of}: first update after {seconds}", flush=True)
-        common.write(args.name, args, {"first_update_s": starts}, args.smoke)
+        print(f"{of}: first progress after {seconds}", flush=True)
+        common.write(args.name, args, {"first_progress_s": starts}, args.smoke)
 
 
 if __name__ == "__main__":
