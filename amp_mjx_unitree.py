@@ -3866,7 +3866,7 @@ def build(args: Args, mesh: Mesh, motions: Motions) -> Programs:
     start = time.perf_counter()
     events = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-    # The first state is made once: less time for LLVM is more than its program takes to run.
+    # The program that makes the first state runs once, so it is compiled quickly rather than well.
     is_cpu = mesh.devices[0].platform == "cpu"
     quickly = {"xla_backend_optimization_level": 0} if is_cpu else None
     with ThreadPoolExecutor() as pool:  # XLA compiles one program while JAX traces the next

@@ -191,8 +191,8 @@ class StructureReader(pickle.Unpickler):
 
 @contextlib.contextmanager
 def no_collection():
-    """Without Python's garbage collector. It would look through the millions of small objects that
-    a trace consists of, again and again, and find nothing."""
+    """Without Python's garbage collector, which would look again and again through the many small
+    objects that a trace consists of, and which all stay."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

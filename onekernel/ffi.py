@@ -214,7 +214,7 @@ class Gate:
                     self.handler = HANDLER(address)
                     self.finish = None  # with all that was to be compiled
                     self.target.value = address
-        except BaseException as error:  # noqa: BLE001, what C calls cannot raise; nor on Ctrl-C
+        except BaseException as error:  # noqa: BLE001, C cannot pass it on, not even Ctrl-C's
             return report(frame, f"onekernel: {type(error).__name__}: {error}")
         return self.handler(frame)
 
