@@ -198,8 +198,8 @@ _IMPURE_MODULES = frozenset(
 )
 _IMPURE_GLOBALS = frozenset("open input eval exec globals breakpoint __import__ compile".split())
 _IMPURE_ATTRIBUTES = frozenset(
-    """environ from_xml_path fromfile genfromtxt getenv import_module imread is_dir is_file iterdir
-    load_module loadtxt memmap open read_bytes read_csv read_text urandom""".split()
+    """environ from_file from_xml_path fromfile genfromtxt getenv import_module imread is_dir is_file
+    isatty iterdir load_module loadtxt memmap open read_bytes read_csv read_text urandom""".split()
 )
 _IMPURE_FUNCTIONS = frozenset(["load", "fromregex", "DataSource"])  # of NumPy and JAX
 # Names through which a trace could depend on how many devices or processes there are.
@@ -207,8 +207,12 @@ _DEVICE_NAMES = frozenset(
     """devices local_devices device_count local_device_count process_index process_count
     make_mesh""".split()
 )
+# What only prints, or ends the program: no trace comes out of it, or the same one.
+_HARMLESS = frozenset([("os", "_exit"), ("sys", "stdout"), ("sys", "stderr")])
 # Names through which an object could make another of its class, and so run __init__.
 _CLASS_NAMES = frozenset(["type", "__class__"])
+# Functions that do so for whatever they are given, where names alone do not show it.
+_COPIERS = frozenset([("dataclasses", "replace"), ("copy", "replace")])
 _LOADS_GLOBAL = frozenset(["LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"])
 _LOADS_ATTRIBUTE = frozenset(["LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"])
 
@@ -272,7 +276,8 @@ def _reads(code: types.CodeType) -> _Reads:
 
 
 class _Methods(typing.NamedTuple):
-    """A class as its instances need it: they exist already, so __init__ will not run for them."""
+    """A class as its instances need it: they exist already, so __init__ will not run for them, nor
+    will a cached property whose value they hold."""
 
     of: type
 
@@ -477,12 +482,17 @@ class _Walk:
         """A function or class that is where a package or Python defined it."""
         if name in _IMPURE_FUNCTIONS and module.partition(".")[0] in ("numpy", "jax"):
             raise _Unknown(f"it uses {module}.{name}")
+        if (module, name) in _COPIERS:
+            self.names.add("__class__")
         self.reach(module)
         self.write("of package", module, name)
 
     def visit_bound(self, value: _Bound) -> None:
         """By what it is. JAX's own objects, such as primitives, and compiled ones hide what they
         are, but users do not change them: by their place, as the package's files make them."""
+        if (value.module, value.name) in _HARMLESS:
+            self.write("harmless", value.module, value.name)
+            return
         self.reach(value.module)
         content = value.value
         kind = type(content)
@@ -522,8 +532,9 @@ class _Walk:
                 content = cell.cell_contents
             except ValueError:
                 content = _NOTHING
-            is_for_super = name == "__class__" and isinstance(content, type)
-            children.append(_Methods(content) if is_for_super else content)
+            makes_none = name == "__class__" or _is_generated(value)
+            is_looked_at = makes_none and isinstance(content, type)
+            children.append(_Methods(content) if is_looked_at else content)
         children += _flat(item for item in vars(value).items() if item[0] not in _NOT_HASHED)
         if _owner_of_function(value) == _USER:
             children += self.read_from_outside(value)
@@ -534,8 +545,7 @@ class _Walk:
     def read_from_outside(self, function: types.FunctionType) -> list:
         """The names that the code reads from its module, each with its value."""
         reads = _reads(function.__code__)
-        is_generated = function.__code__.co_filename == "<string>" and _is_dunder(function.__name__)
-        if not is_generated:  # as __eq__ of data classes, which looks at classes, but makes nothing
+        if not _is_generated(function):
             self.names |= reads.names
         found = []
         scope = function.__globals__
@@ -634,7 +644,8 @@ class _Walk:
                 for name in ("__new__", "__init__")
                 if name in vars(base)
             ]
-            self.write("constructors", children=[_Methods(value), *constructors])
+            properties = _cached_properties(value, {})
+            self.write("constructors", children=[_Methods(value), *constructors, *properties])
 
     def visit_methods(self, value: _Methods) -> None:
         kind = value.of
@@ -658,7 +669,9 @@ class _Walk:
                 continue
             if issubclass(kind, enum.Enum) and not isinstance(item, _CODE_IN_CLASSES):
                 continue  # the members, and what the enum module derives from them
-            if isinstance(item, classmethod):  # it is given the class, and may construct one
+            if isinstance(item, functools.cached_property):
+                item = _NOTHING  # an instance without its value leads to it
+            elif isinstance(item, classmethod):  # it is given the class, and may construct one
                 children.append(kind)
             children += [name, item]
         self.write("class", kind.__qualname__, children=children)
@@ -676,7 +689,10 @@ class _Walk:
             raise _Unknown(f"an object of the compiled type {type(value)}")
         base = next(base for base in _BUILTIN_DATA if isinstance(value, base))
         plain = _BUILTIN_DATA[base](value)
-        self.write("derived", children=[_Methods(type(value)), plain, *_attributes(value)])
+        parts = [_Methods(type(value)), plain, *_attributes(value)]
+        self.write(
+            "derived", children=parts + _cached_properties(type(value), _instance_dict(value))
+        )
 
     def visit_mujoco_model(self, value) -> None:
         mujoco = sys.modules["mujoco"]
@@ -708,7 +724,8 @@ class _Walk:
         elif not _is_plain(kind):
             raise _Unknown(f"an object of the compiled type {kind}")
         elif not self.is_repeated(value):
-            self.write("instance", children=[_Methods(kind), *_attributes(value)])
+            properties = _cached_properties(kind, _instance_dict(value))
+            self.write("instance", children=[_Methods(kind), *_attributes(value), *properties])
 
     # The end
 
@@ -746,6 +763,11 @@ def _is_dunder(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
 
 
+def _is_generated(function: types.FunctionType) -> bool:
+    """Whether it is like __eq__ of data classes, which looks at classes, but makes nothing."""
+    return function.__code__.co_filename == "<string>" and _is_dunder(function.__name__)
+
+
 def _follow(value, attributes: list[str]):
     """What code finds that takes these attributes of a global value, one after the other, as far as
     they are attributes of modules: those of objects count with their object."""
@@ -771,6 +793,15 @@ def _is_package_class(kind: type) -> bool:
     """Whether a class is found where it says, in an installed package or in Python."""
     address = _address(kind)
     return address is not None and _owner_of_module(address[0]) not in (_USER, None)
+
+
+def _cached_properties(kind: type, held: dict | None) -> list[functools.cached_property]:
+    """Those that an instance that holds these attributes would have to compute."""
+    # An instance of a data class can make another one, which holds none.
+    held = {} if held is None or hasattr(kind, "replace") else held
+    found = [item for base in kind.__mro__ for item in vars(base).values()]
+    properties = [item for item in found if type(item) is functools.cached_property]
+    return [item for item in properties if item.attrname not in held]
 
 
 def _pytree_functions(kind: type):

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -20,8 +21,12 @@ import pytest
 from mujoco import mjx
 from mujoco.mjx._src import collision_driver, math as mjx_math, smooth, solver, types as mjx_types
 
+import amp_mjx_unitree
 import onekernel
 import ppo_mjx
+import ppo_mjx_unitree
+import ppo_mjx_unitree_rough
+import sac_mjx
 from onekernel import api, cache, fingerprint
 
 ROOT = Path(__file__).parent.parent
@@ -600,7 +605,7 @@ def test_code_of_arguments_classes_counts(load):
 
 UNKNOWN = """
 import ctypes, os, pathlib, random, threading, time, io
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, mujoco, numpy as np
 from jax.sharding import Mesh
 from unittest import mock
 count = 0
@@ -615,6 +620,8 @@ def reads_path(x):
     return x + float(pathlib.Path("number.txt").read_text())
 def loads_array(x):
     return x + np.load("array.npy")
+def reads_model(x):
+    return x + mujoco.MjSpec.from_file("model.xml").option.timestep
 def reads_environment(x):
     return x + float(os.environ["GAIN"])
 def reads_variable(x):
@@ -655,6 +662,69 @@ def calls_nested(x):
 @pytest.mark.parametrize("name", [x for x in UNKNOWN.split() if x.endswith("(x):")])
 def test_what_cannot_be_known_has_none(load, name):
     assert of(getattr(load(UNKNOWN), name.removesuffix("(x):"))) is None
+
+
+COMPUTED_ONCE = """
+import copy, dataclasses, functools
+@dataclasses.dataclass(frozen=True)
+class Robot:
+    file: str
+    @functools.cached_property
+    def mass(self):
+        return float(open(self.file).read())
+    def weight(self):
+        return 9.81 * self.mass
+class Other(Robot):
+    @property
+    def mass(self):
+        return super().mass
+robot = Robot("mass.txt")
+other = Other("mass.txt")
+def weigh(x):
+    return x * robot.weight()
+def weigh_other(x):
+    return x * other.weight()
+def weigh_new_one(x):
+    return x * robot.weight() * Robot("another.txt").mass
+def weigh_copy(x):
+    return x * robot.weight() * dataclasses.replace(robot, file="another.txt").mass
+def weigh_one_of_its_class(x):
+    return x * robot.weight() * type(robot)("another.txt").mass
+"""
+
+
+def test_cached_property_counts_by_its_value(load):
+    """Where the instance has it: nothing is computed any more, so a file may be behind it."""
+    module = load(COMPUTED_ONCE)
+    assert of(module.weigh) is None
+    found = []
+    for mass in 1.0, 2.0, 1.0:
+        vars(module.robot)["mass"] = mass
+        found.append(of(module.weigh))
+    assert None not in found
+    assert found[0] == found[2] != found[1]
+    for function in module.weigh_new_one, module.weigh_copy, module.weigh_one_of_its_class:
+        assert of(function) is None, function.__name__
+    vars(module.other)["weight"] = lambda: 1.0
+    assert of(module.weigh_other) is None  # its property asks for the other one's
+
+
+ENDS = """
+import os, sys
+def step(x):
+    if x.ndim != 1:
+        print("error: no vector", file=sys.stderr)
+        os._exit(2)
+    return x + 1
+def asks(x):
+    return x + sys.stdout.isatty()
+"""
+
+
+def test_what_prints_or_ends_the_program_changes_no_trace(load):
+    module = load(ENDS)
+    assert of(module.step) is not None
+    assert of(module.asks) is None
 
 
 def test_values_that_are_traced_have_none():
@@ -736,6 +806,24 @@ def test_parts_of_an_environment_count(hopper):
     assert None not in found
     assert len(found) == 7
     assert of(hopper.step) == first
+
+
+@pytest.mark.parametrize(
+    ("script", "args"),
+    [
+        (ppo_mjx, ppo_mjx.Args(env_id="Humanoid")),
+        (sac_mjx, sac_mjx.Args(env_id="Pusher")),
+        (ppo_mjx_unitree, ppo_mjx_unitree.default_args("g1")),
+        (ppo_mjx_unitree, ppo_mjx_unitree.default_args("go2")),
+        (amp_mjx_unitree, amp_mjx_unitree.default_args("g1")),
+        (ppo_mjx_unitree_rough, ppo_mjx_unitree_rough.default_args("g1")),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, types.ModuleType) else "",
+)
+def test_environments_of_all_scripts_have_one(script, args):
+    """Without it, each start traces the physics again: 10 s of a G1's."""
+    env = script.Env(args)
+    assert None not in (of(env.step), of(env.reset))
 
 
 def test_model_of_mujoco_counts_by_value():
