@@ -1,10 +1,10 @@
-"""How soon after the start of a process its training is under way.
+"""Seconds from the start of a process to the end of its first update.
 
     python benchmarks/start.py
 
-Training scripts are started with an empty and then with a filled compile cache, `--repeats` times, and killed
-when they print their first line of progress, which comes with the tenth iteration. Tasks are `ppo_mjx.py`'s, robots
-`ppo_mjx_unitree.py`'s. Writes benchmarks/results/NAME.json.
+Trainings of a single iteration are started with an empty and then with a filled compile cache, `--repeats`
+times, and killed when they print the line of progress that ends the iteration. Tasks are `ppo_mjx.py`'s,
+robots `ppo_mjx_unitree.py`'s. Python's bytecode is compiled beforehand. Writes benchmarks/results/NAME.json.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import time
 import common
 import tyro
 
+import ppo_mjx
 import ppo_mjx_unitree
 
 
@@ -29,15 +30,18 @@ class Args:
     smoke: bool = False
 
 
-def first_progress(of: str, cache: str) -> float:
-    """Seconds from the start of the script to its first line of progress."""
-    command = [sys.executable, "ppo_mjx.py", "--env-id", of, "--eval-every", "0"]
+def first_update(of: str, cache: str) -> float:
+    """Seconds from the start of the script to the end of its first iteration."""
     if of in ppo_mjx_unitree.ROBOTS:
-        command = [sys.executable, "ppo_mjx_unitree.py", "--robot", of]
+        command = ["ppo_mjx_unitree.py", "--robot", of]
+        steps = ppo_mjx_unitree.default_args(of).steps_per_iteration
+    else:
+        command = ["ppo_mjx.py", "--env-id", of]
+        steps = ppo_mjx.default_args(of).steps_per_iteration
     with tempfile.TemporaryDirectory() as runs:
         start = time.perf_counter()
         process = subprocess.Popen(
-            [*command, "--runs-dir", runs],
+            [sys.executable, *command, "--total-timesteps", str(steps), "--runs-dir", runs],
             cwd=common.ROOT,
             env=os.environ | common.caches(cache),
             stdout=subprocess.PIPE,  # no terminal, where it would show a bar and no lines
@@ -66,12 +70,12 @@ def main(args: Args) -> None:
         for _ in range(args.repeats):
             with tempfile.TemporaryDirectory() as cache:
                 for kind in times:
-                    times[kind].append(first_progress(of, cache))
+                    times[kind].append(first_update(of, cache))
         medians = {kind: statistics.median(values) for kind, values in times.items()}
         starts[of] = medians | {"all": times}
         seconds = ", ".join(f"{value:.1f} s {kind}" for kind, value in medians.items())
-        print(f"{of}: first progress after {seconds}", flush=True)
-        common.write(args.name, args, {"first_progress_s": starts}, args.smoke)
+        print(f"{of}: first update after {seconds}", flush=True)
+        common.write(args.name, args, {"first_update_s": starts}, args.smoke)
 
 
 if __name__ == "__main__":

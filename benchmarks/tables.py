@@ -295,13 +295,13 @@ def training_speed() -> str:
 
 
 def start() -> str:
-    """Seconds to the tenth iteration, with which the first line of progress comes."""
-    starts = load("start")["first_progress_s"]
+    """Seconds to the end of the first iteration."""
+    starts = load("start")["first_update_s"]
     rows = [
         [f"{label} cache", *(three_digits(seconds[kind]) for seconds in starts.values())]
         for kind, label in (("cold", "empty"), ("warm", "filled"))
     ]
-    header = ["seconds to the tenth iteration", *(ROBOT_NAMES.get(name, name) for name in starts)]
+    header = ["seconds to the first update", *(ROBOT_NAMES.get(name, name) for name in starts)]
     return markdown(header, rows) + sources(["start"])
 
 
