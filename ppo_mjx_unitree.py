@@ -180,7 +180,7 @@ class Args:
     """factor of the noise on the actor's observation"""
     push_speed: NonNegative = 0.8
     """largest sudden change of the base's horizontal velocity, m/s along each axis"""
-    push_every: Seconds = 4.0
+    push_every: Seconds = 3.0
     """mean seconds between pushes; each control step has the same chance of one"""
     friction: Annotated[tuple[float, float], Range(0.01, 10)] = (0.4, 1.25)
     """range of the feet's sliding friction"""
@@ -513,6 +513,7 @@ ROBOTS = {
         gait_offsets=(0.0, 0.5),
         stance_share=0.55,
         swing_height=0.08,
+        total_timesteps=12_000_000,
     ),
     # Waist and arms move, too. mjlab's motors and gains; Playground's pose.
     "g1_29dof": Robot(
