@@ -133,42 +133,13 @@ Command = Annotated[tuple[float, float], Range(-5, 5)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
-    """PPO with an adversarial motion prior for Unitree's legged robots, on MuJoCo XLA."""
+class WorldArgs:
+    """The settings that a world depends on.
 
-    # The run
-    exp_name: str = "amp_mjx_unitree"
-    """name of the experiment, part of the run folder's name"""
-    seed: CountOrZero = 1
-    """every random number follows from it and from the number of devices"""
-    num_devices: MaybeCount = None
-    """devices to split the worlds over; by default as many GPUs or CPU cores as divide the work"""
-    runs_dir: str = "runs"
-    """folder for the run folders"""
-    track: bool = False
-    """log to Weights & Biases as well; WANDB_PROJECT names the project"""
-    capture_video: bool = False
-    """write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate"""
-    checkpoint_every: Cadence = 0.05
-    """share of the training between checkpoints; from 1 on, a number of iterations; three are kept"""
-    compile_cache: bool = True
-    """keep compiled programs in the user's cache folder, for a quicker start next time"""
-    resume: str | None = None
-    """run folder to continue with its own settings; a larger --total-timesteps makes it longer"""
-    init_from: str | None = None
-    """run folder whose policy and statistics a new run begins with, instead of random weights"""
-    evaluate: str | None = None
-    """run folder whose policy to put to the test; nothing is trained"""
-    coordinator_address: str | None = None
-    """host:port of process 0, if several processes train together; auto: as SLURM or Open MPI says"""
-    num_processes: MaybeCount = None
-    """processes that train together, each with its own devices"""
-    process_id: Annotated[int | None, Range(0, 1e9)] = None
-    """number of this process, from 0"""
-    smoke: bool = False
-    """check this installation: a short run, which is resumed and must end the same"""
+    The environment holds these alone. So its step is the same function whatever the other settings
+    are, and onekernel finds it in its cache.
+    """
 
-    # The environment
     robot: str = "g1_29dof"
     """a row of ROBOTS: g1_29dof, g1, go2"""
     decimation: Annotated[int, Range(1, 100)] = 4
@@ -203,6 +174,54 @@ class Args:
     """largest relative error of each motor's torque"""
     action_delay: Fraction = 1.0
     """largest delay of an action, in control steps"""
+    mirror: bool = True
+    """the reference has each motion's mirror image, too, and the policy is its own mirror image"""
+    min_progress: Fraction = 0.35
+    """an episode is lost when a robot that is told to move has done less than this share of it for
+    about a second, as standing still is too good a way not to fall; 0: never"""
+    num_frames: Annotated[int, Range(2, 4)] = 2
+    """control steps that the discriminator sees at once"""
+    disc_command: bool = True
+    """it sees the command, too: to stand well is bad style for a robot that is told to walk"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(WorldArgs):
+    """PPO with an adversarial motion prior for Unitree's legged robots, on MuJoCo XLA."""
+
+    # The run
+    exp_name: str = "amp_mjx_unitree"
+    """name of the experiment, part of the run folder's name"""
+    seed: CountOrZero = 1
+    """every random number follows from it and from the number of devices"""
+    num_devices: MaybeCount = None
+    """devices to split the worlds over; by default as many GPUs or CPU cores as divide the work"""
+    runs_dir: str = "runs"
+    """folder for the run folders"""
+    track: bool = False
+    """log to Weights & Biases as well; WANDB_PROJECT names the project"""
+    capture_video: bool = False
+    """write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate"""
+    checkpoint_every: Cadence = 0.05
+    """share of the training between checkpoints; from 1 on, a number of iterations; three are kept"""
+    compile_cache: bool = True
+    """keep compiled programs in the user's cache folder, for a quicker start next time"""
+    resume: str | None = None
+    """run folder to continue with its own settings; a larger --total-timesteps makes it longer"""
+    init_from: str | None = None
+    """run folder whose policy and statistics a new run begins with, instead of random weights"""
+    evaluate: str | None = None
+    """run folder whose policy to put to the test; nothing is trained"""
+    coordinator_address: str | None = None
+    """host:port of process 0, if several processes train together; auto: as SLURM or Open MPI says"""
+    num_processes: MaybeCount = None
+    """processes that train together, each with its own devices"""
+    process_id: Annotated[int | None, Range(0, 1e9)] = None
+    """number of this process, from 0"""
+    smoke: bool = False
+    """check this installation: a short run, which is resumed and must end the same"""
+
+    # The environment, besides what WorldArgs holds
     curriculum: Fraction = 0.3
     """share of the training over which noise, pushes and what is random in the robot grow, as far as
     commands are followed; 0: all there from the start"""
@@ -212,19 +231,10 @@ class Args:
     """files of the reference; by default robots/motions/ROBOT.npz"""
     motion_weights: tuple[float, ...] = ()
     """how often each file is drawn, in any unit; by default as often as it is long"""
-    mirror: bool = True
-    """the reference has each motion's mirror image, too, and the policy is its own mirror image"""
     reference_starts: Fraction = 0.4
     """share of the episodes that begin somewhere in the reference, not in the default pose"""
-    min_progress: Fraction = 0.35
-    """an episode is lost when a robot that is told to move has done less than this share of it for
-    about a second, as standing still is too good a way not to fall; 0: never"""
     task_share: Fraction = 0.6
     """share of the task in the reward; the rest is for the style, so that 0 is style alone"""
-    num_frames: Annotated[int, Range(2, 4)] = 2
-    """control steps that the discriminator sees at once"""
-    disc_command: bool = True
-    """it sees the command, too: to stand well is bad style for a robot that is told to walk"""
     disc_loss: Literal["least_squares", "bce"] = "least_squares"
     """the discriminator's loss: least squares, or binary cross-entropy"""
     disc_learning_rate: NonNegative = 1e-4
@@ -780,7 +790,7 @@ def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
     MuJoCo computes what follows from mass and centre, so that they are drawn before training, and
     not at each reset. `model` is changed.
     """
-    random = np.random.default_rng(args.seed)
+    random = np.random.default_rng(0)  # the same for all runs, as the table is part of the kernel
     data = mujoco.MjData(model)
     mass = model.body_mass[1]  # of the base; 0 is the world
     center = model.body_ipos[1].copy()
@@ -1231,7 +1241,8 @@ class Env:
     time_limit = 250  # steps
 
     def __init__(self, args: Args):
-        self.args = args
+        world = {field.name: getattr(args, field.name) for field in dataclasses.fields(WorldArgs)}
+        self.args = WorldArgs(**world)
         self.robot = ROBOTS[args.robot]
         self.action_size = len(self.robot.acted)
         self.seen = {who: seen_parts(self.robot, who) for who in SEEN}

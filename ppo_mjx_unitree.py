@@ -124,42 +124,13 @@ Command = Annotated[tuple[float, float], Range(-5, 5)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
-    """PPO for Unitree's legged robots, on MuJoCo XLA."""
+class WorldArgs:
+    """The settings that a world depends on.
 
-    # The run
-    exp_name: str = "ppo_mjx_unitree"
-    """name of the experiment, part of the run folder's name"""
-    seed: CountOrZero = 1
-    """every random number follows from it and from the number of devices"""
-    num_devices: MaybeCount = None
-    """devices to split the worlds over; by default as many GPUs or CPU cores as divide the work"""
-    runs_dir: str = "runs"
-    """folder for the run folders"""
-    track: bool = False
-    """log to Weights & Biases as well; WANDB_PROJECT names the project"""
-    capture_video: bool = False
-    """write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate"""
-    checkpoint_every: Cadence = 0.01
-    """share of the training between checkpoints; from 1 on, a number of iterations; three are kept"""
-    compile_cache: bool = True
-    """keep compiled programs in the user's cache folder, for a quicker start next time"""
-    resume: str | None = None
-    """run folder to continue with its own settings; a larger --total-timesteps makes it longer"""
-    init_from: str | None = None
-    """run folder whose policy and statistics a new run begins with, instead of random weights"""
-    evaluate: str | None = None
-    """run folder whose policy to put to the test; nothing is trained"""
-    coordinator_address: str | None = None
-    """host:port of process 0, if several processes train together; auto: as SLURM or Open MPI says"""
-    num_processes: MaybeCount = None
-    """processes that train together, each with its own devices"""
-    process_id: Annotated[int | None, Range(0, 1e9)] = None
-    """number of this process, from 0"""
-    smoke: bool = False
-    """check this installation: a short run, which is resumed and must end the same"""
+    The environment holds these alone. So its step is the same function whatever the other settings
+    are, and onekernel finds it in its cache.
+    """
 
-    # The environment
     robot: str = "g1"
     """a row of ROBOTS: g1, g1_29dof, h1, h1_2, go2, go2_no_clock"""
     decimation: Annotated[int, Range(1, 100)] = 4
@@ -194,6 +165,45 @@ class Args:
     """largest relative error of each motor's torque"""
     action_delay: Fraction = 1.0
     """largest delay of an action, in control steps"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(WorldArgs):
+    """PPO for Unitree's legged robots, on MuJoCo XLA."""
+
+    # The run
+    exp_name: str = "ppo_mjx_unitree"
+    """name of the experiment, part of the run folder's name"""
+    seed: CountOrZero = 1
+    """every random number follows from it and from the number of devices"""
+    num_devices: MaybeCount = None
+    """devices to split the worlds over; by default as many GPUs or CPU cores as divide the work"""
+    runs_dir: str = "runs"
+    """folder for the run folders"""
+    track: bool = False
+    """log to Weights & Biases as well; WANDB_PROJECT names the project"""
+    capture_video: bool = False
+    """write an mp4 of the trained policy in C MuJoCo, after training or with --evaluate"""
+    checkpoint_every: Cadence = 0.01
+    """share of the training between checkpoints; from 1 on, a number of iterations; three are kept"""
+    compile_cache: bool = True
+    """keep compiled programs in the user's cache folder, for a quicker start next time"""
+    resume: str | None = None
+    """run folder to continue with its own settings; a larger --total-timesteps makes it longer"""
+    init_from: str | None = None
+    """run folder whose policy and statistics a new run begins with, instead of random weights"""
+    evaluate: str | None = None
+    """run folder whose policy to put to the test; nothing is trained"""
+    coordinator_address: str | None = None
+    """host:port of process 0, if several processes train together; auto: as SLURM or Open MPI says"""
+    num_processes: MaybeCount = None
+    """processes that train together, each with its own devices"""
+    process_id: Annotated[int | None, Range(0, 1e9)] = None
+    """number of this process, from 0"""
+    smoke: bool = False
+    """check this installation: a short run, which is resumed and must end the same"""
+
+    # The environment, besides what WorldArgs holds
     curriculum: Fraction = 0.05
     """share of the training over which noise, pushes and what is random in the robot grow, as far as
     commands are followed; 0: all there from the start"""
@@ -874,7 +884,7 @@ def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
     MuJoCo computes what follows from mass and centre, so that they are drawn before training, and
     not at each reset. `model` is changed.
     """
-    random = np.random.default_rng(args.seed)
+    random = np.random.default_rng(0)  # the same for all runs, as the table is part of the kernel
     data = mujoco.MjData(model)
     mass = model.body_mass[1]  # of the base; 0 is the world
     center = model.body_ipos[1].copy()
@@ -1280,7 +1290,8 @@ class Env:
     time_limit = 1000  # steps
 
     def __init__(self, args: Args):
-        self.args = args
+        world = {field.name: getattr(args, field.name) for field in dataclasses.fields(WorldArgs)}
+        self.args = WorldArgs(**world)
         self.robot = ROBOTS[args.robot]
         self.action_size = len(self.robot.acted)
         self.timed = "air_time" in self.robot.weights  # whether steps in the air are counted

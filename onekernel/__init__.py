@@ -16,3 +16,4 @@ from onekernel.api import Fallback, compile
 from onekernel.dense import dot_general
 
 __all__ = ["Fallback", "compile", "dot_general"]
+__version__ = "0.1.0"

@@ -795,12 +795,12 @@ def rolled(motions, make_mesh):
         return state, amp.rollout(args, env, motions, state.learner, worlds)
 
     state, (_, steps) = jax.tree.map(as_numpy, run(roll, jax.random.key(0)))
-    return env, state, steps
+    return args, env, state, steps
 
 
 def test_reward_is_mixed(rolled):
     """By the share of the task; a world that breaks earns nothing."""
-    env, state, steps = rolled
+    args, _, state, steps = rolled
     task = steps.end.env_state.metrics["reward_task"]
     assert 0 <= task.min() and task.max() <= 1 and steps.style.min() >= 0 and steps.style.max() <= 1
     mixed = 0.3 * task + 0.7 * steps.style
@@ -808,13 +808,13 @@ def test_reward_is_mixed(rolled):
     assert (~steps.valid).sum() == 1 and not steps.valid[0, 5]
     assert steps.style.std() > 0 and task.std() > 0
     window = steps.end.env_state.info["window"]
-    style = run(partial(amp.style_reward, env.args), state.learner, window)
+    style = run(partial(amp.style_reward, args), state.learner, window)
     np.testing.assert_allclose(style, steps.style, atol=1e-5)
 
 
 def test_windows_slide(rolled):
     """Each step adds the frame of where it ends; one that breaks leaves the window as it was."""
-    env, _, steps = rolled
+    _, env, _, steps = rolled
     before, after = steps.start.info["window"], steps.end.env_state.info["window"]
     np.testing.assert_array_equal(after[0, 5], before[0, 5])
     slid = steps.valid
