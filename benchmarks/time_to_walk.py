@@ -50,6 +50,11 @@ VARIANTS = {
     "no imitation loss": (["--imitation-coef", "0"], {}, True),
     "no curriculum": (["--curriculum", "0"], {}, True),
     "no gait reward": ([], {"gait": 0.0}, True),
+    "no rewards of standing": (
+        [],
+        {"lifted_standing": 0.0, "capture": 0.0, "standing_pose": 0.0},
+        True,
+    ),
     "fixed step size, 1e-3 to 0": (["--desired-kl", "None", "--learning-rate", "1e-3"], {}, True),
     "nothing randomised": (
         "--obs-noise 0 --push-speed 0 --friction 1 1 --added-mass 0 0 --shifted-center 0 "
