@@ -128,7 +128,7 @@ Fraction = Annotated[float, Range(0, 1)]
 Cadence = Annotated[float, Range(1e-9, 1e9)]
 RelativeError = Annotated[float, Range(0, 0.9)]
 Shift = Annotated[float, Range(0, 0.9)]  # m
-Seconds = Annotated[float, Range(0.02, 1e6)]  # from a control step on
+Seconds = Annotated[float, Range(0.02, 1e6)]  # at least one control step
 Command = Annotated[tuple[float, float], Range(-5, 5)]
 
 
@@ -223,8 +223,8 @@ class Args(WorldArgs):
 
     # The environment, besides what WorldArgs holds
     curriculum: Fraction = 0.3
-    """share of the training over which noise, pushes and what is random in the robot grow, as far as
-    commands are followed; 0: all there from the start"""
+    """share of the training in which noise, pushes and randomisation can reach their full strength;
+    it grows while commands are followed well, and falls otherwise; 0: full from the start"""
 
     # The motion prior
     motion: tuple[str, ...] = ()
@@ -299,7 +299,7 @@ class Args(WorldArgs):
     init_log_std: Annotated[float, Range(-20, 20)] = -1.6
     """log of the policy's standard deviation at the start"""
     policy_average: Fraction = 0.02
-    """share of the training over which the saved policy's weights are averaged; 0: the last ones"""
+    """time constant of the saved weights' running average, as a share of the training; 0: none"""
 
     @property
     def steps_per_iteration(self) -> int:
@@ -358,8 +358,8 @@ def both_legs(
 def slow_servo(armature: float, torque: float, **fields) -> Joint:
     """A joint with mjlab's gains: 10 Hz and a damping ratio of 2, by its motor's armature alone.
 
-    armature: kg m^2; torque: the motor's largest, Nm. An action is a share of the angle that takes
-    all of it.
+    armature: kg m^2; torque: the motor's largest, Nm. An action of 1 moves the target by
+    `action_scale` times the angle at which the motor gives all of it.
     Source: mujocolab/mjlab, commit 0eda4e7.
     """
     rate = 2 * math.pi * 10  # rad/s
@@ -671,6 +671,10 @@ def check_model(robot: Robot, model: mujoco.MjModel) -> None:
     default = robot.joint_array("default")
     odd = [name for name, bad in zip(names, default[image] * sign != default, strict=True) if bad]
     check(not odd, f"ROBOTS' defaults of {odd} are not those that a mirror shows")
+    for field in ("stiffness", "damping", "reach", "held"):
+        values = robot.joint_array(field)
+        odd = [name for name, bad in zip(names, values[image] != values, strict=True) if bad]
+        check(not odd, f"ROBOTS' {field} of {odd} is not the same on both sides")
 
     moved = [model.joint(number).name for number in model.actuator_trnid[:, 0]]
     check(moved == names, f"its motors move {moved}, but joints and ROBOTS are {names}")
@@ -687,6 +691,16 @@ def check_model(robot: Robot, model: mujoco.MjModel) -> None:
     spheres = (model.geom_type[of_all] == mujoco.mjtGeom.mjGEOM_SPHERE).all()
     alike = len({len(geoms) for geoms in soles}) == len(set(model.geom_size[of_all, 0])) == 1
     check(spheres and alike, "feet must touch by spheres alone, equally many of one radius")
+    touches = (model.geom_contype > 0) | (model.geom_conaffinity > 0)
+    of_robot = model.geom_bodyid > 0
+    others = np.setdiff1d(np.flatnonzero(touches & of_robot), of_all)
+    where = sorted({bodies[model.geom_bodyid[number]] for number in others})
+    check(
+        not where, f"shapes of {where} can touch; contype and conaffinity must be 0 but for soles"
+    )
+    check((touches & ~of_robot).any(), "there is no floor")
+    above = model.geom_priority[of_all].min() > model.geom_priority[touches & ~of_robot].max()
+    check(above, "soles need a priority, or the floor's friction counts as well as --friction")
 
     check("track_velocity" in robot.weights, "weights in ROBOTS must have track_velocity")
     stands = [name for name, command in robot.test_commands.items() if not any(command)]
@@ -790,7 +804,7 @@ def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
     MuJoCo computes what follows from mass and centre, so that they are drawn before training, and
     not at each reset. `model` is changed.
     """
-    random = np.random.default_rng(0)  # the same for all runs, as the table is part of the kernel
+    random = np.random.default_rng(0)  # whatever the seed, or each would need a kernel of its own
     data = mujoco.MjData(model)
     mass = model.body_mass[1]  # of the base; 0 is the world
     center = model.body_ipos[1].copy()
@@ -1161,7 +1175,7 @@ class State:
     done: jax.Array  # [] float, 1 if the robot fell or broke; the time limit is in info
     metrics: dict[str, jax.Array]  # the task's reward and its terms, and the errors of tracking
     info: dict[str, Any]
-    # key: of the commands, pushes and noise; command: [3]; action: [A], the last one, in no mirror;
+    # key: of the commands, pushes and noise; command: [3]; action: [A], the last one, not mirrored;
     # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
     # domain, level: see Env.draw_domain; window: [W, K] what the discriminator sees, in no mirror;
     # progress: see next_progress
@@ -1261,8 +1275,8 @@ class Env:
     def draw_command(self, key: jax.Array) -> jax.Array:
         """A velocity [3] in the base's frame: m/s, m/s, rad/s.
 
-        Slow ones are 0, so that the command to stand differs from any to walk; of those along one
-        axis none is slow, as they would be many.
+        Slow ones become 0, so that the command to stand differs from any to walk. Those along one
+        axis are spread over what is not slow, or too many of them would become commands to stand.
         """
         args = self.args
         value_key, stand_key, axis_key = jax.random.split(key, 3)
@@ -2975,6 +2989,7 @@ class CMujocoEnv:
         mujoco.mj_resetData(self.model, self.data)
         noise = np.random.default_rng(seed).uniform(-0.05, 0.05, self.model.nu)
         self.data.qpos[7:] = self.controller.default + noise
+        mujoco.mj_kinematics(self.model, self.data)  # the first step asks where the feet were
         self.action = np.zeros(len(self.robot.acted))
 
     def observe(self, command) -> np.ndarray:
@@ -3233,9 +3248,11 @@ class Twin:
             target = env.robot.targets(arrived, np)
             data.ctrl = env.controller.torque(target, data.qpos, data.qvel, **gains, xp=np)
             mujoco.mj_step(self.model, data)
+        next_key, _, command_key, _ = jax.random.split(self.info["key"], 4)  # as in Env.step
         self.info = self.info | {
             "action": action,
-            "key": jax.random.split(self.info["key"], 4)[0],
+            "command": env.next_command(command_key, self.info["command"]),
+            "key": next_key,
         }
 
 

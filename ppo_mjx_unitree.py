@@ -29,7 +29,7 @@ and is all that learning to walk needs:
     3 observation    7 networks         11 loss and update
     4 rewards        8 training state   12 training iteration
 
-After it come 13 evaluation, 14 log and files, 15 command line, 16 main.
+Sections 13 to 16 are evaluation, log and files, command line, and main.
 
 Shapes: T = num_steps, N = worlds on this device, B = T * N, M = num_minibatches, O = observation
 size, J = number of joints, A = action size = number of joints that are not held, F = number of
@@ -119,7 +119,7 @@ Fraction = Annotated[float, Range(0, 1)]
 Cadence = Annotated[float, Range(1e-9, 1e9)]
 RelativeError = Annotated[float, Range(0, 0.9)]
 Shift = Annotated[float, Range(0, 0.9)]  # m
-Seconds = Annotated[float, Range(0.02, 1e6)]  # from a control step on
+Seconds = Annotated[float, Range(0.02, 1e6)]  # at least one control step
 Command = Annotated[tuple[float, float], Range(-5, 5)]
 
 
@@ -205,14 +205,14 @@ class Args(WorldArgs):
 
     # The environment, besides what WorldArgs holds
     curriculum: Fraction = 0.05
-    """share of the training over which noise, pushes and what is random in the robot grow, as far as
-    commands are followed; 0: all there from the start"""
+    """share of the training in which noise, pushes and randomisation can reach their full strength;
+    it grows while commands are followed well, and falls otherwise; 0: full from the start"""
 
     # The algorithm, with CleanRL's names
     total_timesteps: Annotated[int, Range(1, 2**62)] = 15_000_000
     """environment steps, over all worlds"""
     learning_rate: NonNegative = 3e-3
-    """Adam's step size at the start"""
+    """Adam's step size at the start; with --desired-kl it stays within 1e-5 and 1e-2"""
     num_envs: Count = 512
     """worlds, over all devices"""
     num_steps: Count = 24
@@ -248,7 +248,7 @@ class Args(WorldArgs):
     init_log_std: Annotated[float, Range(-20, 20)] = -1.0
     """log of the policy's standard deviation at the start"""
     policy_average: Fraction = 0.02
-    """share of the training over which the saved policy's weights are averaged; 0: the last ones"""
+    """time constant of the saved weights' running average, as a share of the training; 0: none"""
 
     @property
     def steps_per_iteration(self) -> int:
@@ -315,8 +315,8 @@ def both_legs(
 def slow_servo(armature: float, torque: float, **fields) -> Joint:
     """A joint with mjlab's gains: 10 Hz and a damping ratio of 2, by its motor's armature alone.
 
-    armature: kg m^2; torque: the motor's largest, Nm. An action is a share of the angle that takes
-    all of it.
+    armature: kg m^2; torque: the motor's largest, Nm. An action of 1 moves the target by
+    `action_scale` times the angle at which the motor gives all of it.
     Source: mujocolab/mjlab, commit 0eda4e7.
     """
     rate = 2 * math.pi * 10  # rad/s
@@ -580,8 +580,9 @@ ROBOTS = {
         swing_height=0.08,
         ent_coef=0.004,
     ),
-    # Unitree resets it to 1.0 m, below the floor's, and asks for 1.05 m, which is out of reach; its
-    # feet's bodies are 0.07 m above the soles. Here it has the clearance of the G1.
+    # Unitree resets the base to 1.0 m, which puts the feet below the floor, and asks for 1.05 m,
+    # which is out of reach; the feet's bodies are 0.07 m above the soles. Here it has the clearance
+    # of the G1.
     "h1": Robot(
         mjcf="h1.xml",
         joints=both_legs(
@@ -758,6 +759,10 @@ def check_model(robot: Robot, model: mujoco.MjModel) -> None:
     default = robot.joint_array("default")
     odd = [name for name, bad in zip(names, default[image] * sign != default, strict=True) if bad]
     check(not odd, f"ROBOTS' defaults of {odd} are not those that a mirror shows")
+    for field in ("stiffness", "damping", "reach", "held"):
+        values = robot.joint_array(field)
+        odd = [name for name, bad in zip(names, values[image] != values, strict=True) if bad]
+        check(not odd, f"ROBOTS' {field} of {odd} is not the same on both sides")
 
     moved = [model.joint(number).name for number in model.actuator_trnid[:, 0]]
     check(moved == names, f"its motors move {moved}, but joints and ROBOTS are {names}")
@@ -774,6 +779,16 @@ def check_model(robot: Robot, model: mujoco.MjModel) -> None:
     spheres = (model.geom_type[of_all] == mujoco.mjtGeom.mjGEOM_SPHERE).all()
     alike = len({len(geoms) for geoms in soles}) == len(set(model.geom_size[of_all, 0])) == 1
     check(spheres and alike, "feet must touch by spheres alone, equally many of one radius")
+    touches = (model.geom_contype > 0) | (model.geom_conaffinity > 0)
+    of_robot = model.geom_bodyid > 0
+    others = np.setdiff1d(np.flatnonzero(touches & of_robot), of_all)
+    where = sorted({bodies[model.geom_bodyid[number]] for number in others})
+    check(
+        not where, f"shapes of {where} can touch; contype and conaffinity must be 0 but for soles"
+    )
+    check((touches & ~of_robot).any(), "there is no floor")
+    above = model.geom_priority[of_all].min() > model.geom_priority[touches & ~of_robot].max()
+    check(above, "soles need a priority, or the floor's friction counts as well as --friction")
 
     offsets = dict(zip(robot.feet, robot.gait_offsets, strict=False))
     apart = [abs(offsets[foot] - offsets.get(other_side(foot), math.nan)) for foot in offsets]
@@ -884,7 +899,7 @@ def draw_payloads(args: Args, model: mujoco.MjModel) -> dict[str, np.ndarray]:
     MuJoCo computes what follows from mass and centre, so that they are drawn before training, and
     not at each reset. `model` is changed.
     """
-    random = np.random.default_rng(0)  # the same for all runs, as the table is part of the kernel
+    random = np.random.default_rng(0)  # whatever the seed, or each would need a kernel of its own
     data = mujoco.MjData(model)
     mass = model.body_mass[1]  # of the base; 0 is the world
     center = model.body_ipos[1].copy()
@@ -1083,7 +1098,8 @@ class Motion:
     """What the rewards look at after a control step.
 
     Feet are read before the last physics step's integration, where MJX has their positions,
-    velocities and contacts of one and the same moment; the rest is read after it.
+    velocities and contacts of one and the same moment, and so are torque and capture_error; the
+    rest is read after it.
     """
 
     command: jax.Array  # [3] m/s, m/s, rad/s
@@ -1109,7 +1125,7 @@ class Motion:
 def is_stance(robot: Robot, elapsed, xp=jnp):
     """Whether the clock wants each foot on the floor: bool [..., F].
 
-    elapsed: int [...], control steps since the reset.
+    elapsed: int [...], control steps since the reset (at the start of a training, random).
     """
     offsets = xp.array([round(offset * robot.gait_ticks) for offset in robot.gait_offsets])
     ticks = (elapsed[..., None] + offsets) % robot.gait_ticks  # since each foot's landing
@@ -1120,15 +1136,15 @@ GRAVITY = 9.81  # m/s^2
 
 
 def capture_error(center, velocity, quat, soles) -> jax.Array:
-    """How far the capture point is from where the feet could hold it: [] m.
+    """How far the capture point is outside of the box around the feet: [] m.
 
     The capture point is where a robot has to step so that it comes to rest: its centre of mass
     moves on like an inverted pendulum's. While it is between the feet, none has to move; while it
     is not, no ankle can stop the fall, and one must.
 
-    center: [3] m, of mass; velocity: [2] m/s and quat: [4], of the base; soles: [P, 3] m, of the
-    points under the feet. The box around them, along the base's heading, stands for their convex
-    hull; the lowest of them for the floor.
+    center: [3] m, of mass; velocity: [2] m/s and quat: [4], of the base, whose velocity stands for
+    that of the centre of mass; soles: [P, 3] m, of the points under the feet. The box around them,
+    along the base's heading, stands for their convex hull; the lowest of them for the floor.
     Source: Pratt et al. 2006, "Capture point"; Koolen et al. 2012.
     """
     height = jnp.maximum(center[2] - soles[:, 2].min(), 0.1)  # m: a fallen robot's could be 0
@@ -1163,8 +1179,8 @@ def unweighted_terms(robot: Robot, m: Motion) -> dict[str, jax.Array]:
         "track_velocity": jnp.exp(-velocity_error / width),
         "track_yaw": jnp.exp(-yaw_error / TRACKING_WIDTH),
         "alive": jnp.ones(()),
-        # Feet that are where they should be, less the others. Who is told to stand but has to step,
-        # as after a push, gets half of the most whatever its feet do, so that no step costs.
+        # Feet that are where they should be, less the others. A robot that is told to stand but has
+        # to step, as after a push, gets half of the most whatever its feet do: no step costs.
         "gait": jnp.where(standing & ~balanced, len(robot.feet) / 2, in_place),
         "swing_height": (swings * jnp.square(m.foot_height - robot.swing_height)).sum(),
         "stance_slip": (m.contact * jnp.square(m.foot_velocity).sum(axis=-1)).sum(),
@@ -1225,7 +1241,7 @@ class State:
     done: jax.Array  # [] float, 1 if the robot fell or broke; the time limit is in info
     metrics: dict[str, jax.Array]  # the reward's terms, and the errors of tracking
     info: dict[str, Any]
-    # key: of the commands, pushes and noise; command: [3]; action: [A], the last one, in no mirror;
+    # key: of the commands, pushes and noise; command: [3]; action: [A], the last one, not mirrored;
     # elapsed: steps since the reset; truncated: the time limit is reached; broken: see Env;
     # domain, level: see Env.draw_domain; airborne: [F] steps since each foot was on the floor, only where
     # the robot's reward asks for it
@@ -1312,8 +1328,8 @@ class Env:
     def draw_command(self, key: jax.Array) -> jax.Array:
         """A velocity [3] in the base's frame: m/s, m/s, rad/s.
 
-        Slow ones are 0, so that the command to stand differs from any to walk; of those along one
-        axis none is slow, as they would be many.
+        Slow ones become 0, so that the command to stand differs from any to walk. Those along one
+        axis are spread over what is not slow, or too many of them would become commands to stand.
         """
         args = self.args
         value_key, stand_key, axis_key = jax.random.split(key, 3)
@@ -1838,7 +1854,8 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     reset_keys = jax.random.split(reset_key, n)
     env_state = jax.vmap(kernel(env.reset))(reset_keys, jnp.broadcast_to(level, (n,)))
     # The worlds' clocks start at random, so that their time limits do not come all at once.
-    # Their first observation still has the clock of step 0; one step later it is right.
+    # Their first observation still has the clock of step 0, and no mirror; one step later both are
+    # right.
     env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.time_limit)
     worlds = start_worlds(env_state, jax.random.split(world_key, n), jnp.zeros(n, jnp.int32))
 
@@ -2344,7 +2361,7 @@ def mirror_rules(robot: Robot) -> dict[str, np.ndarray]:
     """How `act` sees a robot's observation [O] in the mirror, as `Env` shows it to the networks.
 
     mirror_when: [O], whose product with the observation is positive where `in_mirror` is true (of
-    the clock it makes the sine half a control step later, as no step is then on the border);
+    the clock it makes the sine half a control step ahead, so that no step falls on a zero);
     mirror_obs: [O, O] and mirror_action: [A, A], by which observation and action are multiplied
     there.
     """
@@ -2419,6 +2436,7 @@ class CMujocoEnv:
         mujoco.mj_resetData(self.model, self.data)
         noise = np.random.default_rng(seed).uniform(-0.05, 0.05, self.model.nu)
         self.data.qpos[7:] = self.controller.default + noise
+        mujoco.mj_kinematics(self.model, self.data)  # the first step asks where the feet were
         self.action = np.zeros(len(self.robot.acted))
         self.elapsed = 0
 
@@ -2679,10 +2697,12 @@ class Twin:
             target = env.robot.targets(arrived, np)
             data.ctrl = env.controller.torque(target, data.qpos, data.qvel, **gains, xp=np)
             mujoco.mj_step(self.model, data)
+        next_key, _, command_key, _ = jax.random.split(self.info["key"], 4)  # as in Env.step
         self.info = self.info | {
             "action": action,
+            "command": env.next_command(command_key, self.info["command"]),
             "elapsed": self.info["elapsed"] + 1,
-            "key": jax.random.split(self.info["key"], 4)[0],
+            "key": next_key,
         }
 
 
