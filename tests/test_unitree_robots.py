@@ -645,6 +645,10 @@ def test_settings_of_each_robot(capsys):
 LEFT_KNEE = '<motor joint="left_knee" ctrlrange="-139 139"/>'
 RIGHT_KNEE = LEFT_KNEE.replace("left", "right")
 RIGHT_HIP = '<joint name="right_hip_roll" axis="1 0 0"'
+LEFT_KNEE_BODY = re.search('<body name="left_knee"[^>]*>', (unitree.MODELS / "g1.xml").read_text())[
+    0
+]
+SHIN = '<geom type="sphere" size="0.05" mass="0" contype="0" conaffinity="1"/>'
 
 
 @pytest.mark.parametrize(
@@ -673,6 +677,9 @@ RIGHT_HIP = '<joint name="right_hip_roll" axis="1 0 0"'
         ({'type="sphere" size="0.005"': 'type="box" size=".02 .02 .005"'}, "spheres alone"),
         ({'<geom class="sole"': '<geom class="sole" size="0.006"'}, "of one radius"),
         ({RIGHT_HIP: RIGHT_HIP.replace('"1 0 0"', '"-1 0 0"')}, "left_hip_roll moves 0."),
+        ({LEFT_KNEE_BODY: f"{LEFT_KNEE_BODY}{SHIN}"}, "shapes of ['left_knee'] can touch"),
+        ({'conaffinity="1" priority="1"': 'conaffinity="1"'}, "soles need a priority"),
+        ({'material="grid" contype="1"': 'material="grid"'}, "there is no floor"),
     ],
 )
 def test_model_that_would_be_misread_is_refused(changes, message, tmp_path, capsys):
@@ -700,14 +707,18 @@ def test_model_that_would_be_misread_is_refused(changes, message, tmp_path, caps
         ({"gait_period": 0.81}, "an even number of control steps"),
         ({"weights": {"alive": 1.0}}, "must have track_velocity"),
         ({"test_commands": {"forward": (1.0, 0.0, 0.0)}}, "one of zeros"),
-        ({"default": ("left_hip_roll", 0.1)}, "['left_hip_roll', 'right_hip_roll']"),
+        ({"left_hip_roll": {"default": 0.1}}, "['left_hip_roll', 'right_hip_roll']"),
+        ({"left_knee": {"stiffness": 99.0}}, "stiffness of ['left_knee', 'right_knee']"),
+        ({"left_knee": {"damping": 9.0}}, "damping of ['left_knee', 'right_knee']"),
+        ({"left_knee": {"reach": 2.0}}, "reach of ['left_knee', 'right_knee']"),
+        ({"left_knee": {"held": True}}, "held of ['left_knee', 'right_knee']"),
     ],
 )
 def test_row_that_would_be_misread_is_refused(changes, message, capsys):
-    if "default" in changes:
-        name, angle = changes["default"]
-        joint = dataclasses.replace(ROBOTS["g1"].joints[name], default=angle)
-        changes = {"joints": ROBOTS["g1"].joints | {name: joint}}
+    joints = dict(ROBOTS["g1"].joints)
+    for name in changes.keys() & joints:
+        joints[name] = dataclasses.replace(joints[name], **changes[name])
+    changes = {"joints": joints} | {k: v for k, v in changes.items() if k not in joints}
     with pytest.raises(SystemExit) as stop:
         unitree.load_model(dataclasses.replace(ROBOTS["g1"], **changes), 0.005)
     error = capsys.readouterr().err
@@ -722,21 +733,18 @@ def test_reward_has_no_unknown_terms(capsys):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("link", "message"),
     [
-        ("", "robot.xml without the shapes for pictures (ValueError"),
-        (
-            '<geom type="sphere" size="0.01" mass="0.1" contype="0" conaffinity="1"/>',
-            "['left_knee', 'right_knee'] need an <inertial>",
-        ),
+        ("knee", "robot.xml without the shapes for pictures (ValueError"),
+        ("ankle_roll", "['left_ankle_roll', 'right_ankle_roll'] need an <inertial>"),  # has soles
     ],
 )
-def test_masses_by_shapes_are_refused(tmp_path, capsys, more, message):
+def test_masses_by_shapes_are_refused(tmp_path, capsys, link, message):
     """Training leaves the shapes out that only a picture needs."""
     mjcf = (unitree.MODELS / "g1.xml").read_text()
     shape = '<geom type="sphere" size="0.05" mass="1.9" contype="0" conaffinity="0"/>'
-    knees = r'(<body name="(?:left|right)_knee"[^>]*>\s*)<inertial[^>]*/>'
-    (tmp_path / "robot.xml").write_text(re.sub(knees, r"\1" + shape + more, mjcf))
+    links = rf'(<body name="(?:left|right)_{link}"[^>]*>\s*)<inertial[^>]*/>'
+    (tmp_path / "robot.xml").write_text(re.sub(links, r"\1" + shape, mjcf))
     robot = dataclasses.replace(ROBOTS["g1"], mjcf=str(tmp_path / "robot.xml"))
     assert robot.model.nbody == ROBOTS["g1"].model.nbody
     with pytest.raises(SystemExit) as stop:
