@@ -517,7 +517,7 @@ def compute_gae(
 
     def backwards(next_advantage, step):
         reward, value, next_value, terminated, done, valid = step
-        # Unlike CleanRL: an episode that the time limit cuts is worth what was to come.
+        # Unlike CleanRL: where the time limit cuts an episode, what was to come still counts.
         delta = reward + args.gamma * jnp.where(terminated, 0.0, next_value) - value
         following = jnp.where(done, 0.0, next_advantage)
         advantage = delta + args.gamma * args.gae_lambda * following

@@ -246,7 +246,7 @@ class Args:
         return self.total_timesteps // self.steps_per_iteration
 
     def cadence(self, every: float) -> int:
-        """Iterations between two events: `every` from 1 on; below, that share of the training."""
+        """Iterations between two events: `every` itself from 1 on, else that share of the training."""
         return max(1, round(every if every >= 1 else every * self.num_iterations))
 
     @property
@@ -320,10 +320,10 @@ class Task:
     mjcf: str  # name of one of Gymnasium's files, path of another (see find_mjcf), or MJCF itself
     frame_skip: int = 4  # physics steps in one environment step
     time_limit: int = 1000  # steps
-    max_speed: float = 200.0  # m/s and rad/s: faster physics are broken; random actions reach 30
+    max_speed: float = 200.0  # m/s and rad/s: what is faster has diverged; random actions reach 30
 
-    # None: actions move the controls over each actuator's whole range. A number is for position
-    # servos: actions move them by at most so much, in rad or m, from the pose of the start.
+    # None: an action of -1 to 1 spans each actuator's ctrlrange. A number is for position servos: an
+    # action of 1 moves the target by so much (rad or m) from the pose of the start.
     servo_offset: float | None = None
 
     # The pose that episodes start from: this keyframe; for `home`, if no keyframe has that name,
@@ -479,21 +479,21 @@ class Reacher(Task):
         qvel = jnp.concatenate([velocity, jnp.zeros(2)])
         return qpos, qvel
 
-    def to_target(self, now: Snapshot) -> Any:
-        """From the fingertip to the target, [3] m, with the sign of Gymnasium's."""
+    def from_target(self, now: Snapshot) -> Any:
+        """The fingertip's position minus the target's, as in Gymnasium: [3] m."""
         bodies = now.senses["xpos"].reshape(-1, 3)  # world, two links, fingertip, target
         return bodies[3] - bodies[4]
 
     def observe(self, now: Snapshot, xp=jnp) -> Any:
         angles = now.qpos[:2]
         target = now.qpos[2:]
-        distance = self.to_target(now)[:2]
+        distance = self.from_target(now)[:2]
         parts = [xp.cos(angles), xp.sin(angles), target, now.qvel[:2], distance]
         return xp.concatenate(parts)
 
     def reward_terms(self, now: Snapshot, x_velocity, action, healthy, xp=jnp) -> dict[str, Any]:
         return {
-            "reward_dist": -xp.linalg.norm(self.to_target(now)),
+            "reward_dist": -xp.linalg.norm(self.from_target(now)),
             "reward_ctrl": -self.ctrl_cost * xp.square(action).sum(),
         }
 
@@ -748,12 +748,12 @@ KINEMATIC_FIELDS = frozenset(
 
 def find_keyframe(task: Task, model: mujoco.MjModel) -> int:
     """The number of the keyframe that episodes start from; -1 for the model's own pose."""
-    if task.keyframe is None or model.nkey == 0:
+    if task.keyframe is None:
         return -1
     number = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_KEY, task.keyframe)
     known = number >= 0 or task.keyframe == "home"
     require(known, f"keyframe {task.keyframe}: the model has no keyframe of that name")
-    return max(number, 0)
+    return max(number, 0) if model.nkey else -1
 
 
 def reset_data(task: Task, model: mujoco.MjModel, data: mujoco.MjData) -> None:
@@ -885,18 +885,13 @@ class Env:
 
         start = (data, self.template)
         (data, full), _ = jax.lax.scan(substep, start, None, length=self.task.frame_skip)
-        if "cfrc_ext" in dict(self.task.sensed):
+        if dict(self.task.sensed).keys() & {"cacc", "cfrc_int", "cfrc_ext"}:
             with jax.default_matmul_precision("highest"):  # as in `physics_step`
                 full = smooth.rne_postconstraint(self.model, full)
 
-        # `data` is the state at the end of the control step. What MuJoCo computes from it, like
-        # xpos, is older in `full`: from before the last integration (see Task.sense). So x is as old
-        # as in Gymnasium's task: of the end where it is a coordinate, else from before.
-        now = self.measure(data, full)
-        source, *index = self.task.position
-        if source == "qpos":
-            now = now.replace(x=data.qpos[tuple(index)])
-        return data, now
+        # `data` is the state after the last integration. What MuJoCo computes from a state, like
+        # xpos, lags behind it in `full` by one physics step, as in Gymnasium's tasks (Task.sense).
+        return data, self.measure(data, full)
 
     def step(self, state: State, action: jax.Array) -> State:
         """One control step.
@@ -1211,7 +1206,7 @@ def start_worlds(env_state: State, keys: jax.Array, times_broken: jax.Array) -> 
         env_state=env_state,
         memory=initial_memory(keys.shape),
         key=keys,
-        # Unlike CleanRL: from 0 after a time limit as well, as the next episode is another one.
+        # Unlike CleanRL's, it is 0 again after a time limit, too: a new episode begins.
         discounted_return=jnp.zeros(keys.shape),
         episode_return=jnp.zeros(keys.shape),
         episode_length=jnp.zeros(keys.shape, jnp.int32),
@@ -1700,8 +1695,8 @@ def update(
 def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
     """What the first world to break went through, for `dump`.
 
-    Of all worlds [T, N, ...] -> [1, T, ...], so that the first axis is that of the devices. It is
-    world 0's if none broke; `dump` checks.
+    Takes that world's steps out of those of all, [T, N, ...] -> [1, T, ...]; the first axis is for the
+    devices. World 0's if none broke; `dump` checks.
     """
     # argmax finds the first True in the order of memory: the earliest step, its lowest world.
     world = jnp.unravel_index(jnp.argmax(broken), broken.shape)[1]
@@ -1820,7 +1815,7 @@ def train_iteration(
         mesh=mesh,
         in_specs=(STATE_SPEC,),
         out_specs=(STATE_SPEC, P(), P("devices")),
-        # With it, jax.grad would sum the networks' gradient over the devices, before `update` averages.
+        # With True, jax.grad would already sum the gradient over the devices, which `update` averages.
         check_vma=False,
     )
     state, metrics, box = run(state)
@@ -1939,9 +1934,7 @@ def make_gymnasium(env: Env):
     if name not in gymnasium.registry:
         return None
 
-    mujoco.set_mju_user_warning(
-        lambda message: None
-    )  # of settings that its models have from of old
+    mujoco.set_mju_user_warning(lambda _: None)  # about deprecated settings in Gymnasium's models
     theirs = gymnasium.make(name)
     mujoco.set_mju_user_warning(None)
     simulator = theirs.unwrapped
@@ -2152,7 +2145,8 @@ class Log:
         with writing(run_dir / "events*"):
             self.writer = RecordWriter(open(os.devnull if quiet else run_dir / name, "ab"))
         self.write_event(0, file_version="brain.Event:2")
-        # TensorBoard forgets what an interrupted run wrote from this step on. That may be all of it.
+        # TensorBoard forgets what an interrupted run wrote from this step on: all of it, where no
+        # checkpoint was saved.
         session = SessionLog(status=SessionLog.START)
         self.write_event(self.first_step + 1, session_log=session)
         rows = [f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items()]
@@ -2384,7 +2378,7 @@ def inherit(run_dir: Path, learner: Learner) -> Learner:
 def first_state(args: Args, run_dir: Path, resuming: bool, state: TrainState) -> TrainState:
     """Where training begins: the newest checkpoint, another run's policy, or `state` itself.
 
-    A run that was stopped before its first checkpoint begins once more as it began.
+    A run that was stopped before its first checkpoint starts over.
     """
     if args.init_from and not (resuming and checkpoints(run_dir)):
         state = state.replace(learner=inherit(Path(args.init_from), state.learner))
@@ -2568,7 +2562,7 @@ def host_memory() -> float:
 def split_cpu(args: Args) -> None:
     """Make a CPU as many devices as it has cores; as one, it would leave most of them idle."""
     cores = count_cores()
-    os.environ.setdefault("NPROC", str(cores))  # of XLA's threads, which knows no quota
+    os.environ.setdefault("NPROC", str(cores))  # for XLA's threads; it does not see quotas
     each = (args.num_devices or cores) // (args.num_processes or 1)
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
         # At most 64: of 256 worlds each would get fewer than four.
@@ -2782,6 +2776,8 @@ def misfits(task: Task, model: mujoco.MjModel) -> list[str]:
     known = {field.name for field in (*mjx.Data.fields(), *mjx.DataJAX.fields())}
     unknown = {field for field in task.fields if field not in known or not hasattr(data, field)}
     faults += [f"position, sensed: MuJoCo's data have no field {field}" for field in unknown]
+    if task.contact_cost and "cfrc_ext" not in dict(task.sensed):
+        faults.append("contact_cost: the forces that it is for, cfrc_ext, are not in sensed")
 
     source, *index = task.position
     shape = np.shape(getattr(data, source, ()))
@@ -2997,7 +2993,7 @@ def package_versions() -> dict[str, str]:
 
 
 def tell_changes(run_dir: Path, model: mujoco.MjModel) -> None:
-    """Say in a line each what is not as it was when the run was trained."""
+    """Say what has changed since the run was trained, in a line each."""
     script = Path(__file__)
     for copy in run_dir.glob("*.py"):
         if copy.read_bytes() != script.read_bytes():
@@ -3114,7 +3110,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     steps = args.steps_per_iteration
     unused = args.total_timesteps % steps
     log = Log(args, run_dir, first)
-    say(f"{args.num_iterations} * {steps} steps, {unused} unused: {run_dir}")
+    say(f"{args.num_iterations} iterations of {steps} steps, {unused} unused: {run_dir}")
     message = "the processes differ in their flags, or in the checkpoint that they found"
     with or_fail(message, kind=AssertionError):
         multihost_utils.sync_global_devices(f"{args} {first}")

@@ -217,7 +217,7 @@ class Args:
         return self.total_timesteps // self.steps_per_iteration
 
     def cadence(self, every: float) -> int:
-        """Iterations between two events: `every` from 1 on; below, that share of the training."""
+        """Iterations between two events: `every` itself from 1 on, else that share of the training."""
         return max(1, round(every if every >= 1 else every * self.num_iterations))
 
     @property
@@ -986,8 +986,8 @@ def update(
 def black_box(start: State, action: jax.Array, broken: jax.Array) -> dict:
     """What the first world to break went through, for `dump`.
 
-    Of all worlds [T, N, ...] -> [1, T, ...], so that the first axis is that of the devices. It is
-    world 0's if none broke; `dump` checks.
+    Takes that world's steps out of those of all, [T, N, ...] -> [1, T, ...]; the first axis is for the
+    devices. World 0's if none broke; `dump` checks.
     """
     # argmax finds the first True in the order of memory: the earliest step, its lowest world.
     world = jnp.unravel_index(jnp.argmax(broken), broken.shape)[1]
@@ -1336,7 +1336,8 @@ class Log:
         with writing(run_dir / "events*"):
             self.writer = RecordWriter(open(os.devnull if quiet else run_dir / name, "ab"))
         self.write_event(0, file_version="brain.Event:2")
-        # TensorBoard forgets what an interrupted run wrote from this step on. That may be all of it.
+        # TensorBoard forgets what an interrupted run wrote from this step on: all of it, where no
+        # checkpoint was saved.
         session = SessionLog(status=SessionLog.START)
         self.write_event(self.first_step + 1, session_log=session)
         rows = [f"\n|{name}|{value}|" for name, value in dataclasses.asdict(args).items()]
@@ -1581,7 +1582,7 @@ def inherit(run_dir: Path, learner: Learner) -> Learner:
 def first_state(args: Args, run_dir: Path, resuming: bool, state: TrainState) -> TrainState:
     """Where training begins: the newest checkpoint, another run's policy, or `state` itself.
 
-    A run that was stopped before its first checkpoint begins once more as it began.
+    A run that was stopped before its first checkpoint starts over.
     """
     if args.init_from and not (resuming and checkpoints(run_dir)):
         state = state.replace(learner=inherit(Path(args.init_from), state.learner))
@@ -1765,7 +1766,7 @@ def host_memory() -> float:
 def split_cpu(args: Args) -> None:
     """Make a CPU as many devices as it has cores; as one, it would leave most of them idle."""
     cores = count_cores()
-    os.environ.setdefault("NPROC", str(cores))  # of XLA's threads, which knows no quota
+    os.environ.setdefault("NPROC", str(cores))  # for XLA's threads; it does not see quotas
     each = (args.num_devices or cores) // (args.num_processes or 1)
     with contextlib.suppress(RuntimeError):  # JAX has started already, with the devices it has
         # At most 64: of 256 worlds each would get fewer than four.
@@ -1983,7 +1984,7 @@ def package_versions() -> dict[str, str]:
 
 
 def tell_changes(run_dir: Path, model: mujoco.MjModel) -> None:
-    """Say in a line each what is not as it was when the run was trained."""
+    """Say what has changed since the run was trained, in a line each."""
     script = Path(__file__)
     for copy in run_dir.glob("*.py"):
         if copy.read_bytes() != script.read_bytes():
@@ -2095,7 +2096,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     steps = args.steps_per_iteration
     unused = args.total_timesteps % steps
     log = PendulumLog(args, run_dir, first)
-    say(f"{args.num_iterations} * {steps} steps, {unused} unused: {run_dir}")
+    say(f"{args.num_iterations} iterations of {steps} steps, {unused} unused: {run_dir}")
     message = "the processes differ in their flags, or in the checkpoint that they found"
     with or_fail(message, kind=AssertionError):
         multihost_utils.sync_global_devices(f"{args} {first}")
