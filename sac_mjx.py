@@ -187,7 +187,7 @@ class Args:
     total_timesteps: Annotated[int, Range(1, 2**62)] = 300_000
     """environment steps, over all worlds; the default depends on the task, see SETTINGS"""
     num_envs: Count = 16
-    """worlds, over all devices; few of them, so that each policy collects few samples"""
+    """worlds, over all devices; few, so that the policy is updated after few samples"""
     num_steps: Count = 8
     """steps of each world in one iteration, before its updates"""
     updates_per_iteration: Count = 64
@@ -213,11 +213,11 @@ class Args:
     policy_frequency: Annotated[int, Range(1, 1e3)] = 2
     """updates of the critics for each one of the actor and the temperature"""
     twin: Literal["min", "mean"] = "min"
-    """which of the two critics counts: min, the one that says less; mean, both"""
+    """how the two critics are combined: min, the lower estimate; mean, their average"""
     distributional: bool = True
     """critics tell a distribution of returns, learnt by cross-entropy; else the mean, by squares"""
     num_atoms: Annotated[int, Range(2, 1e4)] = 101
-    """returns that distributional critics tell the probabilities of, from -v_max to v_max"""
+    """evenly spaced returns, from -v_max to v_max, whose probabilities distributional critics give"""
     v_max: Positive = 5.0
     """largest return of distributional critics; norm_reward keeps the largest one so far within it"""
     autotune: bool = True
@@ -225,7 +225,7 @@ class Args:
     alpha: Positive = 0.01
     """the temperature, the weight of the entropy, at the start; for good with --no-autotune"""
     target_std: Annotated[float | None, Range(1e-3, 1e3)] = 0.15
-    """target entropy: that of normal actions with this standard deviation; None: -1 nat each"""
+    """target entropy: of normal actions with this standard deviation; None: -1 nat per dimension"""
     norm_obs: bool = True
     """normalise observations by running mean and variance; they are clipped to 10 in any case"""
     norm_reward: bool = True
@@ -1037,7 +1037,7 @@ def normalize_weights(params: dict) -> dict:
 
     Adam's steps would otherwise lengthen the weights, and so weigh less and less beside them. With
     layers that are normalised as a whole this changes what a layer computes, too, if its units'
-    weights have grown by different factors. Biases and last layers stay free.
+    weights have grown by different factors. Unlike in the sources, biases and last layers are free.
     Source: SimbaV2, arXiv:2502.15280; FlashSAC, arXiv:2604.04539.
     """
 
@@ -1469,7 +1469,7 @@ def masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
 def project_distribution(args: Args, probability: jax.Array, place: jax.Array) -> jax.Array:
     """A distribution on the atoms that is near one on other places.
 
-    probability, place: [B, K], place in units of the atoms. Each probability goes to the two atoms
+    probability, place: [B, K]; places are scaled returns, as the atoms are. Each probability goes to the two atoms
     beside its place, the more to the nearer one; beyond the last atom, all goes to that one. So the
     mean stays, unless places lie outside. Returns [B, K].
     Source: arXiv:1707.06887, equation 7.
