@@ -334,31 +334,59 @@ def hand_on(builder, equation, *values):
     return list(values)
 
 
-@rule("concatenate")
-def concatenate(builder, equation, *values):
-    axis = equation.params["dimension"]
+def join(builder, values, axis: int):
+    """Arrays, or key arrays, one after the other along an axis."""
     if isinstance(values[0], Keys):
         words = zip(*(value.words for value in values), strict=True)
-        return [Keys([builder.join(list(word), axis) for word in words], values[0].impl)]
-    return [builder.join(list(values), axis)]
+        return Keys([builder.join(list(word), axis) for word in words], values[0].impl)
+    return builder.join(list(values), axis)
 
 
-@rule("split")
-def split(builder, equation, value):
-    axis = equation.params["axis"]
-    results = []
+def cut(value, axis: int, sizes) -> list:
+    """Pieces of an array, or of a key array, along an axis."""
+    pieces = []
     start = 0
-    for size in equation.params["sizes"]:
+    for size in sizes:
         starts = [0] * len(value.shape)
         limits = list(value.shape)
         starts[axis] = start
         limits[axis] = start = start + size
         steps = [1] * len(value.shape)
-        part = map_keys(
+        piece = map_keys(
             lambda word, s=starts, e=limits, d=steps: arrays.slice_(word, s, e, d), value
         )
-        results.append(part)
-    return results
+        pieces.append(piece)
+    return pieces
+
+
+@rule("concatenate")
+def concatenate(builder, equation, *values):
+    return [join(builder, values, equation.params["dimension"])]
+
+
+@rule("split")
+def split(builder, equation, value):
+    return cut(value, equation.params["axis"], equation.params["sizes"])
+
+
+@rule("stack")  # of JAX 0.10; before, jnp.stack is a concatenation
+def stack(builder, equation, *values):
+    axis = equation.params["axis"]
+
+    def expand(word):
+        return builder.reshape(word, (*word.shape[:axis], 1, *word.shape[axis:]))
+
+    return [join(builder, [map_keys(expand, value) for value in values], axis)]
+
+
+@rule("unstack")
+def unstack(builder, equation, value):
+    axis = equation.params["axis"]
+
+    def squeeze(word):
+        return builder.reshape(word, (*word.shape[:axis], *word.shape[axis + 1 :]))
+
+    return [map_keys(squeeze, piece) for piece in cut(value, axis, [1] * value.shape[axis])]
 
 
 @rule("tile")

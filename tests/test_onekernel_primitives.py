@@ -899,6 +899,11 @@ def slices(x, n, flags):
         "column": x[:, 1],
         "concatenate": jnp.concatenate([x[:2, :3], x[3:, 1:], x[2:3, :3]]),
         "concatenate_columns": jnp.concatenate([x, x[:, :1]], axis=1),
+        "stack": jnp.stack([x[:, 0], 2 * x[:, 1], x[:, 2]]),
+        "stack_columns": jnp.stack([x, -x], axis=1),
+        "stack_scalars": jnp.stack([n[0], n[3]]),
+        "unstack": jnp.unstack(x)[1],
+        "unstack_columns": jnp.unstack(x, axis=1)[2],
         "append_constant": jnp.append(n, 9),
         "of_bools": jnp.concatenate([flags, ~flags[1:3]]),
         "pad": jnp.pad(n, (1, 2)),
@@ -1679,6 +1684,7 @@ def random_numbers(key, n, two):
     folded = jax.random.fold_in(key, n)
     return {
         "split": jax.random.split(key),
+        "stacked": jnp.stack([first, third]),
         "split_many": jax.random.split(key, (2, 3)),
         "fold_in": folded,
         "fold_in_constant": jax.random.fold_in(key, 7),
