@@ -470,7 +470,8 @@ def test_rewards_at_their_best():
         action_before=[1.0] + 11 * [0.0],
         foot_height=[0.08, 0.0],
         foot_velocity=np.zeros((2, 3)),
-        stance=[False, True],
+        contact=[True, True],
+        stance=[False, True],  # the clock does not count while it stands
         clearance=[0.0, 0.0],
         capture_error=0.0,
     )
@@ -492,15 +493,21 @@ def test_an_error_costs_more_at_low_speed():
 
 def test_who_is_told_to_stand_keeps_still_while_it_can():
     """Balanced, it pays for lifted feet by their height up to 3 cm, and earns the more, the nearer its joints are to
-    the default pose; about to fall, it may step as it likes, and pays by the way to where a step would hold it."""
-    bent = DEFAULT + 0.1 * np.eye(12)[0]
-    balanced = motion(command=[0.0] * 3, clearance=[0.015, 0.05], capture_error=0.0, angles=bent)
+    the default pose; about to fall, it is to step by the clock, and pays by the way to where a step would hold it."""
+    changes = {"angles": DEFAULT + 0.1 * np.eye(12)[0], "stance": [False, True]}
+    balanced = motion(
+        command=[0.0] * 3,
+        clearance=[0.015, 0.05],
+        capture_error=0.0,
+        contact=[False, True],
+        **changes,
+    )
     falling = balanced.replace(capture_error=jnp.array(0.2))
     by_hand = {
         "lifted_standing": (0.015 + 0.03, 0),
         "capture": (0, 0.2),
-        "gait": (1 - 1, 1),
-        "swing_height": (0, 0),
+        "gait": (1 - 1, 1 + 1),
+        "swing_height": (0, 0.03**2),
         "standing_pose": (math.exp(-(0.01 / 12) / 0.01), 0),
     }
     for name, values in by_hand.items():
@@ -510,7 +517,7 @@ def test_who_is_told_to_stand_keeps_still_while_it_can():
             )
     walking = unitree.unweighted_terms(ROBOT, falling.replace(command=jnp.array([0.5, 0, 0])))
     assert (
-        walking["gait"] == 0
+        walking["gait"] == 2
         and walking["capture"] == walking["lifted_standing"] == walking["standing_pose"] == 0
     )
     assert (
@@ -817,7 +824,7 @@ def test_worlds_move_alone_as_they_do_together(step, advanced, moments):
         "accelerations": (qvel[:, 6:] - np.float64(state.data.qvel[:, 6:])) / 0.02,
         "action": action,
         "action_before": info["action"],
-        "stance": (ticks < 22) | stands,
+        "stance": ticks < 22,
         "flight": np.zeros((WORLDS, 2)),
         **readings,
     }

@@ -502,7 +502,7 @@ def random_motions(robot: unitree.Robot) -> list[dict]:
                 foot_height=random.uniform(0, 0.2, feet),
                 foot_velocity=random.normal(0, 0.5, (feet, 3)),
                 contact=contact,
-                stance=(random.random(feet) < 0.5) | told_to_stand,
+                stance=random.random(feet) < 0.5,
                 flight=contact * random.uniform(0.02, 1, feet) * (random.random(feet) < 0.7),
                 clearance=~contact * random.uniform(0, 0.06, feet),
                 capture_error=must_step * random.uniform(0.01, 0.3),
@@ -517,6 +517,7 @@ def terms_by_hand(robot: unitree.Robot, m: dict) -> dict[str, float]:
     joints, feet = list(robot.joints.values()), range(len(robot.feet))
     told_to_stand = not m["command"].any()
     must_step = m["capture_error"] > 0
+    keeps_still = told_to_stand and not must_step
     asked = math.hypot(*m["command"][:2])
     missed = math.hypot(*(m["command"] - m["velocity"])[:2])
     over_the_limits = bent = hips = 0.0
@@ -529,19 +530,18 @@ def terms_by_hand(robot: unitree.Robot, m: dict) -> dict[str, float]:
         hips += angle**2 if joint.upright else 0
     gait = swing = slip = lifted = air = 0.0
     for foot in feet:
-        gait += 1 if m["contact"][foot] == m["stance"][foot] else -1
+        gait += 1 if m["contact"][foot] == (m["stance"][foot] or keeps_still) else -1
         if m["contact"][foot]:
             slip += sum(m["foot_velocity"][foot] ** 2)
-        elif not told_to_stand:
+        elif not keeps_still:
             swing += (m["foot_height"][foot] - robot.swing_height) ** 2
         lifted += min(m["clearance"][foot], 0.03)
         air += m["flight"][foot] - 0.5 if m["flight"][foot] else 0
-    keeps_still = told_to_stand and not must_step
     return {
         "track_velocity": math.exp(-(missed**2) / (0.04 + 0.21 * min(asked, 1))),
         "track_yaw": math.exp(-((m["command"][2] - m["rates"][2]) ** 2) / 0.25),
         "alive": 1,
-        "gait": len(feet) / 2 if told_to_stand and must_step else gait,
+        "gait": gait,
         "swing_height": swing,
         "stance_slip": slip,
         "vertical_velocity": m["velocity"][2] ** 2,
