@@ -523,7 +523,6 @@ ROBOTS = {
         gait_offsets=(0.0, 0.5),
         stance_share=0.55,
         swing_height=0.08,
-        total_timesteps=12_000_000,
     ),
     # Waist and arms move, too. mjlab's motors and gains; Playground's pose.
     "g1_29dof": Robot(
