@@ -56,5 +56,5 @@ def test_installed_in_an_empty_environment(tmp_path):
     done = subprocess.run(
         [python, "-c", strict + told], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    version, shape = done.stdout.strip().splitlines()
+    version, *_, shape = done.stdout.strip().splitlines()  # MJX says that it has no Warp
     assert version.startswith(f"{onekernel.__version__} {tmp_path}") and shape == "(4096, 1)"
