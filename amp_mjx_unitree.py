@@ -17,7 +17,7 @@
 """PPO with an adversarial motion prior (AMP) for Unitree's legged robots, on MuJoCo XLA (MJX).
 
     python amp_mjx_unitree.py --robot g1           on the reference that ships, of the G1's legs
-    python amp_mjx_unitree.py --motion FILE...     in the style of your own motions
+    python amp_mjx_unitree.py --motion FILE...     in the style of your own reference
     python amp_mjx_unitree.py --resume runs/NAME   continue a stopped run, bit for bit
     python amp_mjx_unitree.py --evaluate runs/NAME test its policy in C MuJoCo, in Unitree's loop
     python amp_mjx_unitree.py --smoke              check the installation on this machine
@@ -27,7 +27,7 @@ discriminator, which learns to tell the robot's motion from a reference. The rob
 following its command, and for motion that the discriminator takes for the reference's.
 
 The robot's body is an MJCF file in the folder robots/ beside this file, and the reference one in
-robots/motions/. The science comes first, and is all that learning to walk needs:
+robots/motions/. The science comes first:
 
     1 settings       6 environment        11 advantages
     2 robots         7 statistics         12 loss and update
@@ -39,10 +39,11 @@ After it come 15 motion files, 16 evaluation, 17 log and files, 18 command line,
 
 Shapes: T = num_steps, N = worlds on this device, B = T * N, M = num_minibatches, O = observation
 size, J = number of joints, A = action size = number of joints that are not held, F = number of
-feet, S = spheres under a foot, K = size of a frame, which is what the discriminator sees of one
-moment, W = num_frames, the frames of a window, C = number of clips, L = their frames in all. A
-record describes one world; its fields are [T, N, ...] in a rollout, [B, ...] in a batch and
-[B / M, ...] in a minibatch.
+feet, S = spheres under a foot. A record describes one world; its fields are [T, N, ...] in a
+rollout, [B, ...] in a batch and [B / M, ...] in a minibatch. Of the motion prior: K = size of a
+frame, which is what the discriminator sees of one moment, W = num_frames, the frames of a window,
+R = windows in the replay of this device, b = windows in a discriminator's step, C = number of
+clips, L = their poses in all, X = those of them that follow a new command; T = poses of one clip.
 
 Motion prior: Peng et al., arXiv:2104.02180. Robots, observation, gains and rewards follow
 unitreerobotics/unitree_rl_gym (276801e); names follow CleanRL. All metrics and flags are explained
@@ -160,7 +161,7 @@ class WorldArgs:
     """factor of the noise on the actor's observation"""
     push_speed: NonNegative = 0.8
     """largest sudden change of the base's horizontal velocity, m/s along each axis"""
-    push_every: Seconds = 4.0
+    push_every: Seconds = 3.0
     """mean seconds between pushes; each control step has the same chance of one"""
     friction: Annotated[tuple[float, float], Range(0.01, 10)] = (0.4, 1.25)
     """range of the feet's sliding friction"""
@@ -224,7 +225,8 @@ class Args(WorldArgs):
     # The environment, besides what WorldArgs holds
     curriculum: Fraction = 0.3
     """share of the training in which noise, pushes and randomisation can reach their full strength;
-    it grows while commands are followed well, and falls otherwise; 0: full from the start"""
+    it grows while commands are followed well and few episodes are lost, and falls otherwise; 0: full
+    from the start"""
 
     # The motion prior
     motion: tuple[str, ...] = ()
@@ -246,7 +248,7 @@ class Args(WorldArgs):
     disc_hidden_sizes: tuple[int, ...] = (256, 128)
     """widths of the discriminator's ELU layers"""
     grad_penalty: NonNegative = 10.0
-    """weight of the penalty on the discriminator's slope at the reference"""
+    """weight of the penalty on the discriminator's slope at the reference; halved, as in the paper"""
     head_decay: NonNegative = 0.01
     """weight of the penalty on the squared weights of the discriminator's last layer"""
     replay_size: Count = 131072
@@ -259,7 +261,7 @@ class Args(WorldArgs):
     clone_batch_size: Count = 256
     """frames of the reference in each of them"""
     critic_first: Fraction = 0.02
-    """share of the training in which the critic alone learns, as it would mislead that copy"""
+    """share of the training in which the actor waits for the critic, which would mislead that copy"""
     critic_learning_rate: NonNegative = 1e-3
     """the critic's step size, which nothing adapts: it starts from nothing, unlike the actor"""
 
@@ -987,7 +989,7 @@ def in_mirror(args: Args, command):
     return args.mirror & right
 
 
-# ---- 4. Motions ----------------------------------------------------------------------------------
+# ---- 4. Reference ----------------------------------------------------------------------------------
 def velocity_between(before, after, dt: float, xp=jnp):
     """The mean velocity [..., 6 + J] that takes one pose to another, both [..., 7 + J], in dt s.
 
@@ -1035,55 +1037,250 @@ def describe_frame(qpos, qvel, feet, command=None, xp=jnp):
 
 
 @struct.dataclass
-class Motions:
-    """The reference, a frame each control step: all clips, one after the other.
+class Reference:
+    """All clips, one after the other, a pose each control step. Of the poses of a clip:
 
-    `load_motions`, below among the files, makes it.
+        i-1 --(target i, command i)--> i --(target i+1, command i+1)--> i+1
+
+    In pose i the actor sees command i+1, which has been given by then, and the action of target i;
+    what it has to do is the action of target i+1. Frame i tells command i.
     """
 
     qpos: jax.Array  # [L, 7 + J]
     qvel: jax.Array  # [L, 6 + J] in each pose: the mean of the ways to it and from it
     frame: jax.Array  # [L, K]
-    command: jax.Array  # [L, 3] on the way to each pose, as its file tells or by `command_of`
-    obs: jax.Array  # [L, O] what the actor would see, without noise
-    action: jax.Array  # [L, A] that leads to the next frame: see `resample`
-    action_before: jax.Array  # [L, A] that led to this one; in no mirror, unlike the other two
-    first: jax.Array  # [C] int32, number of each clip's first frame
-    length: jax.Array  # [C] int32, frames in it
-    chance: jax.Array  # [C] that one of the clips up to this one is drawn
-    onsets: jax.Array  # [M] int32, frames soon after a new command; without any, all of a clip
+    command_seen: jax.Array  # [L, 3] as the clip's file tells, or by `command_of`
+    # [L, O] what the actor would see, without noise, and [L, A] what it would do; both in the
+    # mirror where `in_mirror` says so.
+    obs: jax.Array
+    action: jax.Array
+    action_before: jax.Array  # [L, A] that led to this pose, in no mirror
+    first: jax.Array  # [C] int32, number of each clip's first pose
+    length: jax.Array  # [C] int32, poses in it
+    cumulative_chance: jax.Array  # [C] that one of the clips up to this one is drawn
+    onsets: (
+        jax.Array
+    )  # [X] int32, poses soon after a new command; none where no file tells commands
+    onset_chance: jax.Array  # [X]
 
 
-def draw_moment(args: Args, motions: Motions, key: jax.Array) -> jax.Array:
+def draw_moment(args: Args, reference: Reference, key: jax.Array) -> jax.Array:
     """The number of a random frame that ends a window, int32 []: a clip by its weight, then a frame.
 
     The whole window is of that clip.
     """
     clip_key, frame_key = jax.random.split(key)
-    clip = (jax.random.uniform(clip_key) >= motions.chance[:-1]).sum()
+    clip = (jax.random.uniform(clip_key) >= reference.cumulative_chance[:-1]).sum()
     earliest = args.num_frames - 1
-    number = jax.random.randint(frame_key, (), earliest, motions.length[clip])
-    return motions.first[clip] + number
+    number = jax.random.randint(frame_key, (), earliest, reference.length[clip])
+    return reference.first[clip] + number
 
 
 ONSET_TIME = 0.3  # s after a new command
 ONSET_SHARE = 0.33
 
 
-def draw_demonstration(args: Args, motions: Motions, key: jax.Array) -> jax.Array:
-    """The number of a frame to copy or to begin in, int32 []: by `draw_moment`, a third of them onsets.
+def draw_moment_or_onset(args: Args, reference: Reference, key: jax.Array) -> jax.Array:
+    """The number of a pose to copy or to begin in, int32 []: by `draw_moment`, a third of them onsets.
 
-    How a motion starts is decided in few frames, which a copy would hardly see otherwise.
+    How a motion starts is decided in few poses, which a copy would hardly see otherwise.
     """
+    if not len(reference.onsets):
+        return draw_moment(args, reference, key)
     moment_key, onset_key, choice_key = jax.random.split(key, 3)
-    onset = jax.random.choice(onset_key, motions.onsets)
+    onset = jax.random.choice(onset_key, reference.onsets, p=reference.onset_chance)
     chosen = jax.random.uniform(choice_key) < ONSET_SHARE
-    return jnp.where(chosen, onset, draw_moment(args, motions, moment_key))
+    return jnp.where(chosen, onset, draw_moment(args, reference, moment_key))
 
 
-def window_at(args: Args, motions: Motions, moment: jax.Array) -> jax.Array:
+def window_at(args: Args, reference: Reference, moment: jax.Array) -> jax.Array:
     """The reference's window [W, K] that ends with the frame of that number."""
-    return motions.frame[moment + jnp.arange(1 - args.num_frames, 1)]
+    return reference.frame[moment + jnp.arange(1 - args.num_frames, 1)]
+
+
+class Clip(NamedTuple):
+    """A motion as a file has it, with the robot's own joints. Files are read in section 15."""
+
+    qpos: np.ndarray  # [T, 7 + J]
+    dt: float  # s between two frames
+    # On the way to each frame; None where nobody knows.
+    targets: np.ndarray | None = None  # [T, J] rad, where the joints were sent
+    command: np.ndarray | None = None  # [T, 3] what the robot was told
+
+
+def resample(robot: Robot, clip: Clip) -> Clip:
+    """The clip at the control rate, with targets. Between two frames joints and base move evenly.
+
+    Targets that the file does not tell are taken to be the pose's angles, ahead by what the
+    controllers' damping takes from their speeds. The weight that joints carry is not in these, so
+    they are a beginning only.
+    """
+    last = len(clip.qpos) - 1
+    steps = math.floor(last * clip.dt / CONTROL_DT + 1e-3)
+    times = np.arange(steps + 1) * (CONTROL_DT / clip.dt)  # in frames
+    before = np.minimum(np.floor(times + 1e-6).astype(int), last - 1)
+    velocity = velocity_between(clip.qpos[:-1], clip.qpos[1:], 1.0, np)
+    poses = clip.qpos[before]
+    for pose, frame, time_since in zip(poses, before, times - before, strict=True):
+        mujoco.mj_integratePos(robot.model, pose, velocity[frame], time_since)
+
+    if clip.targets is None:
+        lead = robot.joint_array("damping") / robot.joint_array("stiffness")  # s
+        targets = poses[:, 7:] + lead * np.gradient(poses[:, 7:], CONTROL_DT, axis=0)
+    else:
+        share = (times - before)[:, None]
+        targets = (1 - share) * clip.targets[before] + share * clip.targets[before + 1]
+    command = clip.command
+    if command is not None:
+        following = np.minimum(np.ceil(times - 1e-6).astype(int), last)
+        command = command[following]  # that on the way to the next frame
+    return Clip(qpos=poses, dt=CONTROL_DT, targets=targets, command=command)
+
+
+def mirror_poses(robot: Robot, qpos: np.ndarray) -> np.ndarray:
+    """Poses [..., 7 + J] as a mirror at y = 0 shows them."""
+    base = qpos[..., :7] * np.array([1, -1, 1, 1, -1, 1, -1])
+    return np.concatenate([base, mirror_joints(robot, qpos[..., 7:])], axis=-1)
+
+
+def mirror_clip(robot: Robot, clip: Clip) -> Clip:
+    """A clip with targets as a mirror at y = 0 shows it."""
+    command = None if clip.command is None else clip.command * np.array([1, -1, -1])
+    return Clip(
+        qpos=mirror_poses(robot, clip.qpos),
+        dt=clip.dt,
+        targets=mirror_joints(robot, clip.targets),
+        command=command,
+    )
+
+
+def trace_feet(robot: Robot, qpos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of poses [T, 7 + J]: the feet [T, F, 3] m in the base's frame, and the soles' heights.
+
+    The latter are [T, F, S] m, of the lowest points of the spheres under the feet.
+    """
+    model = robot.model
+    data = mujoco.MjData(model)
+    bodies, soles = find_feet(robot, model)
+    radius = model.geom_size[soles, 0]
+    feet = []
+    heights = []
+    for pose in qpos:
+        data.qpos = pose
+        mujoco.mj_kinematics(model, data)
+        feet.append(to_base_frame(pose[3:7], data.xpos[bodies] - pose[:3], np))
+        heights.append(data.geom_xpos[soles, 2] - radius)
+    return np.array(feet), np.array(heights)
+
+
+def command_of(args: Args, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
+    """The commands [T, 3] that a robot which moves like this clip seems to follow.
+
+    They are its mean velocity and turn over half a second before and after, in the base's frame,
+    within what is commanded; slow ones are 0, as in Env.draw_command. An episode that begins in the
+    reference has this command at first, so that to go on like the reference is what it is told.
+    """
+    velocity = np.concatenate(
+        [to_base_frame(qpos[:, 3:7], qvel[:, :3], np)[:, :2], qvel[:, 5:6]], axis=1
+    )
+    sums = np.concatenate([np.zeros((1, 3)), velocity.cumsum(axis=0)])
+    half = round(0.5 / CONTROL_DT)
+    moments = np.arange(len(velocity))
+    start = np.maximum(moments - half, 0)
+    end = np.minimum(moments + half + 1, len(velocity))
+    command = (sums[end] - sums[start]) / (end - start)[:, None]
+    command = np.clip(command, *np.array([args.command_x, args.command_y, args.command_yaw]).T)
+    speed = np.linalg.norm(command[:, :2], axis=1)
+    size = np.stack([speed, speed, np.abs(command[:, 2])], axis=1)
+    return np.where(size < MIN_COMMAND, 0.0, command)
+
+
+def demonstrate(
+    args: Args, qpos: np.ndarray, qvel: np.ndarray, command_seen: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the actor would see in each pose of a clip [T, ...], and the action that leads on.
+
+    targets: on the way to each pose. Returns observations [T, O] and actions [T, A].
+    """
+    robot = ROBOTS[args.robot]
+    action_before = robot.actions(targets)
+    action = next_rows(action_before)
+    senses = sense(robot, qpos, qvel, command_seen, action_before, np)
+    obs = observe(seen_parts(robot, "actor"), senses, np)
+    mirrored = in_mirror(args, command_seen)[:, None]
+    obs = np.where(mirrored, mirror_observation(robot, obs, np), obs)
+    return obs, np.where(mirrored, mirror_actions(robot, action), action)
+
+
+def next_rows(rows: np.ndarray) -> np.ndarray:
+    """Each row's next one, and in place of the last row's that row itself: [T, ...] -> [T, ...]."""
+    return np.concatenate([rows[1:], rows[-1:]])
+
+
+def soon_after_a_command(args: Args, command_seen: np.ndarray) -> np.ndarray:
+    """Numbers of a clip's poses in which the actor has seen a new command for less than ONSET_TIME.
+
+    command_seen: [T, 3], recorded. Those by `command_of` jump where they pass MIN_COMMAND, at no
+    moment that the motion knows of.
+    """
+    changed = np.flatnonzero((np.abs(np.diff(command_seen, axis=0)) > 0.1).any(axis=1)) + 1
+    ages = np.arange(round(ONSET_TIME / CONTROL_DT))
+    numbers = (changed[:, None] + ages).ravel()
+    return numbers[(numbers >= args.num_frames - 1) & (numbers < len(command_seen))]
+
+
+def make_reference(args: Args, clips: list[Clip], weights) -> Reference:
+    """The reference of clips as `resample` returns them, each with its weight; NumPy arrays.
+
+    With --mirror each is followed by its mirror image, which is drawn as often.
+    """
+    robot = ROBOTS[args.robot]
+    tables = []  # of a clip or an image: the arrays with a row for each pose
+    onsets = []
+    for clip in clips:
+        for image in [clip, mirror_clip(robot, clip)] if args.mirror else [clip]:
+            # The first pose only tells the velocity of the second one.
+            qpos, targets = image.qpos[1:], image.targets[1:]
+            # On the way to each pose, as in robots' frames; and in it, as simulators have it.
+            mean_qvel = velocity_between(image.qpos[:-1], qpos, CONTROL_DT, np)
+            qvel = (mean_qvel + next_rows(mean_qvel)) / 2
+            told = image.command is not None
+            command = image.command[1:] if told else command_of(args, qpos, mean_qvel)
+            command_seen = next_rows(command)
+            feet, _ = trace_feet(robot, qpos)
+            shown = command if args.disc_command else None
+            if image is clip:
+                # The image shares it, as the networks see both alike. Only under commands straight
+                # on they would not, and the mean of two first feet would be to stand.
+                obs, action = demonstrate(args, qpos, qvel, command_seen, targets)
+            table = {
+                "qpos": qpos,
+                "qvel": qvel,
+                "frame": describe_frame(qpos, mean_qvel, feet, shown, np),
+                "command_seen": command_seen,
+                "obs": obs,
+                "action": action,
+                "action_before": robot.actions(targets),
+            }
+            tables.append(table)
+            none = np.zeros(0, int)
+            onsets.append(soon_after_a_command(args, command_seen) if told else none)
+
+    length = np.array([len(table["qpos"]) for table in tables], np.int32)
+    first = np.cumsum(length, dtype=np.int32) - length
+    weights = np.repeat(np.float64(weights), len(tables) // len(clips))
+    each = [weight / max(len(found), 1) for weight, found in zip(weights, onsets, strict=True)]
+    onset_weight = np.repeat(each, [len(found) for found in onsets])
+    numbers = np.concatenate([start + found for start, found in zip(first, onsets, strict=True)])
+    joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    return Reference(
+        **{name: rows.astype(np.float32) for name, rows in joined.items()},
+        first=first,
+        length=length,
+        cumulative_chance=(np.cumsum(weights) / np.sum(weights)).astype(np.float32),
+        onsets=numbers.astype(np.int32),
+        onset_chance=(onset_weight / max(onset_weight.sum(), 1e-9)).astype(np.float32),
+    )
 
 
 # ---- 5. Rewards ----------------------------------------------------------------------------------
@@ -1609,7 +1806,9 @@ class MLP(nn.Module):
 
 def make_networks(args: Args, env: Env) -> tuple[MLP, MLP]:
     """Actor and critic; they share nothing."""
-    actor = MLP(args.hidden_sizes, env.action_size, gain=0.01)  # the first actions are all noise
+    actor = MLP(
+        args.hidden_sizes, env.action_size, gain=0.01
+    )  # without a copy, first actions are noise
     critic = MLP(args.hidden_sizes, 1, gain=1.0)
     return actor, critic
 
@@ -1802,24 +2001,24 @@ def start_worlds(env_state: State, keys: jax.Array, times_broken: jax.Array) -> 
     )
 
 
-def draw_start(args: Args, motions: Motions, key: jax.Array) -> dict[str, jax.Array]:
+def draw_start(args: Args, reference: Reference, key: jax.Array) -> dict[str, jax.Array]:
     """A moment of the reference, and whether an episode begins there, for Env.reset."""
     moment_key, choice_key = jax.random.split(key)
-    moment = draw_demonstration(args, motions, moment_key)
+    moment = draw_moment_or_onset(args, reference, moment_key)
     return {
         "chosen": jax.random.uniform(choice_key) < args.reference_starts,
-        "qpos": motions.qpos[moment],
-        "qvel": motions.qvel[moment],
-        "window": window_at(args, motions, moment),
-        "command": motions.command[moment],
-        "action": motions.action_before[moment],
+        "qpos": reference.qpos[moment],
+        "qvel": reference.qvel[moment],
+        "window": window_at(args, reference, moment),
+        "command": reference.command_seen[moment],
+        "action": reference.action_before[moment],
     }
 
 
-def reset_worlds(args: Args, env: Env, motions: Motions, keys: jax.Array, level) -> State:
+def reset_worlds(args: Args, env: Env, reference: Reference, keys: jax.Array, level) -> State:
     """The starts of new episodes [N]. keys: [N]; level: []."""
     reset_keys, start_keys = split_keys(keys, 2)
-    starts = jax.vmap(partial(draw_start, args, motions))(start_keys)
+    starts = jax.vmap(partial(draw_start, args, reference))(start_keys)
     levels = jnp.broadcast_to(level, keys.shape)
     return jax.vmap(kernel(env.reset))(reset_keys, levels, starts)
 
@@ -1831,27 +2030,27 @@ CLONE_WEIGHT = 1e9
 
 
 def clone(
-    args: Args, env: Env, motions: Motions, actor: dict, stats: RunningStats, key: jax.Array
+    args: Args, env: Env, reference: Reference, actor: dict, stats: RunningStats, key: jax.Array
 ) -> dict:
     """The actor after behavioural cloning: in the reference's frames it does what led on there.
 
     Observations have the noise that they have in training, the last action among them.
     """
     network, _ = make_networks(args, env)
-    optimizer = optax.adam(optax.cosine_decay_schedule(CLONE_RATE, max(args.clone_updates, 1)))
+    optimizer = optax.adam(optax.cosine_decay_schedule(CLONE_RATE, args.clone_updates))
     last_action = part_slices(env.robot, env.seen["actor"])["action"]
 
     def loss(params: dict, key: jax.Array) -> jax.Array:
         moment_key, noise_key, action_key = jax.random.split(key, 3)
         moment_keys = jax.random.split(moment_key, args.clone_batch_size)
-        moments = jax.vmap(partial(draw_demonstration, args, motions))(moment_keys)
-        obs = motions.obs[moments]
+        moments = jax.vmap(partial(draw_moment_or_onset, args, reference))(moment_keys)
+        obs = reference.obs[moments]
         obs += env.noise * jax.random.uniform(noise_key, obs.shape, minval=-1.0, maxval=1.0)
         shape = obs[:, last_action].shape
         noise = math.exp(args.init_log_std) * jax.random.normal(action_key, shape)
         obs = obs.at[:, last_action].add(noise)
         mean = network.apply(params, normalize(stats, obs))
-        return jnp.square(mean - motions.action[moments]).mean()
+        return jnp.square(mean - reference.action[moments]).mean()
 
     def step(carry, key):
         params, opt_state = carry
@@ -1865,11 +2064,12 @@ def clone(
 
 
 def least_variance(args: Args, env: Env) -> np.ndarray:
-    """Variance of the actor's observation that a reference lacks: [O].
+    """What is added to the variance of the reference's observations: [O].
 
-    It has no noise, and its commands and actions may hardly vary, as on a straight path.
+    With it noise, commands and actions that the reference lacks stay within the normaliser's 10
+    deviations, and so do joints that it hardly moves: also with --obs-noise 0.
     """
-    var = np.square(np.asarray(env.noise)) / 3
+    var = np.square(noise_widths(env.robot, env.seen["actor"])) / 3
     where = part_slices(env.robot, env.seen["actor"])
     low, high = np.array([args.command_x, args.command_y, args.command_yaw]).T
     scale = np.array(env.seen["actor"]["command"].scale)
@@ -1878,7 +2078,7 @@ def least_variance(args: Args, env: Env) -> np.ndarray:
     return var
 
 
-def init_train_state(args: Args, env: Env, motions: Motions, key: jax.Array) -> TrainState:
+def init_train_state(args: Args, env: Env, reference: Reference, key: jax.Array) -> TrainState:
     """The state before the first iteration."""
     keys = jax.random.split(key, 9)
     actor_key, critic_key, net_key, disc_key, shuffle_key, *keys = keys
@@ -1886,7 +2086,7 @@ def init_train_state(args: Args, env: Env, motions: Motions, key: jax.Array) -> 
 
     n = args.num_envs
     level = jnp.float32(0.0 if args.curriculum else 1.0)
-    env_state = reset_worlds(args, env, motions, jax.random.split(reset_key, n), level)
+    env_state = reset_worlds(args, env, reference, jax.random.split(reset_key, n), level)
     # The worlds' clocks start at random, so that their time limits do not come all at once.
     env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.time_limit)
     worlds = start_worlds(env_state, jax.random.split(world_key, n), jnp.zeros(n, jnp.int32))
@@ -1903,11 +2103,11 @@ def init_train_state(args: Args, env: Env, motions: Motions, key: jax.Array) -> 
     if args.clone_updates:
         obs_stats["actor"] = RunningStats(
             count=jnp.float32(CLONE_WEIGHT),
-            mean=motions.obs.mean(axis=0),
-            var=motions.obs.var(axis=0) + least_variance(args, env),
+            mean=reference.obs.mean(axis=0),
+            var=reference.obs.var(axis=0) + least_variance(args, env),
         )
         stats = obs_stats["actor"]
-        params["actor"] = clone(args, env, motions, params["actor"], stats, clone_key)
+        params["actor"] = clone(args, env, reference, params["actor"], stats, clone_key)
     vector, _ = ravel_pytree(params)
     window = env_state.info["window"][0]
     discriminator = make_discriminator(args).init(net_key, window.ravel())
@@ -1963,7 +2163,7 @@ def where_done(done: jax.Array, fresh: Worlds, end: Worlds) -> Worlds:
 
 
 def rollout(
-    args: Args, env: Env, motions: Motions, learner: Learner, worlds: Worlds
+    args: Args, env: Env, reference: Reference, learner: Learner, worlds: Worlds
 ) -> tuple[Worlds, Transition]:
     """num_steps steps of the policy in all worlds, with a fresh reset after each episode.
 
@@ -2006,7 +2206,7 @@ def rollout(
             valid=~broken,
             finished=done & ~broken & (end.episode_length == state.info["elapsed"]),
         )
-        reset = reset_worlds(args, env, motions, reset_key, learner.level)
+        reset = reset_worlds(args, env, reference, reset_key, learner.level)
         fresh = start_worlds(reset, key, end.times_broken)
         return where_done(done, fresh, end), transition
 
@@ -2069,7 +2269,7 @@ class Batch:
 
 
 def actor_learns(args: Args, learner: Learner) -> jax.Array:
-    """Whether the actor learns by now, and not the critic alone: bool []."""
+    """Whether the actor learns by now, and does not wait for the critic: bool []."""
     return learner.iteration >= round(args.critic_first * args.num_iterations)
 
 
@@ -2121,22 +2321,22 @@ def current_learning_rate(args: Args, learner: Learner) -> jax.Array:
     """Adam's step size in this iteration."""
     if args.desired_kl is not None:
         return learner.learning_rate
-    progress = learner.iteration / float(args.num_iterations)  # float: int32 would overflow
-    return jnp.float32(args.learning_rate * (1 - progress))
+    share_done = learner.iteration / float(args.num_iterations)  # float: int32 would overflow
+    return jnp.float32(args.learning_rate * (1 - share_done))
 
 
 def next_learning_rate(
-    args: Args, learning_rate: jax.Array, kl: jax.Array, progress: jax.Array
+    args: Args, learning_rate: jax.Array, kl: jax.Array, share_done: jax.Array
 ) -> jax.Array:
-    """Adam's step size after an iteration whose mean KL divergence was kl, 0 before the actor learns.
+    """Adam's step size after an iteration in which the actor has learnt, with a mean KL divergence of kl.
 
-    progress: share of the training that is done. After rsl_rl, but once an iteration: so many
+    share_done: of the training. After rsl_rl, but once an iteration: so many
     minibatches would drive it to its bounds.
     """
     if args.desired_kl is None:
         return learning_rate
-    desired = args.desired_kl * (1 + progress * (args.final_kl - 1))
-    factor = jnp.where((kl > 0) & (kl < desired / 2), 1.5, 1.0)
+    desired = args.desired_kl * (1 + share_done * (args.final_kl - 1))
+    factor = jnp.where(kl < desired / 2, 1.5, 1.0)
     factor = jnp.where(kl > 2 * desired, 1 / 1.5, factor)
     return jnp.clip(factor * learning_rate, 1e-5, 1e-2)
 
@@ -2144,8 +2344,9 @@ def next_learning_rate(
 def step_sizes(args: Args, learner: Learner, learning_rate: jax.Array) -> jax.Array:
     """Each parameter's step size, as a vector: learning_rate [], but the critic has its own.
 
-    Before `actor_learns` all others are 0: Adam's moments have the actor's gradients by then, as it
-    would otherwise take them for rare ones, and step several times too far at first.
+    Until `actor_learns`, those of actor and log_std are 0. Adam's moments take in their gradients
+    even so: moments of 0 with a count that has grown would make its first steps about three times
+    too large.
     """
     params = learner.params
     rate = jnp.where(actor_learns(args, learner), learning_rate, 0.0)
@@ -2174,8 +2375,8 @@ def update(
     Returns the learner after them, and metrics by tag: means over all minibatches.
     """
     learning_rate = current_learning_rate(args, learner)
-    progress = learner.iteration / float(args.num_iterations)  # float: int32 would overflow
-    ent_coef = args.ent_coef + progress * (args.final_ent_coef - args.ent_coef)
+    share_done = learner.iteration / float(args.num_iterations)  # float: int32 would overflow
+    ent_coef = args.ent_coef + share_done * (args.final_ent_coef - args.ent_coef)
     optimizer = make_optimizer(args)
     vector, unravel = ravel_pytree(learner.params)
     step_size = step_sizes(args, learner, learning_rate)
@@ -2212,10 +2413,11 @@ def update(
         "charts/skipped_in_a_row": skipped.max(),
         "charts/skipped_updates": opt_state.total_notfinite,
     }
+    adapted = next_learning_rate(args, learning_rate, metrics["losses/kl"], share_done)
     learner = learner.replace(
         params=unravel(vector),
         opt_state=opt_state,
-        learning_rate=next_learning_rate(args, learning_rate, metrics["losses/kl"], progress),
+        learning_rate=jnp.where(actor_learns(args, learner), adapted, learning_rate),
         iteration=learner.iteration + 1,
     )
     return learner, metrics
@@ -2292,7 +2494,7 @@ def add_to_replay(
 
 def update_discriminator(
     args: Args,
-    motions: Motions,
+    reference: Reference,
     learner: Learner,
     key: jax.Array,
     replay: jax.Array,
@@ -2310,14 +2512,14 @@ def update_discriminator(
     half = args.disc_batch_size // 2 // jax.lax.axis_size("devices")
     optimizer = make_optimizer(args)
     vector, unravel = ravel_pytree(learner.discriminator)
-    draw_moments = jax.vmap(partial(draw_moment, args, motions))
+    draw_moments = jax.vmap(partial(draw_moment, args, reference))
     loss = jax.grad(discriminator_loss, argnums=1, has_aux=True)
 
     def step(carry, key):
         vector, opt_state = carry
         real_key, fresh_key, old_key = jax.random.split(key, 3)
         moments = draw_moments(jax.random.split(real_key, 2 * half))
-        real = jax.vmap(partial(window_at, args, motions))(moments)
+        real = jax.vmap(partial(window_at, args, reference))(moments)
         new = fresh[jax.random.randint(fresh_key, (half,), 0, len(fresh))]
         old = replay[jax.random.randint(old_key, (half,), 0, filled)]
         real = normalize(learner.frame_stats, real)
@@ -2343,7 +2545,7 @@ def update_discriminator(
 
 
 def update_frame_stats(
-    args: Args, motions: Motions, stats: RunningStats, key: jax.Array, steps: Transition
+    args: Args, reference: Reference, stats: RunningStats, key: jax.Array, steps: Transition
 ) -> RunningStats:
     """The statistics of frames after a rollout: of its frames, and of as many of the reference.
 
@@ -2351,9 +2553,9 @@ def update_frame_stats(
     """
     frames = steps.end.env_state.info["window"][:, :, -1]  # [T, N, K]
     keys = jax.random.split(key, steps.valid.shape)
-    moments = jax.vmap(jax.vmap(partial(draw_moment, args, motions)))(keys)
+    moments = jax.vmap(jax.vmap(partial(draw_moment, args, reference)))(keys)
 
-    both = jnp.concatenate([frames, motions.frame[moments]])
+    both = jnp.concatenate([frames, reference.frame[moments]])
     valid = jnp.concatenate([steps.valid, jnp.ones_like(steps.valid)])
     return update_stats(stats, both, valid)
 
@@ -2476,14 +2678,14 @@ def average_policy(args: Args, learner: Learner) -> dict:
 
 
 def device_iteration(
-    args: Args, env: Env, motions: Motions, state: TrainState
+    args: Args, env: Env, reference: Reference, state: TrainState
 ) -> tuple[TrainState, dict, dict]:
     """Rollout, advantages and updates with one device's worlds.
 
     Returns the next state, metrics over all devices by tag, and this device's black box.
     """
     learner = state.learner
-    worlds, steps = rollout(args, env, motions, learner, state.worlds)
+    worlds, steps = rollout(args, env, reference, learner, state.worlds)
 
     discounted = steps.end.discounted_return
     return_stats = update_stats(learner.return_stats, discounted, steps.valid)
@@ -2499,12 +2701,12 @@ def device_iteration(
     key = jax.random.fold_in(learner.disc_key, learner.iteration)
     key = jax.random.fold_in(key, jax.lax.axis_index("devices"))
     stats_key, disc_key = jax.random.split(key)
-    frame_stats = update_frame_stats(args, motions, learner.frame_stats, stats_key, steps)
+    frame_stats = update_frame_stats(args, reference, learner.frame_stats, stats_key, steps)
 
     window = steps.end.env_state.info["window"]
     windows = window.reshape(-1, *window.shape[2:])  # [T, N, W, K] -> [B, W, K]
     learner, replay, disc_metrics = update_discriminator(
-        args, motions, learner, disc_key, state.replay, windows
+        args, reference, learner, disc_key, state.replay, windows
     )
     learner, metrics = update(args, env, learner, batch)
     in_a_row = "charts/skipped_in_a_row"
@@ -2539,7 +2741,7 @@ def device_iteration(
 
 @partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state")
 def train_iteration(
-    args: Args, env: Env, mesh: Mesh, motions: Motions, state: TrainState
+    args: Args, env: Env, mesh: Mesh, reference: Reference, state: TrainState
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One iteration as one program over the mesh's devices, which all have the whole reference.
 
@@ -2553,7 +2755,7 @@ def train_iteration(
         out_specs=(STATE_SPEC, P(), P("devices")),
         check_vma=False,
     )
-    state, metrics, box = run(motions, state)
+    state, metrics, box = run(reference, state)
     return state, metrics | {"black_box": box}
 
 
@@ -2561,16 +2763,6 @@ def train_iteration(
 
 
 # ---- 15. Motion files ----------------------------------------------------------------------------
-class Clip(NamedTuple):
-    """A motion as a file has it, with the robot's own joints."""
-
-    qpos: np.ndarray  # [T, 7 + J]
-    dt: float  # s between two frames
-    # On the way to each frame; None where nobody knows.
-    targets: np.ndarray | None = None  # [T, J] rad, where the joints were sent
-    command: np.ndarray | None = None  # [T, 3] what the robot was told
-
-
 # The joints of the G1's CSV files. Names of a robot's joints may have "_joint" at their end.
 LEG = ("hip_pitch", "hip_roll", "hip_yaw", "knee", "ankle_pitch", "ankle_roll")
 ARM = (
@@ -2634,7 +2826,11 @@ def read_npz(robot: Robot, file: Path) -> Clip:
                 raise ValueError(f"{len(rows)} rows of {name} for {len(qpos)} frames")
         if "dt" in arrays:
             return Clip(qpos=qpos, dt=float(arrays["dt"]), **told)
+        if "times" not in arrays:
+            raise ValueError("it needs dt or times")
         steps = np.diff(arrays["times"])
+    if len(steps) != len(qpos) - 1:
+        raise ValueError(f"{len(steps) + 1} times for {len(qpos)} frames")
     if not np.allclose(steps, steps.mean(), rtol=0.01):
         raise ValueError("its times are not evenly spaced")
     return Clip(qpos=qpos, dt=float(steps.mean()), **told)
@@ -2686,71 +2882,6 @@ def read_motion(robot: Robot, file: Path) -> Clip:
     return clip
 
 
-def resample(robot: Robot, clip: Clip) -> Clip:
-    """The clip at the control rate, with targets. Between two frames joints and base move evenly.
-
-    Targets that the file does not tell are taken to be the pose's angles, ahead by what the
-    controllers' damping takes from their speeds. The weight that joints carry is not in these, so
-    they are a beginning only.
-    """
-    last = len(clip.qpos) - 1
-    steps = math.floor(last * clip.dt / CONTROL_DT + 1e-3)
-    times = np.arange(steps + 1) * (CONTROL_DT / clip.dt)  # in frames
-    before = np.minimum(np.floor(times + 1e-6).astype(int), last - 1)
-    velocity = velocity_between(clip.qpos[:-1], clip.qpos[1:], 1.0, np)
-    poses = clip.qpos[before]
-    for pose, frame, time_since in zip(poses, before, times - before, strict=True):
-        mujoco.mj_integratePos(robot.model, pose, velocity[frame], time_since)
-
-    if clip.targets is None:
-        lead = robot.joint_array("damping") / robot.joint_array("stiffness")  # s
-        targets = poses[:, 7:] + lead * np.gradient(poses[:, 7:], CONTROL_DT, axis=0)
-    else:
-        share = (times - before)[:, None]
-        targets = (1 - share) * clip.targets[before] + share * clip.targets[before + 1]
-    command = clip.command
-    if command is not None:
-        following = np.minimum(np.ceil(times - 1e-6).astype(int), last)
-        command = command[following]  # that on the way to the next frame
-    return Clip(qpos=poses, dt=CONTROL_DT, targets=targets, command=command)
-
-
-def mirror_poses(robot: Robot, qpos: np.ndarray) -> np.ndarray:
-    """Poses [..., 7 + J] as a mirror at y = 0 shows them."""
-    base = qpos[..., :7] * np.array([1, -1, 1, 1, -1, 1, -1])
-    return np.concatenate([base, mirror_joints(robot, qpos[..., 7:])], axis=-1)
-
-
-def mirror_clip(robot: Robot, clip: Clip) -> Clip:
-    """A clip with targets as a mirror at y = 0 shows it."""
-    command = None if clip.command is None else clip.command * np.array([1, -1, -1])
-    return Clip(
-        qpos=mirror_poses(robot, clip.qpos),
-        dt=clip.dt,
-        targets=mirror_joints(robot, clip.targets),
-        command=command,
-    )
-
-
-def trace_feet(robot: Robot, qpos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of poses [T, 7 + J]: the feet [T, F, 3] m in the base's frame, and the soles' heights.
-
-    The latter are [T, F, S] m, of the lowest points of the spheres under the feet.
-    """
-    model = robot.model
-    data = mujoco.MjData(model)
-    bodies, soles = find_feet(robot, model)
-    radius = model.geom_size[soles, 0]
-    feet = []
-    heights = []
-    for pose in qpos:
-        data.qpos = pose
-        mujoco.mj_kinematics(model, data)
-        feet.append(to_base_frame(pose[3:7], data.xpos[bodies] - pose[:3], np))
-        heights.append(data.geom_xpos[soles, 2] - radius)
-    return np.array(feet), np.array(heights)
-
-
 def check_clip(robot: Robot, qpos: np.ndarray) -> dict[str, float]:
     """What may be wrong with poses [T, 7 + J] at the control rate.
 
@@ -2779,7 +2910,7 @@ def describe_clip(robot: Robot, qpos: np.ndarray) -> str:
     found = check_clip(robot, qpos)
     depth = 1000 * found["penetration"]
     where = (
-        f"{depth:.0f} mm into the floor"
+        f"{max(depth, 0):.0f} mm into the floor"
         if depth > -5
         else f"never nearer than {-depth:.0f} mm to the floor"
     )
@@ -2799,118 +2930,21 @@ def motion_files(args: Args) -> list[Path]:
     return [file]
 
 
-def command_of(args: Args, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
-    """The commands [T, 3] that a robot which moves like this clip seems to follow.
-
-    They are its mean velocity and turn over half a second before and after, in the base's frame,
-    within what is commanded; slow ones are 0, as in Env.draw_command. An episode that begins in the
-    reference has this command at first, so that to go on like the reference is what it is told.
-    """
-    velocity = np.concatenate(
-        [to_base_frame(qpos[:, 3:7], qvel[:, :3], np)[:, :2], qvel[:, 5:6]], axis=1
-    )
-    sums = np.concatenate([np.zeros((1, 3)), velocity.cumsum(axis=0)])
-    half = round(0.5 / CONTROL_DT)
-    moments = np.arange(len(velocity))
-    start = np.maximum(moments - half, 0)
-    end = np.minimum(moments + half + 1, len(velocity))
-    command = (sums[end] - sums[start]) / (end - start)[:, None]
-    command = np.clip(command, *np.array([args.command_x, args.command_y, args.command_yaw]).T)
-    speed = np.linalg.norm(command[:, :2], axis=1)
-    size = np.stack([speed, speed, np.abs(command[:, 2])], axis=1)
-    return np.where(size < MIN_COMMAND, 0.0, command)
-
-
-def demonstrate(
-    args: Args, qpos: np.ndarray, qvel: np.ndarray, command: np.ndarray, targets: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the actor would see in each frame of a clip [T, ...], and the action that leads on.
-
-    command, targets: on the way to each frame. Returns observations [T, O] and actions [T, A].
-    """
+def load_reference(args: Args) -> Reference:
+    """The reference from its files. Says in a line what each of them is."""
     robot = ROBOTS[args.robot]
-    action_before = robot.actions(targets)
-    action = np.concatenate([action_before[1:], action_before[-1:]])
-    command = np.concatenate([command[1:], command[-1:]])  # the next one is observed already
-    senses = sense(robot, qpos, qvel, command, action_before, np)
-    obs = observe(seen_parts(robot, "actor"), senses, np)
-    mirrored = in_mirror(args, command)[:, None]
-    obs = np.where(mirrored, mirror_observation(robot, obs, np), obs)
-    return obs, np.where(mirrored, mirror_actions(robot, action), action)
-
-
-def soon_after_a_command(args: Args, command: np.ndarray) -> np.ndarray:
-    """Numbers of a clip's frames in which the actor has seen a new command for less than ONSET_TIME.
-
-    command: [T, 3] on the way to each frame; the actor sees that on the way to the next one.
-    Commands by `command_of` change slowly, and have none.
-    """
-    changed = np.flatnonzero((np.abs(np.diff(command, axis=0)) > 0.1).any(axis=1))
-    ages = np.arange(round(ONSET_TIME / CONTROL_DT))
-    numbers = (changed[:, None] + ages).ravel()
-    return numbers[(numbers >= args.num_frames - 1) & (numbers < len(command))]
-
-
-def load_motions(args: Args) -> Motions:
-    """The reference from its files, as NumPy arrays. Says in a line what each of them is."""
-    robot = ROBOTS[args.robot]
+    ranges = np.array([args.command_x, args.command_y, args.command_yaw])
     clips = []
-    weights = []
-    files = motion_files(args)
-    for number, file in enumerate(files):
+    for file in motion_files(args):
         clip = resample(robot, read_motion(robot, file))
         say(f"{file}: {describe_clip(robot, clip.qpos)}")
-        images = [clip, mirror_clip(robot, clip)] if args.mirror else [clip]
-        weight = args.motion_weights[number] if args.motion_weights else len(clip.qpos)
-        clips += images
-        weights += [weight] * len(images)
-
-    # A clip's first pose only tells the velocity of its second one.
-    qpos = [clip.qpos[1:] for clip in clips]
-    targets = [clip.targets[1:] for clip in clips]
-    # On the way to each pose, as robots' frames have it; and in it, as simulators do.
-    mean_qvel = [velocity_between(clip.qpos[:-1], clip.qpos[1:], CONTROL_DT, np) for clip in clips]
-    qvel = [(speeds + np.concatenate([speeds[1:], speeds[-1:]])) / 2 for speeds in mean_qvel]
-    commands = [
-        command_of(args, poses, speeds) if clip.command is None else clip.command[1:]
-        for clip, poses, speeds in zip(clips, qpos, mean_qvel, strict=True)
-    ]
-    frames = [
-        describe_frame(
-            poses,
-            speeds,
-            feet=trace_feet(robot, poses)[0],
-            command=command if args.disc_command else None,
-            xp=np,
-        )
-        for poses, speeds, command in zip(qpos, mean_qvel, commands, strict=True)
-    ]
-    demos = [demonstrate(args, *clip) for clip in zip(qpos, qvel, commands, targets, strict=True)]
-    if args.mirror:
-        # The networks see an image as its clip, except under commands straight on, which have no
-        # side: there an image steps with the other foot, and the mean of both is to stand.
-        demos = [demo for demo in demos[::2] for _ in range(2)]
-    length = np.array([len(poses) for poses in qpos], np.int32)
-    chance = np.cumsum(weights) / np.sum(weights)
-    first = np.cumsum(length, dtype=np.int32) - length
-    onsets = [
-        start + soon_after_a_command(args, rows)
-        for start, rows in zip(first, commands, strict=True)
-    ]
-    onsets = np.concatenate(onsets).astype(np.int32)
-    return Motions(
-        qpos=np.concatenate(qpos).astype(np.float32),
-        qvel=np.concatenate(qvel).astype(np.float32),
-        frame=np.concatenate(frames).astype(np.float32),
-        command=np.concatenate(commands).astype(np.float32),
-        obs=np.concatenate([obs for obs, _ in demos]).astype(np.float32),
-        action=np.concatenate([action for _, action in demos]).astype(np.float32),
-        action_before=np.concatenate([robot.actions(rows) for rows in targets]).astype(np.float32),
-        first=first,
-        onsets=onsets if len(onsets) else np.arange(args.num_frames - 1, length[0], dtype=np.int32),
-        length=length,
-        chance=chance.astype(np.float32),
-    )
+        if clip.command is not None:
+            outside = (clip.command < ranges[:, 0] - 1e-6) | (clip.command > ranges[:, 1] + 1e-6)
+            if share := outside.any(axis=1).mean():
+                names = "--command-x, --command-y, --command-yaw"
+                say(f"{file}: {share:.0%} of its commands are beyond {names}, and stay as they are")
+        clips.append(clip)
+    return make_reference(args, clips, args.motion_weights or [len(clip.qpos) for clip in clips])
 
 
 # ---- 16. Evaluation ------------------------------------------------------------------------------
@@ -3865,14 +3899,18 @@ class Programs:
     """What `train` runs, compiled."""
 
     env: Env
-    motions: Motions
+    reference: Reference
     state: TrainState  # before the first iteration
-    iterate: Any  # motions, state -> state, metrics
+    iterate: Any  # reference, state -> state, metrics
     facts: dict  # of the compilation and the memory, for run.json
 
 
-def build(args: Args, mesh: Mesh, motions: Motions) -> Programs:
-    """Compile all programs of a run, and run the first: the state before training."""
+def build(args: Args, mesh: Mesh, reference: Reference, is_new: bool) -> Programs:
+    """Compile all programs of a run, and run the first: the state before training.
+
+    is_new: whether that state is where training begins. If a checkpoint takes its place, or another
+    run's policy, there is nothing to clone.
+    """
     slowly = "" if onekernel else "; without the folder onekernel beside it, XLA's slow physics"
     say(f"building {args.robot} for {mesh.size} x {mesh.devices[0].device_kind}{slowly}")
     env = Env(args)
@@ -3880,8 +3918,9 @@ def build(args: Args, mesh: Mesh, motions: Motions) -> Programs:
 
     shardings = jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
     init = jax.jit(init_train_state, static_argnames=("args", "env"), out_shardings=shardings)
-    motions = jax.device_put(motions, NamedSharding(mesh, P()))
-    init = init.lower(args, env, motions, key)
+    reference = jax.device_put(reference, NamedSharding(mesh, P()))
+    init_args = args if is_new else dataclasses.replace(args, clone_updates=0)
+    init = init.lower(init_args, env, reference, key)
 
     def shape(sharding, tree):
         return jax.tree.map(
@@ -3900,8 +3939,8 @@ def build(args: Args, mesh: Mesh, motions: Motions) -> Programs:
     quickly = {"xla_backend_optimization_level": 0} if is_cpu else None
     with ThreadPoolExecutor() as pool:  # XLA compiles one program while JAX traces the next
         init = pool.submit(init.compile, compiler_options=quickly)
-        iterate = train_iteration.lower(args, env, mesh, motions, shapes).compile()
-        state = init.result()(motions, key)
+        iterate = train_iteration.lower(args, env, mesh, reference, shapes).compile()
+        state = init.result()(reference, key)
 
     memory = iterate.memory_analysis()  # of one device
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -3913,7 +3952,7 @@ def build(args: Args, mesh: Mesh, motions: Motions) -> Programs:
     }
     check_memory(mesh, facts["peak_bytes"])
     say("compiled: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-    return Programs(env=env, motions=motions, state=state, iterate=iterate, facts=facts)
+    return Programs(env=env, reference=reference, state=state, iterate=iterate, facts=facts)
 
 
 # shared: run_facts
@@ -4003,18 +4042,18 @@ def describe_run(args: Args, mesh: Mesh, model: mujoco.MjModel) -> dict:
 # end shared
 
 
-def motions_digest(motions: Motions) -> str:
+def reference_digest(reference: Reference) -> str:
     """A digest of the whole reference, and of how often each clip is drawn."""
     digest = hashlib.sha256()
-    for array in vars(motions).values():
+    for array in vars(reference).values():
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]
 
 
-def tell_motion_changes(run_dir: Path, motions: Motions) -> None:
+def tell_reference_changes(run_dir: Path, reference: Reference) -> None:
     """Say in a line if the reference is not the one that the run has had."""
-    then = json.loads((run_dir / "run.json").read_text()).get("motions")
-    if then and then != motions_digest(motions):
+    then = json.loads((run_dir / "run.json").read_text()).get("reference")
+    if then and then != reference_digest(reference):
         say("the reference has changed since the run began: the files of --motion")
 
 
@@ -4031,7 +4070,7 @@ def train_loop(
     checkpoint_every = args.cadence(args.checkpoint_every)
     pending = None  # an iteration and its metrics, read one iteration late: no device waits
     while iteration < args.num_iterations and not stop_wanted(stops, iteration):
-        state, metrics = programs.iterate(programs.motions, state)
+        state, metrics = programs.iterate(programs.reference, state)
         iteration += 1
         if pending:
             log.write(*pending)
@@ -4066,7 +4105,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     Returns the run's folder and its policy.
     """
     check_log(args)
-    motions = load_motions(args)
+    reference = load_reference(args)
     stops = listen()
     resuming = run_dir is not None
     if args.capture_video:  # better to fail now than after training
@@ -4081,15 +4120,20 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     args = dataclasses.replace(args, num_devices=mesh.size, **call_flags(Args))
     run_dir = open_run_dir(args, run_dir)
 
-    programs = build(args, mesh, motions)
+    is_new = not args.init_from and not (resuming and checkpoints(run_dir))
+    programs = build(args, mesh, reference, is_new)
     model = programs.env.robot.model
     if resuming:
         tell_changes(run_dir, model)
-        tell_motion_changes(run_dir, motions)
+        tell_reference_changes(run_dir, reference)
     programs.state = first_state(args, run_dir, resuming, programs.state)
     first = int(programs.state.learner.iteration)
 
-    run = programs.facts | describe_run(args, mesh, model) | {"motions": motions_digest(motions)}
+    run = (
+        programs.facts
+        | describe_run(args, mesh, model)
+        | {"reference": reference_digest(reference)}
+    )
     if not resuming and jax.process_index() == 0:
         with or_fail(f"--runs-dir, --exp-name: {run_dir}"):
             run_dir = make_run_dir(run_dir)
@@ -4154,6 +4198,7 @@ def smoke(args: Args) -> None:
             checkpoint_every=2,
             replay_size=4096,
             replay_added=1024,
+            clone_updates=50,
             runs_dir=folder,
         )
         run_dir, policy = train(short)

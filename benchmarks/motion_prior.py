@@ -10,10 +10,11 @@ Two things are measured, in C MuJoCo at 500 Hz, nothing being random but the sta
 
 - The script's own test: falls, and the mean error of the velocity for each command.
 - The likeness to the reference, which no training optimises as it is measured here. The policy follows the commands
-  that the reference was recorded with. For each joint, the Wasserstein distance between the distributions of its angle
-  (rad) and of its speed (rad/s) in the policy's motion and in the reference; the mean over all joints. And the accuracy
-  of a discriminator that has never rewarded the policy: trained anew on half of both motions, in blocks of 2 s, and
-  tested on the other half; 0.5 if it cannot tell them apart.
+  that the reference was recorded with, and has as much noise on its actions (--noise) as the recording had. For each
+  joint, the Wasserstein distance between the distributions of its angle (rad) and of its speed (rad/s) in the policy's
+  motion and in the reference; the mean over all joints. And the accuracy of a discriminator that has never rewarded the
+  policy: trained anew on half of the commands in both motions, and tested on the other half; 0.5 if it cannot tell them
+  apart. The policy that was recorded, among the policies, shows how near one can come.
 
 Beside them: the frequency of steps and the height of the soles in them while walking, the cost of transport (mean
 power / (weight * mean speed along the command), both while told to go somewhere), slip and jerk. The reference's own
@@ -33,7 +34,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import common
 import jax
 import jax.numpy as jnp
-import mujoco
 import numpy as np
 import optax
 import tyro
@@ -42,7 +42,6 @@ from scipy.stats import wasserstein_distance
 import amp_mjx_unitree as amp
 import ppo_mjx_unitree as plain
 
-BLOCK = 100  # frames, of 2 s
 TRAINED = 3000  # steps of the fresh discriminator
 BATCH = 512
 
@@ -52,11 +51,17 @@ class Args:
     robot: str = "g1"
     policies: tuple[str, ...] = ("without=docs/g1_policy.npz",)
     seeds: tuple[int, ...] = (1, 2, 3)  # of the fresh discriminator
+    noise: float = 0.2  # deviation of what is added to the actions, as by tools/record_motion.py
     smoke: bool = False  # the reference's first 10 s, one start of each command
 
 
 def script_of(label: str) -> ModuleType:
-    return plain if label.startswith("without") else amp
+    """What drives the policy of that label."""
+    if label.startswith("without"):
+        return plain
+    if label.startswith("with"):
+        return amp
+    raise SystemExit(f"--policies {label}: a label begins with `with` or `without`")
 
 
 # ---- Motions ------------------------------------------------------------------------------------
@@ -74,16 +79,21 @@ class Record:
     falls: int = 0
 
 
-def read_reference(robot) -> Record:
-    file = amp.MODELS / "motions" / robot.mjcf.replace(".xml", ".npz")
+def read_reference(name: str) -> Record:
+    robot = amp.ROBOTS[name]
+    file = amp.MODELS / "motions" / f"{name}.npz"
     clip = amp.resample(robot, amp.read_motion(robot, file))
     if clip.command is None:
         raise SystemExit(f"{file}: has no commands; record it with tools/record_motion.py")
     return Record(qpos=clip.qpos, command=clip.command, starts=np.arange(len(clip.qpos)) == 0)
 
 
-def follow(script: ModuleType, robot, policy: dict, command: np.ndarray) -> Record:
-    """The policy's motion on commands [T, 3]. After a fall it stands up at once and goes on."""
+def follow(script: ModuleType, robot, policy: dict, command: np.ndarray, noise: float) -> Record:
+    """The policy's motion on commands [T, 3]. After a fall it stands up at once and goes on.
+
+    noise: deviation of what is added to the actions.
+    """
+    random = np.random.default_rng(1)  # the recording's seed is 0
     original = script.CMujocoEnv(robot)
     original.reset(0)
     memory = script.initial_memory()
@@ -96,7 +106,7 @@ def follow(script: ModuleType, robot, policy: dict, command: np.ndarray) -> Reco
     for now in command:
         starts.append(fallen)
         memory, action = script.act(policy, memory, original.observe(now))
-        row = original.step(action)
+        row = original.step(action + noise * random.standard_normal(action.shape))
         poses.append(original.data.qpos.copy())
         if now[:2].any():
             powers.append(row["power"])
@@ -116,22 +126,9 @@ def follow(script: ModuleType, robot, policy: dict, command: np.ndarray) -> Reco
     )
 
 
-def soles_of(robot, qpos: np.ndarray) -> np.ndarray:
-    """Height of each foot's lowest sole over the floor: [T, F] m."""
-    data = mujoco.MjData(robot.model)
-    _, soles = amp.find_feet(robot, robot.model)
-    radius = robot.model.geom_size[soles[0, 0], 0]
-    heights = np.empty((len(qpos), len(soles)))
-    for row, pose in zip(heights, qpos, strict=True):
-        data.qpos[:] = pose
-        mujoco.mj_kinematics(robot.model, data)
-        row[:] = data.geom_xpos[soles, 2].min(axis=1) - radius
-    return heights
-
-
 def gait(robot, record: Record) -> dict[str, float]:
     """Steps of each foot per second, and how high its sole gets in them, while told to walk."""
-    heights = soles_of(robot, record.qpos)
+    heights = amp.trace_feet(robot, record.qpos)[1].min(axis=-1)  # [T, F] m
     walks = record.command[:, :2].any(axis=1)
     steps = 0
     highest = []
@@ -167,27 +164,29 @@ def joint_distances(mine: Record, reference: Record) -> dict[str, float]:
     return {"angle": mean_distance(*angles), "speed": mean_distance(*speeds)}
 
 
-def frames_of(robot, record: Record) -> np.ndarray:
-    """What a discriminator sees, without the command: pairs of frames [T - 2, 2 * K]."""
+def frames_of(robot, record: Record) -> tuple[np.ndarray, np.ndarray]:
+    """What a discriminator sees, without the command: pairs of frames [N, 2 * K].
+
+    And for each the number of its command, with the moment of standing before it: [N].
+    """
     qvel = amp.velocity_between(record.qpos[:-1], record.qpos[1:], amp.CONTROL_DT, np)
     feet, _ = amp.trace_feet(robot, record.qpos[1:])
     frames = amp.describe_frame(record.qpos[1:], qvel, feet, xp=np)
     jumps = record.starts[1:-1] | record.starts[2:]
-    return np.concatenate([frames[:-1], frames[1:]], axis=1)[~jumps]
-
-
-def split(rows: np.ndarray, random) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train and to test on, in blocks, as neighbours are alike."""
-    block = np.arange(len(rows)) // BLOCK
-    chosen = random.permutation(block[-1] + 1)[: (block[-1] + 1) // 2]
-    trains = np.isin(block, chosen)
-    return rows[trains], rows[~trains]
+    changes = (np.diff(record.command, axis=0) != 0).any(axis=1).cumsum()
+    pairs = np.concatenate([frames[:-1], frames[1:]], axis=1)
+    return pairs[~jumps], (changes[1:] // 2)[~jumps]
 
 
 def fresh_accuracy(robot, mine: Record, reference: Record, seed: int, steps: int) -> float:
-    """How often a discriminator trained on half of both motions is right about the other half."""
+    """How often a discriminator trained on half of the commands is right about the other half."""
     random = np.random.default_rng(seed)
-    halves = [split(frames_of(robot, record), random) for record in (reference, mine)]
+    halves = []
+    for record in (reference, mine):
+        pairs, number = frames_of(robot, record)
+        count = number.max() + 1
+        trains = np.isin(number, random.permutation(count)[: (count + 1) // 2])
+        halves.append((pairs[trains], pairs[~trains]))
     both = np.concatenate([train for train, _ in halves])
     mean, std = both.mean(axis=0), both.std(axis=0) + 1e-6
     real, fake = (jnp.asarray((train - mean) / std) for train, _ in halves)
@@ -229,7 +228,7 @@ def measure(args: Args, label: str, policy: dict, reference: Record) -> dict:
     robot = script.ROBOTS[args.robot]
     with contextlib.redirect_stdout(io.StringIO()):
         test = script.judge(robot, policy)
-    mine = follow(script, robot, policy, reference.command)
+    mine = follow(script, robot, policy, reference.command, args.noise)
     weight = robot.model.body_mass.sum() * 9.81
     steps = 20 if args.smoke else TRAINED
     accuracies = [fresh_accuracy(robot, mine, reference, seed, steps) for seed in args.seeds]
@@ -245,7 +244,7 @@ def measure(args: Args, label: str, policy: dict, reference: Record) -> dict:
 
 
 def main(args: Args) -> None:
-    reference = read_reference(amp.ROBOTS[args.robot])
+    reference = read_reference(args.robot)
     if args.smoke:
         amp.TEST_STARTS = plain.TEST_STARTS = 1
         args.seeds = args.seeds[:1]

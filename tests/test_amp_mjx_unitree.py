@@ -1,4 +1,4 @@
-"""The motion prior: motions by hand, their formats and what is refused, how the reference is drawn,
+"""The motion prior: reference by hand, their formats and what is refused, how the reference is drawn,
 the discriminator by hand, whole runs on a robot without physics, and one step of a real one."""
 
 import dataclasses
@@ -86,8 +86,13 @@ def write(file: Path, qpos: np.ndarray, dt: float = DT) -> str:
     return str(file)
 
 
-def load(*files: str, **settings) -> amp.Motions:
-    return amp.load_motions(dataclasses.replace(SMALL, motion=files, **settings))
+def load(*files: str, **settings) -> amp.Reference:
+    return amp.load_reference(dataclasses.replace(SMALL, motion=files, **settings))
+
+
+def commands(file: str, **settings) -> np.ndarray:
+    """What the frames of a clip, without its image, tell as the command: [L, 3]."""
+    return parts(G1, load(file, mirror=False, **settings).frame)["command"]
 
 
 def parts(robot: amp.Robot, frame: np.ndarray) -> dict[str, np.ndarray]:
@@ -126,27 +131,26 @@ def test_a_glide_at_constant_velocity(tmp_path):
     poses[:, 0] += 0.7 * time
     poses[:, 3:7] = yaw_quat(math.pi / 2)
     poses[:, 7 + 3] += 0.5 * time  # a knee
-    motions = load(write(tmp_path / "glide.npz", poses), mirror=False)
-    assert motions.length.tolist() == [19] and motions.frame.dtype == np.float32
-    seen = parts(G1, motions.frame)
+    reference = load(write(tmp_path / "glide.npz", poses), mirror=False)
+    assert reference.length.tolist() == [19] and reference.frame.dtype == np.float32
+    seen = parts(G1, reference.frame)
     np.testing.assert_allclose(seen["velocity"], np.tile([0, -0.7, 0], (19, 1)), atol=1e-5)
     np.testing.assert_allclose(seen["rates"], 0, atol=1e-6)
     np.testing.assert_allclose(seen["gravity"], np.tile([0, 0, -1], (19, 1)), atol=1e-6)
     np.testing.assert_allclose(seen["height"], G1.model.qpos0[2], atol=1e-6)
     np.testing.assert_allclose(seen["speeds"], np.tile(0.5 * np.eye(12)[3], (19, 1)), atol=1e-4)
     np.testing.assert_allclose(seen["angles"], poses[1:, 7:], atol=1e-6)
-    np.testing.assert_allclose(motions.qvel[:, :3], np.tile([0.7, 0, 0], (19, 1)), atol=1e-5)
-    np.testing.assert_array_equal(seen["command"], motions.command)
+    np.testing.assert_allclose(reference.qvel[:, :3], np.tile([0.7, 0, 0], (19, 1)), atol=1e-5)
     blind = load(write(tmp_path / "glide.npz", poses), mirror=False, disc_command=False)
-    np.testing.assert_array_equal(blind.frame, motions.frame[:, :-3])
+    np.testing.assert_array_equal(blind.frame, reference.frame[:, :-3])
 
 
 def test_a_turn_on_the_spot(tmp_path):
     """Pure yaw: the rate about z, no velocity; the feet stay where they are in the base's frame."""
     poses = stand(G1, 30)
     poses[:, 3:7] = yaw_quat(1.2 * DT * np.arange(30))
-    motions = load(write(tmp_path / "turn.npz", poses), mirror=False)
-    seen = parts(G1, motions.frame)
+    reference = load(write(tmp_path / "turn.npz", poses), mirror=False)
+    seen = parts(G1, reference.frame)
     np.testing.assert_allclose(seen["rates"], np.tile([0, 0, 1.2], (29, 1)), atol=1e-5)
     np.testing.assert_allclose(seen["velocity"], 0, atol=1e-6)
     np.testing.assert_allclose(np.ptp(seen["feet"], axis=0), 0, atol=1e-6)
@@ -272,23 +276,23 @@ def test_the_command_that_a_clip_follows(tmp_path):
     walks[:, 3:7] = yaw_quat(angle)
     walks[:, 0] = np.sin(angle) * 0.6 / 0.5
     walks[:, 1] = (1 - np.cos(angle)) * 0.6 / 0.5 + 0.02 * np.sin(4 * math.pi * time)
-    command = load(write(tmp_path / "walk.npz", walks), mirror=False).command
+    command = commands(write(tmp_path / "walk.npz", walks))
     assert command.shape == (100, 3) and command.dtype == np.float32
     np.testing.assert_allclose(command[30:70], np.tile([0.6, 0, 0.5], (40, 1)), atol=0.03)
 
     runs = stand(G1, 101)
     runs[:, 0] = 2.0 * time
-    command = load(write(tmp_path / "run.npz", runs), mirror=False, command_x=(-0.5, 0.9)).command
+    command = commands(write(tmp_path / "run.npz", runs), command_x=(-0.5, 0.9))
     np.testing.assert_allclose(command, np.tile([0.9, 0, 0], (100, 1)), atol=1e-6)
     creeps = stand(G1, 101)
     creeps[:, 1] = 0.15 * time
     creeps[:, 3:7] = yaw_quat(0.1 * time)
-    assert not load(write(tmp_path / "creep.npz", creeps), mirror=False).command.any()
+    assert not commands(write(tmp_path / "creep.npz", creeps)).any()
 
     # From rest to a walk: half a second before it begins, the command does not know of it yet.
     starts = stand(G1, 101)
     starts[51:, 0] = 0.8 * DT * np.arange(1, 51)
-    command = load(write(tmp_path / "start.npz", starts), mirror=False).command[:, 0]
+    command = commands(write(tmp_path / "start.npz", starts))[:, 0]
     assert not command[:25].any() and command[50] == pytest.approx(0.4, abs=0.03)
     np.testing.assert_allclose(command[75:], 0.8, atol=1e-6)
 
@@ -298,11 +302,13 @@ def test_recorded_commands_are_those_of_the_clip(tmp_path):
     told = np.repeat([[0.5, 0.3, -0.4], [0.0, 0.0, 0.8]], 5, axis=0)
     file = tmp_path / "clip.npz"
     np.savez(file, qpos=stand(G1, 10), targets=stand(G1, 10)[:, 7:], command=told, dt=DT)
-    motions = load(str(file))
-    np.testing.assert_allclose(motions.command[:9], told[1:], rtol=1e-6)
-    np.testing.assert_allclose(motions.command[9:], told[1:] * [1, -1, -1], rtol=1e-6)
-    np.testing.assert_array_equal(parts(G1, motions.frame)["command"], motions.command)
-    seen = motions.obs[:9, amp.part_slices(G1, amp.seen_parts(G1, "actor"))["command"]]
+    reference = load(str(file))
+    command = parts(G1, reference.frame)["command"]
+    np.testing.assert_allclose(command[:9], told[1:], rtol=1e-6)
+    np.testing.assert_allclose(command[9:], told[1:] * [1, -1, -1], rtol=1e-6)
+    for rows in (slice(0, 9), slice(9, 18)):
+        np.testing.assert_array_equal(reference.command_seen[rows][:-1], command[rows][1:])
+    seen = reference.obs[:9, amp.part_slices(G1, amp.seen_parts(G1, "actor"))["command"]]
     np.testing.assert_allclose(np.abs(seen[:, 2]), 0.25 * np.abs([*told[2:, 2], 0.8]), rtol=1e-6)
 
     np.savez(file, qpos=stand(G1, 10), command=told, dt=2 * DT)
@@ -311,7 +317,7 @@ def test_recorded_commands_are_those_of_the_clip(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_actor_begins_as_a_copy_of_the_reference(motions):
+def test_the_actor_begins_as_a_copy_of_the_reference(reference):
     """In the reference's frames it acts as there, though it sees them with noise; without cloning it does not."""
     args = dataclasses.replace(
         SMALL, clone_updates=800, clone_batch_size=64, hidden_sizes=(64,), init_log_std=-2.0
@@ -320,18 +326,20 @@ def test_the_actor_begins_as_a_copy_of_the_reference(motions):
     for updates in (0, 300, 800):
         args = dataclasses.replace(args, clone_updates=updates)
         env = make(Toy, args)
-        learner = run(partial(amp.init_train_state, args, env), motions, jax.random.key(0)).learner
+        learner = run(
+            partial(amp.init_train_state, args, env), reference, jax.random.key(0)
+        ).learner
         stats = learner.obs_stats["actor"]
-        obs = amp.normalize(stats, motions.obs)
+        obs = amp.normalize(stats, reference.obs)
         _, policy = amp.apply_policy(args, env, learner.params, (), obs)
-        error[updates] = float(jnp.square(policy.mean - motions.action).mean())
+        error[updates] = float(jnp.square(policy.mean - reference.action).mean())
         if updates:
-            np.testing.assert_allclose(stats.mean, motions.obs.mean(axis=0), atol=1e-5)
+            np.testing.assert_allclose(stats.mean, reference.obs.mean(axis=0), atol=1e-5)
             assert (np.asarray(stats.var) >= np.asarray(env.noise) ** 2 / 3).all()
             assert stats.count == 1e9
     assert error[300] < 0.5 * error[0]
     # One that always does the reference's mean action would have all of this variance.
-    assert error[800] < 0.75 * motions.action.var(axis=0).mean()
+    assert error[800] < 0.75 * reference.action.var(axis=0).mean()
 
 
 def test_the_critic_learns_first():
@@ -340,7 +348,7 @@ def test_the_critic_learns_first():
     for iteration, learns in ((0, False), (1, False), (2, True)):
         learner = types.SimpleNamespace(iteration=jnp.int32(iteration))
         assert amp.actor_learns(args, learner) == learns
-    for kl, factor in ((0.0, 1.0), (1e-3, 1.5), (0.02, 1.0), (0.2, 1 / 1.5)):
+    for kl, factor in ((0.0, 1.5), (1e-3, 1.5), (0.02, 1.0), (0.2, 1 / 1.5)):
         rate = amp.next_learning_rate(args, jnp.float32(1e-3), jnp.float32(kl), jnp.float32(0.0))
         assert rate == pytest.approx(factor * 1e-3, rel=1e-5)
 
@@ -409,11 +417,11 @@ def test_one_foot_is_first_under_a_command_straight_on(tmp_path):
     poses = stand(G1, 20)
     poses[:, 0] += 0.5 * DT * np.arange(20)
     poses[10:, 7 + 3] += 0.3  # the left knee
-    motions = load(write(tmp_path / "straight.npz", poses))
-    np.testing.assert_array_equal(motions.obs[19:], motions.obs[:19])
-    np.testing.assert_array_equal(motions.action[19:], motions.action[:19])
-    assert not np.allclose(motions.action_before[19:], motions.action_before[:19])
-    assert not np.allclose(motions.frame[19:], motions.frame[:19])
+    reference = load(write(tmp_path / "straight.npz", poses))
+    np.testing.assert_array_equal(reference.obs[19:], reference.obs[:19])
+    np.testing.assert_array_equal(reference.action[19:], reference.action[:19])
+    assert not np.allclose(reference.action_before[19:], reference.action_before[:19])
+    assert not np.allclose(reference.frame[19:], reference.frame[:19])
 
 
 def test_turning_on_the_spot_pays_more_than_standing():
@@ -458,14 +466,14 @@ def test_what_the_actor_sees_of_a_reference(tmp_path):
     poses[:, 1] += 0.3 * time
     poses[:, 7 + 3] += 0.1 + 0.5 * time  # the left knee
     file = write(tmp_path / "left.npz", poses)
-    motions = load(file)
+    reference = load(file)
     image = amp.mirror_clip(G1, amp.resample(G1, amp.read_motion(G1, Path(file))))
     assert image.qpos[-1, 1] == pytest.approx(-0.3 * time[-1])
     right = load(write(tmp_path / "right.npz", image.qpos))
-    for seen in (motions, right):
+    for seen in (reference, right):
         for rows in (slice(0, 19), slice(19, 38)):
-            np.testing.assert_allclose(seen.obs[rows], motions.obs[:19], atol=1e-6)
-            np.testing.assert_allclose(seen.action[rows], motions.action[:19], atol=1e-6)
+            np.testing.assert_allclose(seen.obs[rows], reference.obs[:19], atol=1e-6)
+            np.testing.assert_allclose(seen.action[rows], reference.action[:19], atol=1e-6)
 
     knee = np.eye(12)[3]
     bent = np.outer(0.1 + 0.5 * time[1:], knee)  # rad, from the default pose
@@ -481,42 +489,43 @@ def test_what_the_actor_sees_of_a_reference(tmp_path):
     where = amp.part_slices(G1, amp.seen_parts(G1, "actor"))
     assert by_hand.keys() == where.keys()
     for name, values in by_hand.items():
-        np.testing.assert_allclose(motions.obs[:19, where[name]], values, atol=1e-4)
+        np.testing.assert_allclose(reference.obs[:19, where[name]], values, atol=1e-4)
 
-    np.testing.assert_allclose(motions.action[:18], (bent[1:] + lead) / 0.25, atol=1e-3)
-    np.testing.assert_allclose(motions.action_before[:19], (bent + lead) / 0.25, atol=1e-3)
+    np.testing.assert_allclose(reference.action[:18], (bent[1:] + lead) / 0.25, atol=1e-3)
+    np.testing.assert_allclose(reference.action_before[:19], (bent + lead) / 0.25, atol=1e-3)
     mirrored = ppo_mjx_unitree.mirror_actions(
-        ppo_mjx_unitree.ROBOTS["g1"], motions.action_before[:19]
+        ppo_mjx_unitree.ROBOTS["g1"], reference.action_before[:19]
     )
-    np.testing.assert_allclose(motions.action_before[19:], mirrored, atol=1e-6)
-    targets = G1.targets(motions.action[0], np)
-    np.testing.assert_allclose(G1.actions(targets), motions.action[0], atol=1e-6)
+    np.testing.assert_allclose(reference.action_before[19:], mirrored, atol=1e-6)
+    targets = G1.targets(reference.action[0], np)
+    np.testing.assert_allclose(G1.actions(targets), reference.action[0], atol=1e-6)
 
     # What was recorded counts, where it was.
     recorded = poses[:, 7:] + np.linspace(0, 1, 20)[:, None]
     np.savez(tmp_path / "recorded.npz", qpos=poses, dt=DT, targets=recorded)
-    motions = load(str(tmp_path / "recorded.npz"))
-    np.testing.assert_allclose(motions.action_before[:19], G1.actions(recorded[1:]), atol=1e-5)
-    np.testing.assert_allclose(motions.action[:18], G1.actions(recorded[2:]), atol=1e-5)
+    reference = load(str(tmp_path / "recorded.npz"))
+    np.testing.assert_allclose(reference.action_before[:19], G1.actions(recorded[1:]), atol=1e-5)
+    np.testing.assert_allclose(reference.action[:18], G1.actions(recorded[2:]), atol=1e-5)
 
 
 # ---- The reference on the device -----------------------------------------------------------------
-def labelled(lengths: list[int], chance: list[float]) -> amp.Motions:
+def labelled(lengths: list[int], chance: list[float]) -> amp.Reference:
     """Clips whose frames are (number of the clip, number of the frame)."""
     frames = [[(clip, i) for i in range(length)] for clip, length in enumerate(lengths)]
     frame = jnp.float32(np.concatenate(frames))
-    return amp.Motions(
+    return amp.Reference(
         qpos=frame,
         qvel=frame,
         frame=frame,
-        command=frame,
+        command_seen=frame,
         obs=frame,
         action=frame,
         action_before=frame,
         first=jnp.int32(np.cumsum([0, *lengths[:-1]])),
         length=jnp.int32(lengths),
-        chance=jnp.float32(chance),
+        cumulative_chance=jnp.float32(chance),
         onsets=jnp.int32([3]),
+        onset_chance=jnp.float32([1.0]),
     )
 
 
@@ -524,10 +533,10 @@ def labelled(lengths: list[int], chance: list[float]) -> amp.Motions:
 def test_windows_follow_the_weights_and_stay_in_their_clip(num_frames):
     """Clips are drawn by their chances, their windows alike, and no window crosses a border."""
     args = dataclasses.replace(SMALL, num_frames=num_frames)
-    motions = labelled([10, 5, 300], [0.6, 0.9, 1.0])
+    reference = labelled([10, 5, 300], [0.6, 0.9, 1.0])
 
     def draw(key):
-        return amp.window_at(args, motions, amp.draw_moment(args, motions, key))
+        return amp.window_at(args, reference, amp.draw_moment(args, reference, key))
 
     windows = np.asarray(run(jax.vmap(draw), jax.random.split(jax.random.key(0), 20_000)))
     assert windows.shape == (20_000, num_frames, 2)
@@ -544,30 +553,54 @@ def test_windows_follow_the_weights_and_stay_in_their_clip(num_frames):
 
 
 def test_a_third_of_the_demonstrations_are_onsets():
-    motions = labelled([100], [1.0]).replace(onsets=jnp.int32([7, 8]))
+    reference = labelled([100], [1.0]).replace(
+        onsets=jnp.int32([7, 8]), onset_chance=jnp.float32([0.75, 0.25])
+    )
     keys = jax.random.split(jax.random.key(0), 4000)
-    numbers = run(jax.vmap(partial(amp.draw_demonstration, SMALL, motions)), keys)
+    numbers = run(jax.vmap(partial(amp.draw_moment_or_onset, SMALL, reference)), keys)
     counts = np.bincount(numbers, minlength=100) / 4000
-    np.testing.assert_allclose(counts[[7, 8]], 0.33 / 2 + 0.67 / 99, atol=0.02)
+    by_onset = 0.33 * np.array([0.75, 0.25])
+    np.testing.assert_allclose(counts[[7, 8]], by_onset + 0.67 / 99, atol=0.02)
     assert counts[50:].sum() == pytest.approx(0.67 * 50 / 99, abs=0.03)
 
 
-def test_onsets_are_the_frames_after_a_new_command(tmp_path):
-    """The actor sees a command one frame before it has led to a pose. Without commands all frames count."""
+def test_onsets_are_the_poses_after_a_new_command(tmp_path):
+    """The actor sees a command one pose before it has led to one. Only a file's own commands count."""
     told = np.zeros((60, 3))
     told[31:, 0] = 0.5
-    np.savez(tmp_path / "told.npz", qpos=stand(G1, 60), dt=DT, command=told)
-    motions = load(str(tmp_path / "told.npz"))
-    # Of 59 frames, as the first pose has no velocity; then those of the image.
+    file = str(tmp_path / "told.npz")
+    np.savez(file, qpos=stand(G1, 60), dt=DT, command=told)
+    reference = load(file)
+    # Of 59 poses, as the first one has no velocity; then those of the image.
     first = np.arange(29, 29 + 15)
-    np.testing.assert_array_equal(motions.onsets, [*first, *(59 + first)])
+    np.testing.assert_array_equal(reference.onsets, [*first, *(59 + first)])
     seen = amp.part_slices(G1, amp.seen_parts(G1, "actor"))["command"]
-    assert not motions.obs[28, seen].any() and motions.obs[29, seen].any()
-    still = load(write(tmp_path / "still.npz", stand(G1, 20)))
-    np.testing.assert_array_equal(still.onsets, np.arange(SMALL.num_frames - 1, 19))
+    assert not reference.obs[28, seen].any() and reference.obs[29, seen].any()
+
+    # Where only the motion tells what it follows, no moment is one of a new command.
+    walks = stand(G1, 100)
+    walks[50:, 0] = 0.8 * DT * np.arange(50)
+    walk = write(tmp_path / "walk.npz", walks)
+    assert commands(walk).any()
+    plain = load(walk)
+    assert not len(plain.onsets)
+    keys = jax.random.split(jax.random.key(0), 100)
+    for draw in (amp.draw_moment_or_onset, amp.draw_moment):
+        drawn = run(jax.vmap(partial(draw, SMALL, jax.tree.map(jnp.asarray, plain))), keys)
+        assert drawn.min() < 99 < drawn.max()
+
+    # Each clip's onsets together have the clip's weight, and those without any have none.
+    twice = np.tile(told, (2, 1))
+    np.savez(tmp_path / "twice.npz", qpos=stand(G1, 120), dt=DT, command=twice)
+    files = (file, walk, str(tmp_path / "twice.npz"))
+    both = load(*files, motion_weights=(1.0, 5.0, 3.0), mirror=False)
+    chance = both.onset_chance
+    assert chance[both.onsets < 59].sum() == pytest.approx(0.25)
+    assert chance[both.onsets > 59 + 99].sum() == pytest.approx(0.75)
+    assert len(both.onsets) == 4 * 15
 
 
-def test_a_reference_that_hardly_varies_leaves_room_for_commands_and_actions(motions):
+def test_a_reference_that_hardly_varies_leaves_room_for_commands_and_actions(reference):
     """Where it has one command only, others stay within the normaliser's 10 deviations."""
     env = make(Toy, SMALL)
     least = amp.least_variance(SMALL, env)
@@ -585,11 +618,11 @@ def test_weights_of_files(tmp_path):
     by_length = load(*files)
     assert by_length.length.tolist() == [10, 10, 30, 30]
     assert by_length.first.tolist() == [0, 10, 20, 50]
-    np.testing.assert_allclose(by_length.chance, np.cumsum([11, 11, 31, 31]) / 84, rtol=1e-6)
+    np.testing.assert_allclose(by_length.cumulative_chance, np.cumsum([11, 11, 31, 31]) / 84, rtol=1e-6)
     weighted = load(*files, motion_weights=(3.0, 1.0))
-    np.testing.assert_allclose(weighted.chance, [0.375, 0.75, 0.875, 1.0])
+    np.testing.assert_allclose(weighted.cumulative_chance, [0.375, 0.75, 0.875, 1.0])
     plain = load(*files, motion_weights=(3.0, 1.0), mirror=False)
-    np.testing.assert_allclose(plain.chance, [0.75, 1.0])
+    np.testing.assert_allclose(plain.cumulative_chance, [0.75, 1.0])
 
 
 # ---- The discriminator ---------------------------------------------------------------------------
@@ -626,13 +659,13 @@ def test_two_gaussians_are_told_apart(loss, make_mesh):
     random = np.random.default_rng(0)
     real = (random.standard_normal((500, 3)) + 1.5).astype(np.float32)
     fake = (random.standard_normal((400, 2, 3)) - 1.5).astype(np.float32)
-    motions = labelled([500], [1.0]).replace(frame=jnp.asarray(real))
+    reference = labelled([500], [1.0]).replace(frame=jnp.asarray(real))
     learner = make_learner(args, 3)
 
     def learn(learner, fake):
         replay = jnp.zeros((args.replay_size, 2, 3))
         key = jax.random.key(1)
-        return amp.update_discriminator(args, motions, learner, key, replay, fake)
+        return amp.update_discriminator(args, reference, learner, key, replay, fake)
 
     learner, replay, metrics = run(on_one_device(learn, make_mesh), learner, fake)
     windows = np.stack([real[:-1], real[1:]], axis=1)
@@ -742,57 +775,58 @@ def walk_file(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def motions(walk_file) -> amp.Motions:
+def reference(walk_file) -> amp.Reference:
     return jax.tree.map(jnp.asarray, load(walk_file))
 
 
-def test_frames_of_robot_and_reference_are_the_same(motions):
+def test_frames_of_robot_and_reference_are_the_same(reference):
     """MJX makes of a pose and its velocity what the reader has made of them in C MuJoCo."""
     env = make(Toy, SMALL)
-    numbers = np.setdiff1d(np.arange(10, len(motions.qpos), 10), motions.first)
-    before, after = motions.qpos[numbers - 1], motions.qpos[numbers]
+    numbers = np.setdiff1d(np.arange(10, len(reference.qpos), 10), reference.first)
+    before, after = reference.qpos[numbers - 1], reference.qpos[numbers]
     qvel = amp.velocity_between(before.astype(float), after.astype(float), DT, np)
-    frames = run(jax.vmap(env.frame), after, qvel.astype(np.float32), motions.command[numbers])
-    np.testing.assert_allclose(frames, motions.frame[numbers], atol=1e-4)
+    command = parts(G1, reference.frame[numbers])["command"]
+    frames = run(jax.vmap(env.frame), after, qvel.astype(np.float32), command)
+    np.testing.assert_allclose(frames, reference.frame[numbers], atol=1e-4)
 
 
-def test_episodes_start_in_the_reference(motions):
+def test_episodes_start_in_the_reference(reference):
     """Where they are to, with the window that leads there; the others in the default pose."""
     args = dataclasses.replace(SMALL, num_frames=3, reference_starts=0.3)
     env = make(Toy, args)
 
     def reset(keys):
-        return amp.reset_worlds(args, env, motions, keys, 0.5)
+        return amp.reset_worlds(args, env, reference, keys, 0.5)
 
     state = run(reset, jax.random.split(jax.random.key(0), 400))
     qpos, window = np.asarray(state.data.qpos), np.asarray(state.info["window"])
-    reference = np.isclose(qpos[:, 2:3], np.asarray(motions.qpos)[:, 2]).all(axis=1)
-    assert reference.mean() == pytest.approx(0.3, abs=0.08)
+    chosen = np.isclose(qpos[:, 2:3], np.asarray(reference.qpos)[:, 2]).all(axis=1)
+    assert chosen.mean() == pytest.approx(0.3, abs=0.08)
     assert not qpos[:, :2].any()
-    assert (qpos[~reference, 2] == np.float32(G1.start_height)).all()
-    for place in np.flatnonzero(reference)[:20]:
-        (moment,) = np.flatnonzero((motions.frame == window[place, -1]).all(axis=1))
-        np.testing.assert_array_equal(window[place], motions.frame[moment - 2 : moment + 1])
-        np.testing.assert_array_equal(qpos[place, 2:], motions.qpos[moment, 2:])
-        np.testing.assert_array_equal(state.data.qvel[place], motions.qvel[moment])
-        np.testing.assert_array_equal(state.info["command"][place], motions.command[moment])
-    assert (window[~reference] == window[~reference][:, :1]).all()
+    assert (qpos[~chosen, 2] == np.float32(G1.start_height)).all()
+    for place in np.flatnonzero(chosen)[:20]:
+        (moment,) = np.flatnonzero((reference.frame == window[place, -1]).all(axis=1))
+        np.testing.assert_array_equal(window[place], reference.frame[moment - 2 : moment + 1])
+        np.testing.assert_array_equal(qpos[place, 2:], reference.qpos[moment, 2:])
+        np.testing.assert_array_equal(state.data.qvel[place], reference.qvel[moment])
+        np.testing.assert_array_equal(state.info["command"][place], reference.command_seen[moment])
+    assert (window[~chosen] == window[~chosen][:, :1]).all()
     assert np.asarray(state.info["level"]).min() == 0.5
 
 
 @pytest.fixture(scope="module")
-def rolled(motions, make_mesh):
+def rolled(reference, make_mesh):
     """The start of a run and its first rollout, of worlds of which one is about to break."""
     args = dataclasses.replace(SMALL, task_share=0.3, num_frames=3)
     env = make(Toy, args)
 
     def roll(key):
-        state = amp.init_train_state(args, env, motions, key)
+        state = amp.init_train_state(args, env, reference, key)
         data = state.worlds.env_state.data
         data = data.replace(qvel=data.qvel.at[5, 0].set(jnp.nan))
         env_state = state.worlds.env_state.replace(data=data)
         worlds = state.worlds.replace(env_state=env_state)
-        return state, amp.rollout(args, env, motions, state.learner, worlds)
+        return state, amp.rollout(args, env, reference, state.learner, worlds)
 
     state, (_, steps) = jax.tree.map(as_numpy, run(roll, jax.random.key(0)))
     return args, env, state, steps
@@ -909,7 +943,7 @@ def test_training_logs_and_learns(trained):
     assert learner.frame_stats.count == pytest.approx(4 * 2 * 96, rel=1e-3)
     assert state.replay.shape == (32, 2, 43) and (state.replay != 0).any(axis=(1, 2)).all()
     run = json.loads((run_dir / "run.json").read_text())
-    assert len(run["motions"]) == 16
+    assert len(run["reference"]) == 16
 
 
 def test_resumed_is_uninterrupted(trained, tmp_path, capsys):
@@ -921,7 +955,7 @@ def test_resumed_is_uninterrupted(trained, tmp_path, capsys):
     for file in amp.checkpoints(copy)[:2]:
         file.unlink()
     run = json.loads((copy / "run.json").read_text())
-    run["motions"] = "another one"
+    run["reference"] = "another one"
     (copy / "run.json").write_text(json.dumps(run))
     _, resumed = watched_train(amp.read_run(copy), copy)
     assert "the reference has changed" in capsys.readouterr().out
@@ -930,7 +964,7 @@ def test_resumed_is_uninterrupted(trained, tmp_path, capsys):
 
 # ---- Bad calls -----------------------------------------------------------------------------------
 def bad_files(folder: Path) -> None:
-    """Files that are no motions of the G1, by what is wrong with them."""
+    """Files that are no reference of the G1, by what is wrong with them."""
     good = stand(G1, 20)
     write(folder / "joints.npz", good[:, :-1])
     write(folder / "short.npz", good[:3])
