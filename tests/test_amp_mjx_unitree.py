@@ -618,7 +618,9 @@ def test_weights_of_files(tmp_path):
     by_length = load(*files)
     assert by_length.length.tolist() == [10, 10, 30, 30]
     assert by_length.first.tolist() == [0, 10, 20, 50]
-    np.testing.assert_allclose(by_length.cumulative_chance, np.cumsum([11, 11, 31, 31]) / 84, rtol=1e-6)
+    np.testing.assert_allclose(
+        by_length.cumulative_chance, np.cumsum([11, 11, 31, 31]) / 84, rtol=1e-6
+    )
     weighted = load(*files, motion_weights=(3.0, 1.0))
     np.testing.assert_allclose(weighted.cumulative_chance, [0.375, 0.75, 0.875, 1.0])
     plain = load(*files, motion_weights=(3.0, 1.0), mirror=False)
