@@ -920,7 +920,12 @@ def trained(make_mesh, walk_file, tmp_path_factory):
     make_mesh(2)
     runs = str(tmp_path_factory.mktemp("runs"))
     args = dataclasses.replace(
-        SMALL, motion=(walk_file,), num_devices=2, checkpoint_every=1, runs_dir=runs
+        SMALL,
+        motion=(walk_file,),
+        num_devices=2,
+        checkpoint_every=1,
+        critic_first=0.25,
+        runs_dir=runs,
     )
     return watched_train(args)
 
@@ -937,6 +942,10 @@ def test_training_logs_and_learns(trained):
     for tag in ("reward/task", "reward/style", "charts/accuracy_real", "charts/accuracy_fake"):
         assert all(0 <= event.value <= 1 for event in log.Scalars(tag))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    # The actor waits for one iteration, whose KL divergence of 0 says nothing about its step size.
+    rates = [event.value for event in log.Scalars("charts/learning_rate")]
+    assert rates[1] == rates[0] != rates[2]
+    assert log.Scalars("losses/kl")[0].value == 0
     learner = state.learner
     assert (
         learner.iteration == 4
@@ -974,7 +983,9 @@ def bad_files(folder: Path) -> None:
     write(folder / "quat.npz", good * 0.5)
     write(folder / "dt.npz", good, dt=-0.02)
     np.savez(folder / "lacks.npz", poses=good)
+    np.savez(folder / "untimed.npz", qpos=good)
     np.savez(folder / "uneven.npz", qpos=good, times=np.geomspace(1, 2, 20))
+    np.savez(folder / "times.npz", qpos=good, times=np.arange(7) * DT)
     (folder / "garbage.npz").write_bytes(b"garbage")
     (folder / "garbage.csv").write_text("a,b,c\n")
     (folder / "empty.csv").touch()
@@ -988,6 +999,7 @@ def bad_files(folder: Path) -> None:
 
 FILES = (
     *("joints.npz", "short.npz", "nan.npz", "quat.npz", "dt.npz", "lacks.npz", "uneven.npz"),
+    *("untimed.npz", "times.npz"),
     *(
         "garbage.npz",
         "garbage.csv",
