@@ -131,7 +131,7 @@ def verdict(run: dict[str, Any]) -> str:
     """What run.json says of the script's test at the end of the training."""
     test = run.get("evaluation", {})
     if "passed" not in test:
-        return "not tested: there is no run.json with the result of a test; see --evaluate"
+        return "not tested, as far as is known here; --evaluate tests the policy of a run"
     if test["passed"]:
         return "passed the test"
     marks = [f"{name} {test[name]:.3g}" for name in ("falls", "error", "yaw") if name in test]
@@ -686,7 +686,8 @@ def main(argv: list[str]) -> None:
     if hasattr(source.script, "ROBOTS"):
         args = source.run["args"]
         settings = loop_settings(source.script, source.script.ROBOTS[args["robot"]], args)
-        (folder / "policy.json").write_text(json.dumps(settings, indent=1) + "\n")
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in settings.items()]
+        (folder / "policy.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
         print(f"a loop of your own: policy.json in {folder}")
         print(*write_deployment(source, policy, folder), sep="\n")
         lost = [name for name in old if not (folder / name).exists()]
