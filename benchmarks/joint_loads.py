@@ -5,8 +5,9 @@
 
 The test's commands and starts, without and with its pushes, in C MuJoCo at 500 physics steps a second. A control step
 has ten of them, and who looks once in a control step misses the peaks. Of each joint it tells the largest speed, the
-largest torque, and, where `NO_LOAD_SPEEDS` has the robot, the largest share of the torque that is left at the speed of
-that moment, if it falls linearly from standstill to the no-load speed; torques that brake are not limited by it.
+largest torque, and, where `NO_LOAD_SPEEDS` has the robot, the largest sum of both as shares of their limits at the same
+moment, while the motor drives: up to 1, a motor can do it whose torque falls linearly from standstill to the no-load
+speed. `beyond` is the share of the physics steps in which that sum is over 1 on either side.
 Writes benchmarks/results/NAME.json.
 """
 
@@ -83,9 +84,13 @@ def summarize(robot: unitree.Robot, speeds, torques, no_load: dict[str, float]) 
             "largest_torque": float(limits[own[0]]),
         }
         if kind in no_load:
-            left = np.maximum(1 - speed / no_load[kind], 1e-9) * limits[own[0]]
             drives = speeds[:, own] * torques[:, own] > 0
-            row |= {"no_load_speed": no_load[kind], "share": float((drives * torque / left).max())}
+            both = drives * (torque / limits[own[0]] + speed / no_load[kind])
+            row |= {
+                "no_load_speed": no_load[kind],
+                "both": float(both.max()),
+                "beyond": float((both > 1).any(axis=1).mean()),
+            }
         rows.append(row)
     return rows
 

@@ -617,8 +617,9 @@ def joint_loads() -> str:
         row("largest torque, Nm", calm, "torque", "{:.1f}".format),
         row("with pushes", pushed, "torque", "{:.1f}".format),
         row("its limit", calm, "largest_torque", whole),
-        row("share of what a linear limit leaves", calm, "share", percent),
-        row("with pushes", pushed, "share", percent),
+        row("both at once, of their limits", calm, "both", percent),
+        row("with pushes", pushed, "both", percent),
+        row("physics steps with more than 100%", pushed, "beyond", "{:.3%}".format),
     ]
     header = ["of both legs", *(cells["joint"].replace("_", " ") for cells in calm)]
     return markdown(header, lines) + sources(["joint_loads"])
