@@ -4,6 +4,9 @@ import collections
 import dataclasses
 import importlib.util
 import json
+import re
+import sys
+import time
 import types
 from pathlib import Path
 from xml.etree import ElementTree
@@ -610,6 +613,116 @@ def test_a_policy_that_does_not_fit(tmp_path, capsys, broken):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "does not fit" in error and error.count("\n") == 1
     assert names_in(tmp_path) == RUN_FILES | {"policy.pt"}
+
+
+class Ended(Exception):
+    """The test has seen enough of a loop that goes on for ever."""
+
+
+class Go2:
+    """What a loop of one's own has to do with a robot: our Go2, in which only sleeping takes time.
+
+    It walks forwards, is then told to go too slowly, gets a wild action, and is turned over.
+    """
+
+    WALK, CREEP, WILD, END = 3.0, 7.0, 9.0, 9.5  # s
+
+    def __init__(self, act):
+        self.env = unitree.CMujocoEnv(unitree.ROBOTS["go2"])
+        self.env.reset(0)
+        self.data = self.env.data
+        self.data.qpos[7:] += np.tile([0.0, 0.4, -0.7], 4)  # crouched
+        self.act = act
+        self.seen = []  # time and observation
+        self.sent = []  # time, targets, kp and kd
+        self.walked = None  # m forwards
+
+    def sleep(self, seconds: float) -> None:
+        _, target, kp, kd = self.sent[-1] if self.sent else (0, np.zeros(12), 0, 0)
+        for _ in range(round(seconds / self.env.model.opt.timestep)):
+            torque = kp * (target - self.data.qpos[7:]) - kd * self.data.qvel[6:]
+            self.data.ctrl[:] = np.clip(torque, -23, 23)
+            mujoco.mj_step(self.env.model, self.data)
+
+    def read(self) -> dict[str, np.ndarray]:
+        data = self.data
+        now = unitree.sense(self.env.robot, data.qpos, data.qvel, np.zeros(3), 0, np.array(0), np)
+        command = (0.5, 0, 0) if data.time < self.CREEP else (0.15, 0.1, -0.19)
+        names = "rates", "gravity", "speeds"
+        angles = data.qpos[7:].copy()
+        return {name: now[name] for name in names} | {
+            "angles": angles,
+            "command": np.array(command),
+        }
+
+    def run(self, names: list[str], inputs: dict) -> list[np.ndarray]:
+        """The policy, which takes 4 ms."""
+        self.seen.append((self.data.time, inputs["obs"][0]))
+        self.sleep(0.004)
+        action = self.act(inputs["obs"])
+        return [100 * action] if self.data.time > self.WILD else [action]
+
+    def send(self, target, kp, kd) -> None:
+        self.sent.append((self.data.time, target, kp, kd))
+        if self.data.time > self.WILD + 0.02:
+            self.data.qpos[3:7] = [0.5**0.5, 0.5**0.5, 0, 0]  # on its side
+        if self.data.time > self.END:
+            raise Ended
+
+
+def test_the_loop_on_the_page(tmp_path, monkeypatch):
+    """deploy.md's code, with what export.py writes, in C MuJoCo."""
+    pytest.importorskip("onnx")
+    policy = ROOT / "docs" / "go2_policy.npz"
+    export.main([str(policy), "--robot", "go2", "--out", str(tmp_path)])
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
+    if importlib.util.find_spec("onnxruntime"):
+        onnxruntime = importlib.import_module("onnxruntime")
+        session = onnxruntime.InferenceSession(
+            str(tmp_path / "policy.onnx"), providers=["CPUExecutionProvider"]
+        )
+    else:
+        reference = importlib.import_module("onnx.reference")
+        session = reference.ReferenceEvaluator(str(tmp_path / "policy.onnx"))
+    robot = Go2(lambda obs: session.run(["action"], {"obs": obs})[0])
+
+    made = []
+
+    def make_session(file: str, providers: list[str]) -> Go2:
+        made.append(file)
+        return robot
+
+    runtime = types.SimpleNamespace(InferenceSession=make_session)
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    monkeypatch.setattr(time, "monotonic", lambda: robot.data.time)
+    monkeypatch.setattr(time, "sleep", robot.sleep)
+    monkeypatch.chdir(tmp_path)
+    calls = {"read": robot.read, "send": robot.send, "stopped": lambda: False}
+    with pytest.raises(Ended):
+        exec(code[1], calls)
+    assert made == ["policy.onnx"]
+
+    env = unitree.ROBOTS["go2"]
+    times, targets, stiffness, damping = map(np.array, zip(*robot.sent, strict=True))
+    driven = stiffness.any(axis=1)
+    assert np.abs(np.diff(times[driven])[:-1] - 0.02).max() < 0.0041
+    assert times[driven][-1] == pytest.approx(0.02 * (driven.sum() - 1), abs=0.0041)
+    np.testing.assert_allclose(targets[149], env.joint_array("default"), atol=0.01)
+    assert (targets >= env.limits[:, 0]).all() and (targets <= env.limits[:, 1]).all()
+    wild = targets[driven & (times > robot.WILD)]
+    assert (np.isclose(wild, env.limits[:, 0]) | np.isclose(wild, env.limits[:, 1])).mean() > 0.8
+
+    seen_at, seen = map(np.array, zip(*robot.seen, strict=True))
+    np.testing.assert_allclose(seen[0, -2:], [0, 1], atol=1e-6)
+    walking = (seen_at > robot.WALK) & (seen_at < robot.CREEP)
+    np.testing.assert_allclose(seen[walking][:, 6:9], np.tile([1, 0, 0], (walking.sum(), 1)))
+    assert not seen[seen_at > robot.CREEP + 0.02][:, 6:9].any()
+    np.testing.assert_allclose(seen[6, -2:], [1, 0], atol=1e-6)  # a quarter of 24 steps later
+    assert robot.data.qpos[0] > 1.0, "it has not walked"
+
+    ended = ~driven
+    assert ended[-10:].all() and (damping[ended] > 0).all()
+    assert times[ended][0] < robot.WILD + 0.1
 
 
 def test_what_unitrees_loop_cannot_give(monkeypatch):

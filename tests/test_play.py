@@ -342,6 +342,11 @@ def test_a_policy_without_its_run(tmp_path, capsys):
     for _ in range(100):
         player.step()
     assert player.world.data.qpos[0] > 0.2 and not player.down
+    player.reset()
+    player.command = np.array([unitree.MIN_COMMAND, 0, 0])  # which is why a stroke asks for more
+    for _ in range(100):
+        player.step()
+    assert abs(player.world.data.qpos[0]) < 0.1
     play.tell_changes(source)
     assert not capsys.readouterr().out
 
