@@ -544,14 +544,16 @@ def test_a_dead_stick_is_told(tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnx")
     make_run(tmp_path, "g1")
     run = json.loads((tmp_path / "run.json").read_text())
-    run["args"] |= {"command_x": [0, 1], "command_yaw": [-0.1, 0.1]}
+    run["args"] |= {"command_x": [0.3, 1], "command_yaw": [-0.1, 0.1]}
     (tmp_path / "run.json").write_text(json.dumps(run))
     pretend_torch(monkeypatch, True)
     export.main([str(tmp_path)])
     output = capsys.readouterr().out
-    assert "the stick forwards is dead" in output and "--command-x 0 1" in output
+    assert "the stick forwards is dead" in output and "--command-x 0.3 1" in output
     assert "the stick for turning is dead" in output and "sideways" not in output
     assert yaml.safe_load((tmp_path / "deploy_real.yaml").read_text())["max_cmd"] == [0, 0.4, 0.1]
+    ranges = json.loads((tmp_path / "policy.json").read_text())["command_ranges"]
+    assert ranges == [[0, 1], [-0.4, 0.4], [-0.1, 0.1]]
 
 
 def test_a_policy_without_its_run(tmp_path, monkeypatch, capsys):

@@ -648,7 +648,10 @@ def loop_settings(script: ModuleType, robot, args: dict) -> dict[str, Any]:
         "control_dt": script.CONTROL_DT,
         "gait_ticks": robot.gait_ticks if "clock" in parts else None,
         "min_command": script.MIN_COMMAND,
-        "command_ranges": [args[key] for key in COMMAND_FLAGS],
+        # With 0, to stand, where a training had none.
+        "command_ranges": [
+            [min(low, 0.0), max(high, 0.0)] for low, high in (args[key] for key in COMMAND_FLAGS)
+        ],
     }
 
 

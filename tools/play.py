@@ -36,6 +36,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the accelerator's memory is for training
 
@@ -386,6 +387,11 @@ def find_played(path: Path, script: Path | None, robot: str | None) -> Source:
     if not hasattr(source.script, "CMujocoEnv"):
         fail(f"{path}: {source.script.__name__}.py has no environment in C MuJoCo to play in")
     return source
+
+
+def find_script(run_dir: Path, script: Path | None) -> ModuleType:
+    """The script that made the run, as a module, for tools/record_motion.py."""
+    return find_played(run_dir, script, None).script
 
 
 def main(argv: list[str]) -> None:
