@@ -102,15 +102,16 @@ def read_policy(source: Source) -> dict[str, np.ndarray]:
             policy = dict(arrays)
     except Exception as error:
         fail(f"{file}: no policy that can be read ({type(error).__name__}: {error!s:.200})")
+    robot = None
     try:
         obs_size = len(policy.get("obs_mean", policy["w0"]))
         if hasattr(script, "ROBOTS"):
             robot = script.ROBOTS[source.run["args"]["robot"]]
             obs_size = observation_size(script, robot)
         _, action = script.act(policy, script.initial_memory((1,)), np.zeros((1, obs_size)))
-        if hasattr(script, "ROBOTS") and action.shape[-1] != len(robot.acted):
+        if robot and action.shape[-1] != len(robot.acted):
             raise ValueError(f"{action.shape[-1]} actions, but the robot has {len(robot.acted)}")
-        if "mirror_action" in policy:  # two robots may have as many joints
+        if robot and "mirror_action" in policy:  # two robots may have as many joints
             mirror = script.mirror_actions(robot, np.eye(len(robot.acted)))
             if not np.array_equal(policy["mirror_action"], mirror):
                 raise ValueError("it is of another robot: its mirror exchanges other joints")
