@@ -602,6 +602,29 @@ def walk_tests() -> str:
     return markdown(["command", *tables], rows) + sources(names)
 
 
+def joint_loads() -> str:
+    """Of the joints of both legs: the largest speed and torque of docs/g1_policy.npz in the test."""
+    result = load("joint_loads")
+    calm, pushed = (result[kind]["rows"] for kind in ("calm", "pushed"))
+
+    def row(label: str, rows: list[dict], key: str, text: Callable) -> list[str]:
+        return [label, *(text(cells[key]) for cells in rows)]
+
+    lines = [
+        row("largest speed, rad/s", calm, "speed", "{:.1f}".format),
+        row("with pushes", pushed, "speed", "{:.1f}".format),
+        row("its limit", calm, "no_load_speed", whole),
+        row("largest torque, Nm", calm, "torque", "{:.1f}".format),
+        row("with pushes", pushed, "torque", "{:.1f}".format),
+        row("its limit", calm, "largest_torque", whole),
+        row("both at once, of their limits", calm, "both", percent),
+        row("with pushes", pushed, "both", percent),
+        row("physics steps with more than 100%", pushed, "beyond", "{:.3%}".format),
+    ]
+    header = ["of both legs", *(cells["joint"].replace("_", " ") for cells in calm)]
+    return markdown(header, lines) + sources(["joint_loads"])
+
+
 def g1_ablations() -> str:
     variants = {}
     for row in load("g1_ablations")["rows"]:
@@ -863,6 +886,7 @@ TABLES = {
         walk_time,
         g1_test,
         walk_tests,
+        joint_loads,
         rough_time,
         rough_test,
         rough_speed,

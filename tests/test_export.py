@@ -1,10 +1,15 @@
 """Policies outside the training script: Unitree's own loop, rebuilt here, on our models."""
 
+import collections
 import dataclasses
 import importlib.util
 import json
+import re
+import sys
+import time
 import types
 from pathlib import Path
+from xml.etree import ElementTree
 
 import mujoco
 import numpy as np
@@ -143,12 +148,16 @@ def make_run(folder: Path, name: str) -> dict[str, np.ndarray]:
     return policy
 
 
-def run_unitree_loop(model, height: float, settings: dict, act, steps: int):
+def run_unitree_loop(
+    model, height: float, settings: dict, act, steps: int, command_at=None, delay: int = 0
+):
     """What deploy_mujoco.py does with a configuration and a policy, without its viewer.
 
     It starts with all joints at 0, holds the default pose for the first 10 physics steps, and has
-    a clock that counts physics steps. act: float32 [1, num_obs] -> float32 [1, num_actions].
-    Yields data, the observation, the action and the next targets, `steps` times.
+    a clock that counts 0.02 s for each action. act: float32 [1, num_obs] -> float32 [1,
+    num_actions]; command_at: s -> [3], in place of the configuration's; delay: physics steps from
+    an action to its targets. Yields data, the observation, the action and the next targets, `steps`
+    times.
     """
     data = mujoco.MjData(model)
     data.qpos[2] = height
@@ -159,13 +168,18 @@ def run_unitree_loop(model, height: float, settings: dict, act, steps: int):
     command = np.array(settings["cmd_init"], np.float32)
     action = np.zeros(settings["num_actions"], np.float32)
     target = default
+    late = collections.deque([default] * delay)  # targets on their way
     for i in range(1, steps * settings["control_decimation"] + 1):
-        data.ctrl[:] = (target - data.qpos[7:]) * stiffness - data.qvel[6:] * damping
+        late.append(target)
+        torque = (late.popleft() - data.qpos[7:]) * stiffness - data.qvel[6:] * damping
+        data.ctrl[:] = torque
         mujoco.mj_step(model, data)
         if i % settings["control_decimation"]:
             continue
+        if command_at:
+            command = np.array(command_at(data.time), np.float32)
         w, x, y, z = data.qpos[3:7]
-        phase = 2 * np.pi * (i * settings["simulation_dt"] % 0.8) / 0.8
+        phase = 2 * np.pi * (i // settings["control_decimation"] * 0.02 % 0.8) / 0.8
         obs = np.zeros(settings["num_obs"], np.float32)
         obs[:] = np.concatenate(
             [
@@ -246,6 +260,72 @@ def test_nothing_to_translate_for_robots_of_unitrees_own(name):
     np.testing.assert_array_equal(translation.action, np.eye(CONFIGS[name]["num_actions"]))
 
 
+@pytest.mark.parametrize("by", ["numpy", "torch"])
+def test_slow_commands_become_0(by):
+    """By the rule of Env.draw_command: forwards and to the left together, the turn by itself."""
+    robot = unitree.ROBOTS["g1"]
+    policy = untrained(robot)
+    translation = export.translate(unitree, robot)
+    xp, tensor = np, np.float32
+    if by == "torch":
+        torch = pytest.importorskip("torch")
+
+        def tensor(array):
+            return torch.tensor(np.float32(array))
+
+        xp = export.torch_functions()
+        translation = export.Translation(*map(tensor, translation))
+
+    random = np.random.default_rng(0)
+    obs = random.normal(0, 1, (200, 47)).astype(np.float32)
+    commands = random.uniform(-0.4, 0.4, (200, 3))
+    commands[:5] = [[0.2, 0, 0], [0, -0.2, 0.2], [0.15, 0.15, -0.19], [0.19, 0.0, 0.3], [0, 0, 0]]
+    slow = np.hypot(*commands[:, :2].T) < unitree.MIN_COMMAND
+    slow = np.stack([slow, slow, np.abs(commands[:, 2]) < unitree.MIN_COMMAND], axis=1)
+    assert slow[:5].sum(axis=1).tolist() == [1, 0, 1, 2, 3] and 0.1 < slow.mean() < 0.9
+    scale = [2.0, 2.0, 0.25]
+    obs[:, 6:9] = commands * scale
+    wanted = obs.copy()
+    wanted[:, 6:9] = np.where(slow, 0, commands) * scale
+    ours = {name: tensor(array) for name, array in policy.items()}
+    _, action = export.act_for_unitree(unitree, translation, ours, (), tensor(obs), xp)
+    np.testing.assert_allclose(action, unitree.act(policy, (), wanted)[1], atol=1e-4)
+
+
+# What the robot's loop does otherwise: name -> physics steps of an action, physics steps that
+# targets are late, and the command by time in s.
+ROBOT_LOOPS = {
+    "slow steps": (12.5, 0, lambda now: (0.5, 0, 0)),
+    "late targets": (10, 10, lambda now: (0.5, 0, 0)),
+    "a stop": (10, 0, lambda now: (1.0 if now < 4 else 0.0, 0, 0)),
+    "the other way": (10, 0, lambda now: (1.0 if now < 4 else -0.6, 0, 0)),
+    "all of it": (12.5, 10, lambda now: (1.0 if now < 4 else -0.6, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("loop", ROBOT_LOOPS)
+def test_a_trained_policy_walks_in_the_robots_loop(tmp_path, loop):
+    """Steps of 25 ms by a clock of 20, targets 20 ms late, and sticks that are thrown: no fall."""
+    decimation, delay, command_at = ROBOT_LOOPS[loop]
+    robot = unitree.ROBOTS["g1"]
+    with np.load(ROOT / "docs" / "g1_policy.npz") as file:
+        act = by_numpy("g1", dict(file), tmp_path)
+    settings = export.mujoco_settings(unitree, "g1", tmp_path)
+    settings["simulation_dt"] *= decimation / 10  # a whole number of physics steps
+    model = unitree.load_model(robot, 0.005)
+    steps = round(8 / (settings["simulation_dt"] * 10))
+    rows = run_unitree_loop(
+        model, robot.start_height, settings, act, steps, command_at, round(delay * 10 / decimation)
+    )
+    speeds = []
+    for data, *_ in rows:
+        assert not unitree.has_fallen(robot, data.qpos, np), f"fell after {data.time:.2f} s"
+        speeds.append(unitree.to_base_frame(data.qpos[3:7], data.qvel[:3], np)[0])
+    half = steps // 2
+    assert abs(np.mean(speeds[half // 2 : half]) - command_at(3)[0]) < 0.2
+    assert abs(np.mean(speeds[half + half // 2 :]) - command_at(8)[0]) < 0.2
+
+
 def test_a_trained_policy_walks_in_unitrees_loop(tmp_path):
     """4 s at half a metre a second, from straight legs."""
     robot = unitree.ROBOTS["g1"]
@@ -267,7 +347,7 @@ def test_configurations_are_unitrees(tmp_path, name):
         "mujoco": export.mujoco_settings(unitree, name, tmp_path),
         "real": export.real_settings(unitree, name, tmp_path, args),
     }.items():
-        export.write_yaml(settings, tmp_path / "settings.yaml")
+        export.write_yaml(settings, tmp_path / "settings.yaml", ["run\n1", "key: value"])
         written[kind] = yaml.safe_load((tmp_path / "settings.yaml").read_text())
         assert written[kind] == json.loads(json.dumps(settings))
         assert written[kind]["policy_path"] == str(tmp_path / "policy.pt")
@@ -321,6 +401,19 @@ def test_written_scene_is_our_model(tmp_path, name):
     np.testing.assert_allclose(states[0].qpos, states[1].qpos, atol=1e-5)  # XML rounds to 6 digits
 
 
+@pytest.mark.parametrize("name", LEGGED)
+def test_written_scene_is_for_older_mujocos(tmp_path, name):
+    """MuJoCo 3.2.3 refuses attributes that it does not know; these it has loaded."""
+    robot = unitree.ROBOTS[name]
+    export.write_scene(unitree, robot, tmp_path / "scene.xml")
+
+    def attributes(file: Path) -> set[str]:
+        return {name for element in ElementTree.parse(file).iter() for name in element.attrib}
+
+    known = {"biasprm", "biastype", "ctrlrange", "gainprm"}  # of <general>, for <motor>
+    assert attributes(tmp_path / "scene.xml") <= attributes(unitree.MODELS / robot.mjcf) | known
+
+
 def test_torchscript_keeps_its_memory(tmp_path):
     """A policy that remembers: from call to call, and nothing when it is loaded again."""
     torch = pytest.importorskip("torch")
@@ -335,7 +428,10 @@ def test_torchscript_keeps_its_memory(tmp_path):
     random = np.random.default_rng(0)
     policy = {"w0": random.standard_normal((4, 3))}
     translation = export.Translation(
-        obs=random.standard_normal((5, 4)), action=random.standard_normal((3, 2))
+        obs=random.standard_normal((5, 4)),
+        action=random.standard_normal((3, 2)),
+        command=np.zeros((5, 3)),
+        speeds=np.zeros((3, 3)),
     )
     export.write_torchscript(script, policy, translation, tmp_path / "policy.pt")
     for _ in range(2):
@@ -357,17 +453,66 @@ def pretend_torch(monkeypatch, is_there: bool) -> None:
     monkeypatch.setattr(export, "write_torchscript", lambda *rest: rest[-1].touch())
 
 
+RUN_FILES = {"policy.npz", "run.json"}
+LOOP_FILES = {"policy.onnx", "policy.json"}
+UNITREE_FILES = {"policy.pt", "deploy_mujoco.yaml", "deploy_real.yaml"}
+
+
+def names_in(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
 def test_a_run_folder_becomes_a_deployment(tmp_path, monkeypatch, capsys):
     """The command line: policy, both configurations and, where Unitree's is uncertain, a model."""
     pytest.importorskip("onnx")
     make_run(tmp_path, "g1_29dof")
     pretend_torch(monkeypatch, True)
     export.main([str(tmp_path)])
-    assert "policy.pt" in capsys.readouterr().out
-    names = {"policy.onnx", "policy.pt", "deploy_mujoco.yaml", "deploy_real.yaml", "scene.xml"}
-    assert names | {"policy.npz", "run.json"} == {file.name for file in tmp_path.iterdir()}
+    output = capsys.readouterr().out
+    assert "policy.pt" in output and "not tested" in output and "removed" not in output
+    assert names_in(tmp_path) == RUN_FILES | LOOP_FILES | UNITREE_FILES | {"scene.xml"}
     settings = yaml.safe_load((tmp_path / "deploy_mujoco.yaml").read_text())
     assert settings["xml_path"] == str(tmp_path / "scene.xml") and settings.keys() == MUJOCO_KEYS
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ({"passed": True, "falls": 0, "error": 0.04, "yaw": 0.1}, "passed the test"),
+        (
+            {"passed": False, "falls": 3, "error": 0.2, "yaw": 0.1},
+            "FAILED the test: falls 3, error",
+        ),
+        (None, "not tested"),
+    ],
+)
+def test_what_the_policy_is_worth_is_told(tmp_path, monkeypatch, capsys, result, words):
+    """On the screen and in both configurations, beside run, robot and commit."""
+    pytest.importorskip("onnx")
+    make_run(tmp_path, "g1")
+    run = json.loads((tmp_path / "run.json").read_text()) | {"commit": "abcdef0"}
+    run |= {"evaluation": result} if result else {}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    pretend_torch(monkeypatch, True)
+    export.main([str(tmp_path)])
+    assert words in capsys.readouterr().out
+    for name in "deploy_mujoco.yaml", "deploy_real.yaml":
+        first, second = (tmp_path / name).read_text().splitlines()[:2]
+        assert first == f"# run {tmp_path.name}, robot g1, commit abcdef0"
+        assert second.startswith("# ") and words in second
+
+
+def test_changes_since_the_run_are_told(tmp_path, capsys):
+    """As --evaluate tells them: the run has a copy of the script that made it."""
+    pytest.importorskip("onnx")
+    make_run(tmp_path, "g1")
+    copy = tmp_path / "ppo_mjx_unitree.py"
+    copy.write_text(Path(unitree.__file__).read_text())
+    export.main([str(tmp_path)])
+    assert "has changed" not in capsys.readouterr().out
+    copy.write_text(copy.read_text() + "# other rewards\n")
+    export.main([str(tmp_path)])
+    assert "the code has changed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -380,13 +525,206 @@ def test_a_run_folder_becomes_a_deployment(tmp_path, monkeypatch, capsys):
 def test_only_onnx_where_the_rest_is_not_possible(
     tmp_path, monkeypatch, capsys, name, torch, words
 ):
-    """One line says why."""
+    """One line says why, and nothing of an earlier policy stays beside the new one."""
     pytest.importorskip("onnx")
     make_run(tmp_path, name)
     pretend_torch(monkeypatch, torch)
     export.main([str(tmp_path)])
-    assert words in capsys.readouterr().out
-    assert {file.name for file in tmp_path.iterdir()} == {"policy.npz", "run.json", "policy.onnx"}
+    output = capsys.readouterr().out
+    assert words in output and "removed" not in output
+    assert names_in(tmp_path) == RUN_FILES | LOOP_FILES
+    (tmp_path / "policy.pt").touch()
+    export.main([str(tmp_path)])
+    assert "removed, as they were of an earlier export: policy.pt" in capsys.readouterr().out
+    assert names_in(tmp_path) == RUN_FILES | LOOP_FILES
+
+
+def test_a_dead_stick_is_told(tmp_path, monkeypatch, capsys):
+    """Trained to walk only forwards, a policy takes no command from a stick that goes both ways."""
+    pytest.importorskip("onnx")
+    make_run(tmp_path, "g1")
+    run = json.loads((tmp_path / "run.json").read_text())
+    run["args"] |= {"command_x": [0.3, 1], "command_yaw": [-0.1, 0.1]}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    pretend_torch(monkeypatch, True)
+    export.main([str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "the stick forwards is dead" in output and "--command-x 0.3 1" in output
+    assert "the stick for turning is dead" in output and "sideways" not in output
+    assert yaml.safe_load((tmp_path / "deploy_real.yaml").read_text())["max_cmd"] == [0, 0.4, 0.1]
+    ranges = json.loads((tmp_path / "policy.json").read_text())["command_ranges"]
+    assert ranges == [[0, 1], [-0.4, 0.4], [-0.1, 0.1]]
+
+
+def test_a_policy_without_its_run(tmp_path, monkeypatch, capsys):
+    """One of those that ship: for the robot named, to the folder named."""
+    pytest.importorskip("onnx")
+    pretend_torch(monkeypatch, True)
+    policy = ROOT / "docs" / "g1_policy.npz"
+    before = names_in(ROOT / "docs")
+    export.main([str(policy), "--robot", "g1", "--out", str(tmp_path / "new")])
+    assert "not tested" in capsys.readouterr().out and names_in(ROOT / "docs") == before
+    assert names_in(tmp_path / "new") == LOOP_FILES | UNITREE_FILES
+    first = (tmp_path / "new" / "deploy_real.yaml").read_text().splitlines()[0]
+    assert first == "# policy g1_policy.npz, robot g1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["docs/g1_policy.npz"], "--robot has to say"),
+        (["docs/g1_policy.npz", "--robot", "g1"], "--out has to say"),
+        (["docs/g1_policy.npz", "--robot", "no", "--out", "OUT"], "--robot no: there are"),
+        # As many numbers as the G1's.
+        (["docs/go2_policy.npz", "--robot", "g1", "--out", "OUT"], "of another robot"),
+        (["docs/g1_policy.npz", "--robot", "h1_2", "--out", "OUT"], "of another robot"),
+        (["docs/g1_policy.npz", "--robot", "h1", "--out", "OUT"], "does not fit"),
+        (["docs/none.npz", "--robot", "g1", "--out", "OUT"], "no policy that can be read"),
+        (["docs/g1_policy.npz", "--robot", "g1", "--script", "no.py"], "--script no.py"),
+        (["docs/g1_policy.npz", "--robot", "g1", "--script", "ppo_mjx.py"], "it has no robots"),
+        (["docs", "--robot", "g1"], "the run.json of a run names its robot"),
+        (["docs"], "is no run folder"),
+    ],
+)
+def test_bad_calls(tmp_path, monkeypatch, capsys, flags, words):
+    """One line, exit code 2, and nothing is written."""
+    pytest.importorskip("onnx")
+    monkeypatch.chdir(ROOT)
+    pretend_torch(monkeypatch, False)
+    flags = [str(tmp_path / "out") if flag == "OUT" else flag for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        export.main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1
+    assert not names_in(tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["mirror_when", "w1", "b2"])
+def test_a_policy_that_does_not_fit(tmp_path, capsys, broken):
+    """Of an earlier version, or of another network: one line, and older files stay."""
+    pytest.importorskip("onnx")
+    policy = make_run(tmp_path, "g1")
+    (tmp_path / "policy.pt").touch()
+    if broken == "mirror_when":
+        del policy[broken]
+    else:
+        policy[broken] = policy[broken][:-1]
+    np.savez(tmp_path / "policy.npz", **policy)
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "does not fit" in error and error.count("\n") == 1
+    assert names_in(tmp_path) == RUN_FILES | {"policy.pt"}
+
+
+class Ended(Exception):
+    """The test has seen enough of a loop that goes on for ever."""
+
+
+class Go2:
+    """What a loop of one's own has to do with a robot: our Go2, in which only sleeping takes time.
+
+    It walks forwards, is then told to go too slowly, gets a wild action, and is turned over.
+    """
+
+    WALK, CREEP, WILD, END = 3.0, 7.0, 9.0, 9.5  # s
+
+    def __init__(self, act):
+        self.env = unitree.CMujocoEnv(unitree.ROBOTS["go2"])
+        self.env.reset(0)
+        self.data = self.env.data
+        self.data.qpos[7:] += np.tile([0.0, 0.4, -0.7], 4)  # crouched
+        self.act = act
+        self.seen = []  # time and observation
+        self.sent = []  # time, targets, kp and kd
+        self.walked = None  # m forwards
+
+    def sleep(self, seconds: float) -> None:
+        _, target, kp, kd = self.sent[-1] if self.sent else (0, np.zeros(12), 0, 0)
+        for _ in range(round(seconds / self.env.model.opt.timestep)):
+            torque = kp * (target - self.data.qpos[7:]) - kd * self.data.qvel[6:]
+            self.data.ctrl[:] = np.clip(torque, -23, 23)
+            mujoco.mj_step(self.env.model, self.data)
+
+    def read(self) -> dict[str, np.ndarray]:
+        data = self.data
+        now = unitree.sense(self.env.robot, data.qpos, data.qvel, np.zeros(3), 0, np.array(0), np)
+        command = (0.5, 0, 0) if data.time < self.CREEP else (0.15, 0.1, -0.19)
+        names = "rates", "gravity", "speeds"
+        angles = data.qpos[7:].copy()
+        return {name: now[name] for name in names} | {
+            "angles": angles,
+            "command": np.array(command),
+        }
+
+    def run(self, names: list[str], inputs: dict) -> list[np.ndarray]:
+        """The policy, which takes 4 ms."""
+        self.seen.append((self.data.time, inputs["obs"][0]))
+        self.sleep(0.004)
+        action = self.act(inputs["obs"])
+        return [100 * action] if self.data.time > self.WILD else [action]
+
+    def send(self, target, kp, kd) -> None:
+        self.sent.append((self.data.time, target, kp, kd))
+        if self.data.time > self.WILD + 0.02:
+            self.data.qpos[3:7] = [0.5**0.5, 0.5**0.5, 0, 0]  # on its side
+        if self.data.time > self.END:
+            raise Ended
+
+
+def test_the_loop_on_the_page(tmp_path, monkeypatch):
+    """deploy.md's code, with what export.py writes, in C MuJoCo."""
+    pytest.importorskip("onnx")
+    policy = ROOT / "docs" / "go2_policy.npz"
+    export.main([str(policy), "--robot", "go2", "--out", str(tmp_path)])
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
+    if importlib.util.find_spec("onnxruntime"):
+        onnxruntime = importlib.import_module("onnxruntime")
+        session = onnxruntime.InferenceSession(
+            str(tmp_path / "policy.onnx"), providers=["CPUExecutionProvider"]
+        )
+    else:
+        reference = importlib.import_module("onnx.reference")
+        session = reference.ReferenceEvaluator(str(tmp_path / "policy.onnx"))
+    robot = Go2(lambda obs: session.run(["action"], {"obs": obs})[0])
+
+    made = []
+
+    def make_session(file: str, providers: list[str]) -> Go2:
+        made.append(file)
+        return robot
+
+    runtime = types.SimpleNamespace(InferenceSession=make_session)
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    monkeypatch.setattr(time, "monotonic", lambda: robot.data.time)
+    monkeypatch.setattr(time, "sleep", robot.sleep)
+    monkeypatch.chdir(tmp_path)
+    calls = {"read": robot.read, "send": robot.send, "stopped": lambda: False}
+    with pytest.raises(Ended):
+        exec(code[1], calls)
+    assert made == ["policy.onnx"]
+
+    env = unitree.ROBOTS["go2"]
+    times, targets, stiffness, damping = map(np.array, zip(*robot.sent, strict=True))
+    driven = stiffness.any(axis=1)
+    assert np.abs(np.diff(times[driven])[:-1] - 0.02).max() < 0.0041
+    assert times[driven][-1] == pytest.approx(0.02 * (driven.sum() - 1), abs=0.0041)
+    np.testing.assert_allclose(targets[149], env.joint_array("default"), atol=0.01)
+    assert (targets >= env.limits[:, 0]).all() and (targets <= env.limits[:, 1]).all()
+    wild = targets[driven & (times > robot.WILD)]
+    assert (np.isclose(wild, env.limits[:, 0]) | np.isclose(wild, env.limits[:, 1])).mean() > 0.8
+
+    seen_at, seen = map(np.array, zip(*robot.seen, strict=True))
+    np.testing.assert_allclose(seen[0, -2:], [0, 1], atol=1e-6)
+    walking = (seen_at > robot.WALK) & (seen_at < robot.CREEP)
+    np.testing.assert_allclose(seen[walking][:, 6:9], np.tile([1, 0, 0], (walking.sum(), 1)))
+    assert not seen[seen_at > robot.CREEP + 0.02][:, 6:9].any()
+    np.testing.assert_allclose(seen[6, -2:], [1, 0], atol=1e-6)  # a quarter of 24 steps later
+    assert robot.data.qpos[0] > 1.0, "it has not walked"
+
+    ended = ~driven
+    assert ended[-10:].all() and (damping[ended] > 0).all()
+    assert times[ended][0] < robot.WILD + 0.1
 
 
 def test_what_unitrees_loop_cannot_give(monkeypatch):
@@ -395,7 +733,13 @@ def test_what_unitrees_loop_cannot_give(monkeypatch):
         "go2",
         "go2_no_clock",
     ]
-    slow = dataclasses.replace(unitree.ROBOTS["g1"], gait_period=0.9)
+    g1 = unitree.ROBOTS["g1"]
+    turned = dict(reversed(g1.joints.items()))
+    monkeypatch.setitem(unitree.ROBOTS, "g1", dataclasses.replace(g1, joints=turned))
+    assert "another order; those of Unitree's are left_hip_pitch" in export.why_not(unitree, "g1")
+    monkeypatch.setitem(unitree.ROBOTS, "g1", unitree.ROBOTS["g1_29dof"])
+    assert "other joints" in export.why_not(unitree, "g1")
+    slow = dataclasses.replace(g1, gait_period=0.9)
     monkeypatch.setitem(unitree.ROBOTS, "g1", slow)
     assert "0.9 s" in export.why_not(unitree, "g1")
     monkeypatch.setitem(unitree.ROBOTS, "g1", dataclasses.replace(slow, clock=False))

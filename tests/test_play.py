@@ -6,6 +6,7 @@ import json
 import os
 import time
 import types
+from pathlib import Path
 
 import imageio
 import mujoco
@@ -81,7 +82,7 @@ def make_walker(folder, robot: str = "g1") -> play.Player:
     parts = unitree.seen_parts(row, "actor")
     size = sum(unitree.part_width(row, part) for part in parts.values())
     write_run(folder, unitree, args, make_policy(size, len(row.acted)) | unitree.mirror_rules(row))
-    return play.Player(unitree, folder, 0)
+    return play.Player(play.find_played(folder, None, None), 0)
 
 
 @pytest.fixture
@@ -92,19 +93,24 @@ def player(tmp_path):
 @pytest.mark.parametrize(
     "keys, command",
     [
-        ("WWS", (0.1, 0, 0)),
-        ("A", (0, 0.1, 0)),
-        ("D", (0, -0.1, 0)),
-        ("Q", (0, 0, 0.1)),
-        ("EE", (0, 0, -0.2)),
+        ("W", (0.3, 0, 0)),
+        ("WWWS", (0.4, 0, 0)),
+        ("WS", (0, 0, 0)),
+        ("WSS", (-0.3, 0, 0)),
+        ("WWSSSSW", (-0.3, 0, 0)),
+        ("A", (0, 0.3, 0)),
+        ("AW", (0.3, 0.3, 0)),
+        ("D", (0, -0.3, 0)),
+        ("Q", (0, 0, 0.3)),
+        ("EE", (0, 0, -0.4)),
         ("W" * 30, (1, 0, 0)),
         ("S" * 30, (-0.6, 0, 0)),
         ("WAQ ", (0, 0, 0)),
-        ("XW", (0.1, 0, 0)),
+        ("XW", (0.3, 0, 0)),
     ],
 )
 def test_keys_make_commands(player, keys, command):
-    """Within the run's ranges; of keys that mean nothing, nothing happens."""
+    """Within the run's ranges, and never so slow that it looks dead; other keys do nothing."""
     for key in keys:
         player.press(ord(key))
     player.obey_keys()
@@ -188,14 +194,14 @@ def test_loop(player, monkeypatch, capsys):
 
     assert viewer.synced == 12 and player.world.original.elapsed == 12
     assert player.world.data.time == pytest.approx(12 * unitree.CONTROL_DT)
-    np.testing.assert_allclose(player.command, (0.1, 0, 0))
+    np.testing.assert_allclose(player.command, (0.3, 0, 0))
     assert not viewer.user_scn.flags[mujoco.mjtRndFlag.mjRND_WIREFRAME]  # by W
     assert viewer.opt.flags[mujoco.mjtVisFlag.mjVIS_CONTACTPOINT]  # by C, which is not ours
     assert viewer.user_scn.ngeom == 2
     np.testing.assert_array_equal(player.world.original.action, np.full(12, 0.5))
     assert started[0]["b0"][0] == 0.5, "a broken file changes nothing"
     assert capsys.readouterr().out.count("policy of") == 1
-    assert "+0.1" in viewer.texts[-1][3]
+    assert "+0.3" in viewer.texts[-1][3]
     assert clock.now == pytest.approx(10 * unitree.CONTROL_DT + 0.05)
 
     start = clock.now
@@ -247,7 +253,7 @@ def test_task_without_commands(one_env, tmp_path, capsys):
         ppo_mjx.Args(env_id="InvertedPendulum"),
         make_policy(4, 1) | {"action_scale": np.ones(1), "action_bias": np.zeros(1)},
     )
-    player = play.Player(ppo_mjx, tmp_path, 0)
+    player = play.Player(play.find_played(tmp_path, None, None), 0)
     for key in (ord("W"), play.SPACE, play.ENTER):
         player.press(key)
     play.play(player, FakeViewer(3))
@@ -318,4 +324,33 @@ def test_bad_folders(tmp_path, monkeypatch, capsys):
     np.savez(policy, **make_policy(45, 12))
     assert "does not fit" in error_of(tmp_path, *film)
     policy.unlink()
-    assert "no policy.npz" in error_of(tmp_path, *film)
+    assert "no policy that can be read" in error_of(tmp_path, *film)
+    make_walker(tmp_path, "go2")  # as many numbers as the G1's
+    assert "of another robot" in error_of(policy, "--robot", "g1", *film)
+    assert "--robot has to say" in error_of(policy, *film)
+    assert "--robot no: there are" in error_of(policy, "--robot", "no", *film)
+
+
+def test_a_policy_without_its_run(tmp_path, capsys):
+    """One of those that ship, with the robot's own commands; and what has changed since a run."""
+    docs = Path(unitree.__file__).parent / "docs"
+    source = play.find_played(docs / "g1_policy.npz", None, "g1")
+    player = play.Player(source, 0)
+    np.testing.assert_array_equal(player.world.ranges, [(-0.6, 1), (-0.4, 0.4), (-0.8, 0.8)])
+    player.press(ord("W"))
+    player.obey_keys()
+    for _ in range(100):
+        player.step()
+    assert player.world.data.qpos[0] > 0.2 and not player.down
+    player.reset()
+    player.command = np.array([unitree.MIN_COMMAND, 0, 0])  # which is why a stroke asks for more
+    for _ in range(100):
+        player.step()
+    assert abs(player.world.data.qpos[0]) < 0.1
+    play.tell_changes(source)
+    assert not capsys.readouterr().out
+
+    make_walker(tmp_path)
+    (tmp_path / "ppo_mjx_unitree.py").write_text("# other rewards")
+    play.main([str(tmp_path), "--record", str(tmp_path / "film.mp4"), "--seconds", "0.04"])
+    assert "the code has changed" in capsys.readouterr().out

@@ -2,15 +2,19 @@
 
     python tools/export.py runs/NAME
     python tools/export.py runs/NAME --script my_robot.py
+    python tools/export.py docs/g1_policy.npz --robot g1 --out FOLDER
 
-It writes runs/NAME/policy.onnx: obs [N, O] -> action [N, A], both float32, with the normaliser
-inside, if the script has one. The graph is what the script's own function `act` computes, so that
-a copy of a script with another network needs no other tool. run.json names the script, which is
-looked for above this folder; --script names another one. Needs the package onnx.
+It writes policy.onnx to the run's folder, or to that of --out: obs [N, O] -> action [N, A], both
+float32, with the normaliser inside, if the script has one. The graph is what the script's own
+function `act` computes, so that a copy of a script with another network needs no other tool.
+run.json names the script, which is looked for above this folder; --script names another one. A
+policy without a run.json is taken for one of ppo_mjx_unitree.py with the robot's default flags.
+Needs the package onnx.
 
-For a robot that unitreerobotics/unitree_rl_gym deploys, it writes what those scripts load, too:
-policy.pt, in TorchScript, deploy_mujoco.yaml and deploy_real.yaml; see docs/deploy.md. That needs
-PyTorch, and is left out where PyTorch is missing.
+Of a legged robot it writes policy.json as well: what a loop of your own has to know. For one that
+unitreerobotics/unitree_rl_gym deploys, it writes what those scripts load: policy.pt, in
+TorchScript, deploy_mujoco.yaml and deploy_real.yaml; see docs/deploy.md. That needs PyTorch, and is
+left out where PyTorch is missing.
 """
 
 import argparse
@@ -20,7 +24,8 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,6 +34,109 @@ import jax
 import mujoco
 import numpy as np
 from tools.replay_nan import load_script
+
+
+def fail(message: str) -> NoReturn:
+    """End with one line and exit code 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+# ---- What is exported ----------------------------------------------------------------------------
+class Source(NamedTuple):
+    """A policy, and what made it."""
+
+    script: ModuleType
+    file: Path  # the policy's
+    folder: Path | None  # the run's; None: the policy stands alone
+    run: dict[str, Any]  # the content of run.json; of a policy alone, script and args
+
+
+def find_source(path: Path, script: Path | None, robot: str | None) -> Source:
+    """The policy of a run folder, or a policy's file. script, robot: what the flags name."""
+    if path.suffix != ".npz":
+        if robot:
+            fail(
+                f"--robot {robot}: for a policy's file alone; the run.json of a run names its robot"
+            )
+        try:
+            run = json.loads((path / "run.json").read_text())
+            module = load_script(script or ROOT / run["script"])
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error!s:.200}"
+            fail(f"{path} is no run folder, or its script is not there ({problem})")
+        return Source(module, path / "policy.npz", path, run)
+
+    if not robot:
+        fail(f"{path}: without a run.json, --robot has to say whose policy it is")
+    file = script or ROOT / "ppo_mjx_unitree.py"
+    try:
+        module = load_script(file)
+        legged = hasattr(module, "ROBOTS")
+    except Exception as error:
+        fail(f"--script {file}: {type(error).__name__}: {error!s:.200}")
+    if not legged:
+        fail(f"--script {file}: it has no robots; of its policies, name the run folder")
+    args = dataclasses.asdict(module.default_args(robot))
+    return Source(module, path, None, {"script": f"{module.__name__}.py", "args": args})
+
+
+def tell_changes(source: Source) -> None:
+    """Say what has changed since the run was trained, as the script's --evaluate does."""
+    script = source.script
+    if source.folder is None or not hasattr(script, "tell_changes"):
+        return
+    args = script.read_run(source.folder)
+    if hasattr(script, "ROBOTS"):
+        model = script.ROBOTS[args.robot].model
+    else:
+        model = script.load_model(script.Env(args).task)
+    script.tell_changes(source.folder, model)
+
+
+def read_policy(source: Source) -> dict[str, np.ndarray]:
+    """The arrays of the policy's file, if they fit the script and the robot."""
+    script, file = source.script, source.file
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            policy = dict(arrays)
+    except Exception as error:
+        fail(f"{file}: no policy that can be read ({type(error).__name__}: {error!s:.200})")
+    robot = None
+    try:
+        obs_size = len(policy.get("obs_mean", policy["w0"]))
+        if hasattr(script, "ROBOTS"):
+            robot = script.ROBOTS[source.run["args"]["robot"]]
+            obs_size = observation_size(script, robot)
+        _, action = script.act(policy, script.initial_memory((1,)), np.zeros((1, obs_size)))
+        if robot and action.shape[-1] != len(robot.acted):
+            raise ValueError(f"{action.shape[-1]} actions, but the robot has {len(robot.acted)}")
+        if robot and "mirror_action" in policy:  # two robots may have as many joints
+            mirror = script.mirror_actions(robot, np.eye(len(robot.acted)))
+            if not np.array_equal(policy["mirror_action"], mirror):
+                raise ValueError("it is of another robot: its mirror exchanges other joints")
+    except (KeyError, ValueError) as error:  # an array lacks, or has another shape
+        fail(
+            f"{file} does not fit the script or the robot ({type(error).__name__}: {error!s:.200})"
+        )
+    return policy
+
+
+def observation_size(script: ModuleType, robot) -> int:
+    """How many numbers the actor sees."""
+    columns = script.part_slices(robot, script.seen_parts(robot, "actor"))
+    return max(where.stop for where in columns.values())
+
+
+def verdict(run: dict[str, Any]) -> str:
+    """What run.json says of the script's test at the end of the training."""
+    test = run.get("evaluation", {})
+    if "passed" not in test:
+        return "not tested, as far as is known here; --evaluate tests the policy of a run"
+    if test["passed"]:
+        return "passed the test"
+    marks = [f"{name} {test[name]:.3g}" for name in ("falls", "error", "yaw") if name in test]
+    return f"FAILED the test: {', '.join(marks)}"
 
 
 # ---- ONNX ----------------------------------------------------------------------------------------
@@ -170,6 +278,11 @@ SCALE_KEYS = {
 }
 UNITREE_PERIOD = 0.8  # s, of the clock
 UNITREE_DT = 0.002  # s, of a physics step of deploy_mujoco.py
+# The flags of the command's ranges, and how the sticks that cover them are pushed.
+COMMAND_FLAGS = {"command_x": "forwards", "command_y": "sideways", "command_yaw": "for turning"}
+# What today's to_xml writes, and MuJoCo 3.2.3, which unitree_rl_gym asks for, refuses. Without them
+# the model is the same: motors have no input, and colour spaces are chosen by themselves.
+NEW_ATTRIBUTES = ("input", "colorspace")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +294,8 @@ class Deployment:
     scene: str | None
     message: str  # of the robot's bus: hg or go
     imu: str  # the body it is on: pelvis or torso
-    motors: tuple[int, ...]  # of the joints in ROBOTS, in their order
+    joints: tuple[str, ...]  # as ROBOTS has them
+    motors: tuple[int, ...]  # of these joints, in their order
     # Waist and arms where no action moves them: motors and gains, Nm/rad and Nm s/rad.
     held_motors: tuple[int, ...] = ()
     held_stiffness: tuple[float, ...] = ()
@@ -189,22 +303,41 @@ class Deployment:
     weak_motors: tuple[int, ...] = ()  # only of robots with go messages
 
 
-G1_ARM = (100, 100, 50, 50, 20, 20, 20)
+def both_sides(*joints: str) -> tuple[str, ...]:
+    """The joints of a left limb, and those of the right one."""
+    return tuple(f"{side}_{joint}" for side in ("left", "right") for joint in joints)
+
+
+G1_LEGS = both_sides("hip_pitch", "hip_roll", "hip_yaw", "knee", "ankle_pitch", "ankle_roll")
+G1_WAIST = ("waist_yaw", "waist_roll", "waist_pitch")
+G1_ARMS = both_sides(
+    *("shoulder_pitch", "shoulder_roll", "shoulder_yaw", "elbow"),
+    *("wrist_roll", "wrist_pitch", "wrist_yaw"),
+)
+G1_ARM = (100, 100, 50, 50, 20, 20, 20)  # Nm/rad
 DEPLOYMENTS = {
     "g1": Deployment(
         scene="g1_description/scene.xml",
         message="hg",
         imu="pelvis",
+        joints=G1_LEGS,
         motors=tuple(range(12)),
         held_motors=tuple(range(12, 29)),
         held_stiffness=(300, 300, 300, *G1_ARM, *G1_ARM),
         held_damping=(3, 3, 3, *(2, 2, 2, 2, 1, 1, 1) * 2),
     ),
-    "g1_29dof": Deployment(scene=None, message="hg", imu="pelvis", motors=tuple(range(29))),
+    "g1_29dof": Deployment(
+        scene=None,
+        message="hg",
+        imu="pelvis",
+        joints=tuple(f"{joint}_joint" for joint in (*G1_LEGS, *G1_WAIST, *G1_ARMS)),
+        motors=tuple(range(29)),
+    ),
     "h1": Deployment(
         scene="h1/scene.xml",
         message="go",
         imu="torso",
+        joints=both_sides("hip_yaw", "hip_roll", "hip_pitch", "knee", "ankle"),
         motors=(7, 3, 4, 5, 10, 8, 0, 1, 2, 11),
         held_motors=(6, 16, 17, 18, 19, 12, 13, 14, 15),
         held_stiffness=(300, *(100, 100, 50, 50) * 2),
@@ -215,6 +348,7 @@ DEPLOYMENTS = {
         scene="h1_2/scene.xml",
         message="hg",
         imu="torso",
+        joints=both_sides("hip_yaw", "hip_pitch", "hip_roll", "knee", "ankle_pitch", "ankle_roll"),
         motors=tuple(range(12)),
         held_motors=tuple(range(12, 27)),
         held_stiffness=(300, *(120, 120, 120, 80, 80, 80, 80) * 2),
@@ -228,6 +362,11 @@ def why_not(script: ModuleType, name: str) -> str | None:
     robot = script.ROBOTS[name]
     if name not in DEPLOYMENTS:
         return "unitree_rl_gym has no deployment script for it"
+    if tuple(robot.joints) != DEPLOYMENTS[name].joints:
+        theirs = ", ".join(DEPLOYMENTS[name].joints)
+        return (
+            f"the motors are of other joints, or in another order; those of Unitree's are {theirs}"
+        )
     unknown = script.seen_parts(robot, "actor").keys() - set(UNITREE_PARTS)
     if unknown:
         return f"Unitree's scripts do not tell a policy its {', '.join(sorted(unknown))}"
@@ -237,16 +376,24 @@ def why_not(script: ModuleType, name: str) -> str | None:
 
 
 class Translation(NamedTuple):
-    """From Unitree's observation and action to ours; every joint has an action there."""
+    """From Unitree's observation and action to ours; every joint has an action there.
 
-    obs: np.ndarray  # [9 + 3 * J + 2, O]: Unitree's observation @ obs is ours
+    U = 9 + 3 * J + 2, the size of Unitree's observation.
+    """
+
+    obs: np.ndarray  # [U, O]: Unitree's observation @ obs is ours
     action: np.ndarray  # [A, J]: our action @ action is Unitree's
+    command: np.ndarray  # [U, 3]: Unitree's observation @ command is the command, scaled
+    # [3, 3]: that command, squared, @ speeds tells for each of its numbers how often its speed,
+    # squared, is that of MIN_COMMAND. Forwards and to the left have one speed together.
+    speeds: np.ndarray
 
 
 def translate(script: ModuleType, robot) -> Translation:
     """How a policy of this robot reads Unitree's observation, and what Unitree makes of an action.
 
-    The only difference there is today is `reach`: joints share one action scale at Unitree's.
+    What differs today: joints share one action scale at Unitree's, where ours have `reach`; and a
+    stick there has no dead zone.
     """
     joints = len(robot.joints)
     moved = np.arange(len(robot.acted)), robot.acted  # rows and columns
@@ -258,9 +405,8 @@ def translate(script: ModuleType, robot) -> Translation:
     ends = np.cumsum(widths)
     rows = dict(zip(UNITREE_PARTS, zip(ends - widths, ends, strict=True), strict=True))
     parts = script.seen_parts(robot, "actor")
-    columns = script.part_slices(robot, parts)
-    obs = np.zeros((ends[-1], max(where.stop for where in columns.values())), np.float32)
-    for name, where in columns.items():
+    obs = np.zeros((ends[-1], observation_size(script, robot)), np.float32)
+    for name, where in script.part_slices(robot, parts).items():
         start, end = rows[name]
         scale = 1.0 if name in SCALE_KEYS else np.array(parts[name].scale)
         if parts[name].width == "actions":
@@ -269,13 +415,26 @@ def translate(script: ModuleType, robot) -> Translation:
         else:
             block = np.eye(end - start) * scale
         obs[start:end, where] = block
-    return Translation(obs=obs, action=action)
+
+    command = np.zeros((ends[-1], 3), np.float32)
+    command[slice(*rows["command"])] = np.eye(3)
+    together = np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1]])
+    slowest = script.MIN_COMMAND * np.array(parts["command"].scale)
+    speeds = (together / np.square(slowest)[:, None]).astype(np.float32)
+    return Translation(obs=obs, action=action, command=command, speeds=speeds)
 
 
 def act_for_unitree(
     script: ModuleType, translation: Translation, policy: dict, memory: Any, obs, xp=np
 ) -> tuple[Any, Any]:
-    """script.act for Unitree's observations [..., 9 + 3 * J + 2] and actions [..., J]."""
+    """script.act for Unitree's observations [..., U] and actions [..., J].
+
+    Slow commands become 0, as in training (`Env.draw_command`): the policy has seen none.
+    """
+    command = obs @ translation.command
+    # A command of exactly MIN_COMMAND stays, whatever float32 makes of its square.
+    slow = (command * command) @ translation.speeds < 1 - 1e-5
+    obs = obs - xp.where(slow, command, 0.0 * command) @ translation.command.T
     memory, action = script.act(policy, memory, obs @ translation.obs, xp)
     return memory, action @ translation.action
 
@@ -324,7 +483,9 @@ def write_torchscript(
 
         def forward(self, obs):
             own_policy = {name: getattr(self, "policy_" + name) for name in policy}
-            own_translation = Translation(obs=self.translation_obs, action=self.translation_action)
+            own_translation = Translation(
+                *(getattr(self, "translation_" + name) for name in Translation._fields)
+            )
             held = [getattr(self, f"memory_{i}") for i in range(len(fresh))]
             memory = jax.tree.unflatten(tree, [memory.clone() for memory in held])
             memory, action = act_for_unitree(
@@ -358,7 +519,7 @@ def shared_settings(script: ModuleType, robot) -> dict[str, Any]:
 
 
 def mujoco_settings(script: ModuleType, name: str, folder: Path) -> dict[str, Any]:
-    """The configuration for deploy_mujoco.py; folder: the run's."""
+    """The configuration for deploy_mujoco.py; folder: where the files are written."""
     scene = DEPLOYMENTS[name].scene
     ours = str((folder / "scene.xml").resolve())
     return {
@@ -373,11 +534,11 @@ def mujoco_settings(script: ModuleType, name: str, folder: Path) -> dict[str, An
 
 
 def real_settings(script: ModuleType, name: str, folder: Path, args: dict) -> dict[str, Any]:
-    """The configuration for deploy_real.py; folder and args: the run's."""
+    """The configuration for deploy_real.py; folder: where the files are; args: the run's."""
     deployment = DEPLOYMENTS[name]
     weak = {"weak_motor": list(deployment.weak_motors)} if deployment.weak_motors else {}
     # The stick reaches as far as the policy was trained in both directions.
-    ranges = [args["command_x"], args["command_y"], args["command_yaw"]]
+    ranges = [args[key] for key in COMMAND_FLAGS]
     return {
         "control_dt": script.CONTROL_DT,
         "msg_type": deployment.message,
@@ -396,9 +557,23 @@ def real_settings(script: ModuleType, name: str, folder: Path, args: dict) -> di
     }
 
 
-def write_yaml(settings: dict[str, Any], file: Path) -> None:
-    """One key a line; its value in JSON is YAML, too."""
-    lines = [f"{key}: {json.dumps(value)}" for key, value in settings.items()]
+def dead_sticks(script: ModuleType, max_cmd: list[float], args: dict) -> list[str]:
+    """A line for each stick whose full deflection is in the dead zone."""
+    lines = []
+    for (key, axis), most in zip(COMMAND_FLAGS.items(), max_cmd, strict=True):
+        if most < script.MIN_COMMAND:
+            flag = f"--{key.replace('_', '-')} {args[key][0]:g} {args[key][1]:g}"
+            lines.append(
+                f"the stick {axis} is dead: max_cmd in deploy_real.yaml is {most:g}, by the run's"
+                f" {flag}, and less than {script.MIN_COMMAND:g} becomes 0"
+            )
+    return lines
+
+
+def write_yaml(settings: dict[str, Any], file: Path, notes: list[str]) -> None:
+    """Notes as comments, then one key a line; its value in JSON is YAML, too."""
+    lines = [f"# {' '.join(note.split())}" for note in notes]
+    lines += [f"{key}: {json.dumps(value)}" for key, value in settings.items()]
     file.write_text("\n".join(lines) + "\n")
 
 
@@ -414,53 +589,115 @@ def write_scene(script: ModuleType, robot, file: Path) -> None:
     for key in spec.keys:  # a servo's ctrl is no torque
         spec.delete(key)
     spec.compile()
-    file.write_text(spec.to_xml())
+    tree = ElementTree.fromstring(spec.to_xml())
+    for element in tree.iter():
+        for attribute in NEW_ATTRIBUTES:
+            element.attrib.pop(attribute, None)
+    file.write_text(ElementTree.tostring(tree, encoding="unicode") + "\n")
 
 
-def write_deployment(script: ModuleType, policy: dict, run: dict, folder: Path) -> str:
-    """Write what Unitree's scripts load. Returns a line: what was written, or why nothing was.
+def describe(source: Source) -> list[str]:
+    """What both configurations begin with: where the policy comes from, and whether it is good."""
+    run = source.run
+    where = f"run {source.folder.resolve().name}" if source.folder else f"policy {source.file.name}"
+    commit = f", commit {run['commit']}" if run.get("commit") else ""
+    return [f"{where}, robot {run['args']['robot']}{commit}", verdict(run)]
 
-    run: the content of run.json.
-    """
-    name = run["args"]["robot"]
+
+def write_deployment(source: Source, policy: dict, folder: Path) -> list[str]:
+    """Write what Unitree's scripts load. Returns lines: what was written, or why nothing was."""
+    script, args = source.script, source.run["args"]
+    name = args["robot"]
     robot = script.ROBOTS[name]
     problem = why_not(script, name)
     if problem:
-        return f"no files for Unitree's scripts: {name}: {problem}"
+        return [f"no files for Unitree's scripts: {name}: {problem}"]
     if not importlib.util.find_spec("torch"):
-        return "no files for Unitree's scripts: PyTorch is missing; pip install torch"
+        return ["no files for Unitree's scripts: PyTorch is missing; pip install torch"]
 
     write_torchscript(script, policy, translate(script, robot), folder / "policy.pt")
-    write_yaml(mujoco_settings(script, name, folder), folder / "deploy_mujoco.yaml")
-    write_yaml(real_settings(script, name, folder, run["args"]), folder / "deploy_real.yaml")
+    notes = describe(source)
+    real = real_settings(script, name, folder, args)
+    write_yaml(mujoco_settings(script, name, folder), folder / "deploy_mujoco.yaml", notes)
+    write_yaml(real, folder / "deploy_real.yaml", notes)
     if DEPLOYMENTS[name].scene is None:
         write_scene(script, robot, folder / "scene.xml")
-    return f"Unitree's scripts: policy.pt, deploy_mujoco.yaml and deploy_real.yaml in {folder}"
+    written = f"Unitree's scripts: policy.pt, deploy_mujoco.yaml and deploy_real.yaml in {folder}"
+    return [written, *dead_sticks(script, real["max_cmd"], args)]
+
+
+# ---- Your own loop -------------------------------------------------------------------------------
+def loop_settings(script: ModuleType, robot, args: dict) -> dict[str, Any]:
+    """What a loop has to know that runs policy.onnx: SI units, joints in the order of ROBOTS.
+
+    args: the run's.
+    """
+    parts = script.seen_parts(robot, "actor")
+    scales = robot.action_scale * robot.joint_array("reach")[robot.acted]
+    return {
+        "joints": list(robot.joints),
+        "default": robot.joint_array("default").tolist(),
+        "kp": robot.joint_array("stiffness").tolist(),
+        "kd": robot.joint_array("damping").tolist(),
+        "limits": robot.limits.tolist(),
+        "acted": robot.acted.tolist(),  # numbers of the joints that actions move
+        "action_scale": scales.tolist(),  # of these joints
+        "observation": [
+            {"name": name, "width": script.part_width(robot, part), "scale": part.scale}
+            for name, part in parts.items()
+        ],
+        "control_dt": script.CONTROL_DT,
+        "gait_ticks": robot.gait_ticks if "clock" in parts else None,
+        "min_command": script.MIN_COMMAND,
+        # With 0, to stand, where a training had none.
+        "command_ranges": [
+            [min(low, 0.0), max(high, 0.0)] for low, high in (args[key] for key in COMMAND_FLAGS)
+        ],
+    }
 
 
 # ---- Command line --------------------------------------------------------------------------------
+UNITREE_FILES = ("policy.pt", "deploy_mujoco.yaml", "deploy_real.yaml")
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help="run folder")
+    parser.add_argument("run_dir", type=Path, help="run folder, or the file of a policy alone")
     parser.add_argument("--script", type=Path, help="the script that made the run")
+    parser.add_argument("--robot", help="whose policy it is, if it is a file alone")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the run's folder")
     flags = parser.parse_args(argv)
 
     if not importlib.util.find_spec("onnx"):
-        parser.error("onnx is missing; pip install onnx")
+        fail("onnx is missing; pip install onnx")
+    source = find_source(flags.run_dir, flags.script, flags.robot)
+    folder = flags.out or source.folder
+    if folder is None:
+        fail(f"{source.file}: --out has to say where to write")
+    policy = read_policy(source)
+    tell_changes(source)
     try:
-        with np.load(flags.run_dir / "policy.npz", allow_pickle=False) as arrays:
-            policy = dict(arrays)
-        run = json.loads((flags.run_dir / "run.json").read_text())
-        script = load_script(flags.script or ROOT / run["script"])
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error!s:.200}"
-        parser.error(f"{flags.run_dir}: no policy, or no script that made it ({problem})")
+        folder.mkdir(parents=True, exist_ok=True)
+        old = [name for name in UNITREE_FILES if (folder / name).exists()]
+        for name in old:  # of another policy, perhaps
+            (folder / name).unlink()
+    except OSError as error:
+        fail(f"{folder}: cannot write to it ({error})")
 
-    file = flags.run_dir / "policy.onnx"
-    write_onnx(script, policy, file)
+    file = folder / "policy.onnx"
+    write_onnx(source.script, policy, file)
     print(f"ONNX: {file}")
-    if hasattr(script, "ROBOTS"):
-        print(write_deployment(script, policy, run, flags.run_dir))
+    if hasattr(source.script, "ROBOTS"):
+        args = source.run["args"]
+        settings = loop_settings(source.script, source.script.ROBOTS[args["robot"]], args)
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in settings.items()]
+        (folder / "policy.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        print(f"a loop of your own: policy.json in {folder}")
+        print(*write_deployment(source, policy, folder), sep="\n")
+        lost = [name for name in old if not (folder / name).exists()]
+        if lost:
+            print(f"removed, as they were of an earlier export: {', '.join(lost)}")
+        print(f"the policy: {verdict(source.run)}")
 
 
 if __name__ == "__main__":

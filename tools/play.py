@@ -3,22 +3,26 @@
     python tools/play.py runs/NAME
     python tools/play.py runs/NAME --record walk.mp4
     python tools/play.py runs/NAME --record walk.mp4 --commands "1 0 0, 0 0 0.6" --seconds 4
+    python tools/play.py docs/g1_policy.npz --robot g1
 
 The first opens MuJoCo's viewer. When training writes a newer policy.npz to the run folder, that one
 takes over, so that a run can be watched while it goes on. The second needs no display: it films
 each command for some seconds. A command is a velocity forwards and one to the left, m/s, and a turn
-counterclockwise, rad/s.
+counterclockwise, rad/s. The last plays with a policy that has no run folder, as one of
+ppo_mjx_unitree.py.
 
     W S        faster and slower forwards      Space       command 0
     A D        to the left and to the right    Enter       a push in a random direction
     Q E        turn left and right             Backspace   start anew
 
-Runs of ppo_mjx.py take no commands: of the keys, Backspace remains. With the mouse, double-click a
-body to select it; then drag with Ctrl and the right button to pull it, or with Ctrl and the left
-one to turn it. The robot moves as in the script's own test: the same model, controller, time step
-and start. One second after a fall it starts anew.
+A stroke adds 0.1, but the first one 0.3: below 0.2 policies are trained to stand, and at 0.2 the
+G1's still does. Runs of ppo_mjx.py take no commands: of the keys, Backspace remains. With the
+mouse, double-click a body to select it; then drag with Ctrl and the right button to pull it, or
+with Ctrl and the left one to turn it. The robot moves as in the script's own test: the same model,
+controller, time step and start. One second after a fall it starts anew.
 
-run.json names the script, which is looked for above this folder; --script names another one. On
+run.json names the script, which is looked for above this folder; --script names another one, such
+as a copy with another model. What has changed since the run was trained is told at the start. On
 macOS, MuJoCo's viewer asks for mjpython in place of python.
 """
 
@@ -26,7 +30,6 @@ import argparse
 import collections
 import contextlib
 import importlib
-import json
 import math
 import os
 import sys
@@ -42,20 +45,21 @@ sys.path.insert(0, str(ROOT))
 
 import mujoco
 import numpy as np
-from tools.replay_nan import load_script
+from tools.export import Source, fail, find_source, read_policy, tell_changes
 
 # Keys have GLFW's numbers: for letters and Space, those of ASCII.
 SPACE = 32
 ENTER = 257
 BACKSPACE = 259
 # What a stroke adds to the command: m/s forwards, m/s to the left, rad/s.
+STROKE = 0.1
 COMMAND_KEYS = {
-    ord("W"): (0.1, 0.0, 0.0),
-    ord("S"): (-0.1, 0.0, 0.0),
-    ord("A"): (0.0, 0.1, 0.0),
-    ord("D"): (0.0, -0.1, 0.0),
-    ord("Q"): (0.0, 0.0, 0.1),
-    ord("E"): (0.0, 0.0, -0.1),
+    ord("W"): (STROKE, 0.0, 0.0),
+    ord("S"): (-STROKE, 0.0, 0.0),
+    ord("A"): (0.0, STROKE, 0.0),
+    ord("D"): (0.0, -STROKE, 0.0),
+    ord("Q"): (0.0, 0.0, STROKE),
+    ord("E"): (0.0, 0.0, -STROKE),
 }
 AFTER_FALL = 1.0  # s, from a fall to the new start
 LOOK_EVERY = 0.5  # s, between looks at policy.npz, and between changes of the text
@@ -63,25 +67,21 @@ MOST_BEHIND = 0.2  # s, that is made up for; what is more becomes slow motion
 FRAME_DT = 0.04  # s, of a film's frame
 
 
-def fail(message: str) -> None:
-    """End with one line and exit code 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
 # ---- What is played with -------------------------------------------------------------------------
 class Walker:
     """A robot of ppo_mjx_unitree.py, in the loop of the script's own test."""
 
-    def __init__(self, script: ModuleType, run_dir: Path):
-        args = script.read_run(run_dir)
+    def __init__(self, source: Source):
+        script, args = source.script, source.run["args"]
         self.script = script
-        self.robot = script.ROBOTS[args.robot]
+        self.robot = script.ROBOTS[args["robot"]]
         self.original = script.CMujocoEnv(self.robot)
         self.model = self.original.model
         self.data = self.original.data
         self.control_dt = script.CONTROL_DT
-        self.ranges = np.array([args.command_x, args.command_y, args.command_yaw])
+        self.ranges = np.array([args[key] for key in ("command_x", "command_y", "command_yaw")])
+        # Of what keys command. At MIN_COMMAND itself some policies still stand.
+        self.least = round(script.MIN_COMMAND + STROKE, 6)
         self.film_commands = list(self.robot.test_commands.values())
         self.camera = "track"
 
@@ -116,8 +116,9 @@ class Walker:
 class Task:
     """A task of ppo_mjx.py, which takes no commands."""
 
-    def __init__(self, script: ModuleType, run_dir: Path):
-        env = script.Env(script.read_run(run_dir))
+    def __init__(self, source: Source):
+        script = source.script
+        env = script.Env(script.read_run(source.folder))
         self.original = script.CMujocoEnv(env)
         self.model = self.original.model
         self.data = self.original.data
@@ -171,17 +172,18 @@ class PolicyFile:
 class Player:
     """One world that a policy drives, with its command."""
 
-    def __init__(self, script: ModuleType, run_dir: Path, seed: int):
-        kind = Walker if hasattr(script, "ROBOTS") else Task
-        self.script = script
-        self.world = kind(script, run_dir)
+    def __init__(self, source: Source, seed: int):
+        self.script = source.script
+        kind = Walker if hasattr(self.script, "ROBOTS") else Task
+        read_policy(source)  # which refuses one that does not fit
+        self.world = kind(source)
         self.random = np.random.default_rng(seed)
         self.command = np.zeros(len(self.world.ranges))
         self.keys = collections.deque()  # pressed, and not yet obeyed
-        self.policy_file = PolicyFile(run_dir / "policy.npz")
+        self.policy_file = PolicyFile(source.file)
         self.policy = None
         if not self.swap_policy():
-            fail(f"{run_dir} holds no policy.npz that can be read")
+            fail(f"{source.file}: it cannot be read any more")
         self.reset()
         try:
             self.act()
@@ -216,12 +218,18 @@ class Player:
             if not len(self.command):
                 continue
             if key in COMMAND_KEYS:
-                least, most = self.world.ranges.T
-                self.command = np.clip(self.command + COMMAND_KEYS[key], least, most).round(6)
+                self.command = self.change_command(np.array(COMMAND_KEYS[key]))
             elif key == SPACE:
                 self.command = np.zeros_like(self.command)
             elif key == ENTER:
                 self.world.push(self.random.uniform(0, 2 * math.pi))
+
+    def change_command(self, stroke: np.ndarray) -> np.ndarray:
+        """The command after a stroke: [3]. From 0 it leaps to the least, and from there to 0."""
+        wanted = (self.command + stroke).round(6)
+        slow = (stroke != 0) & (np.abs(wanted) < self.world.least)
+        least = np.where(self.command == 0, np.sign(stroke) * self.world.least, 0.0)
+        return np.clip(np.where(slow, least, wanted), *self.world.ranges.T)
 
     def act(self) -> np.ndarray:
         """The policy's action on what it sees now."""
@@ -373,27 +381,28 @@ def check_film(file: Path, seconds: float) -> None:
         fail(f"--seconds {seconds}: not between {FRAME_DT} and 3600")
 
 
-def find_script(run_dir: Path, wanted: Path | None) -> ModuleType:
-    """The script that made the run, as a module."""
-    try:
-        run = json.loads((run_dir / "run.json").read_text())
-        script = load_script(wanted or ROOT / run["script"])
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error!s:.200}"
-        fail(f"{run_dir} is no run folder, or its script is not there ({problem})")
-    if not hasattr(script, "CMujocoEnv"):
-        fail(f"{run_dir}: {script.__name__}.py has no environment in C MuJoCo to play in")
-    return script
+def find_played(path: Path, script: Path | None, robot: str | None) -> Source:
+    """What is played with: by `find_source`, if its script has what it takes."""
+    source = find_source(path, script, robot)
+    if not hasattr(source.script, "CMujocoEnv"):
+        fail(f"{path}: {source.script.__name__}.py has no environment in C MuJoCo to play in")
+    return source
+
+
+def find_script(run_dir: Path, script: Path | None) -> ModuleType:
+    """The script that made the run, as a module, for tools/record_motion.py."""
+    return find_played(run_dir, script, None).script
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help="run folder")
+    parser.add_argument("run_dir", type=Path, help="run folder, or the file of a policy alone")
     parser.add_argument("--record", type=Path, metavar="FILE.mp4", help="film, without a window")
     parser.add_argument("--commands", help="what to film; by default the commands of the test")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each command in the film")
     parser.add_argument("--seed", type=int, default=0, help="of starts and pushes")
     parser.add_argument("--script", type=Path, help="the script that made the run")
+    parser.add_argument("--robot", help="whose policy it is, if it is a file alone")
     flags = parser.parse_args(argv)
     if flags.commands and not flags.record:
         fail("--commands is for --record; in the window, use the keys")
@@ -401,11 +410,12 @@ def main(argv: list[str]) -> None:
         fail(f"--seed {flags.seed}: not from 0 on")
     if flags.record:
         check_film(flags.record, flags.seconds)
-
     else:
         check_display()
 
-    player = Player(find_script(flags.run_dir, flags.script), flags.run_dir, flags.seed)
+    source = find_played(flags.run_dir, flags.script, flags.robot)
+    tell_changes(source)
+    player = Player(source, flags.seed)
     if not flags.record:
         with open_viewer(player) as viewer:
             play(player, viewer)
