@@ -16,7 +16,8 @@
 # ///
 """PPO with an adversarial motion prior (AMP) for Unitree's legged robots, on MuJoCo XLA (MJX).
 
-    python amp_mjx_unitree.py --robot g1           on the reference that ships, of the G1's legs
+    python amp_mjx_unitree.py                      the G1 with 29 joints, on the reference that ships
+    python amp_mjx_unitree.py --robot g1           the joints of its legs alone, likewise
     python amp_mjx_unitree.py --motion FILE...     in the style of your own reference
     python amp_mjx_unitree.py --resume runs/NAME   continue a stopped run, bit for bit
     python amp_mjx_unitree.py --evaluate runs/NAME test its policy in C MuJoCo, in Unitree's loop
