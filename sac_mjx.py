@@ -234,6 +234,8 @@ class Args:
     """widths of the ReLU layers, in the actor and in each critic"""
     layer_norm: Literal["none", "layer", "rms"] = "rms"
     """what normalises a layer before its ReLU: nothing, mean and deviation, or root mean square"""
+    batch_norm: bool = False
+    """normalise the critics' layers by a minibatch's mean and deviation, over both ends of its steps"""
     weight_norm: bool = True
     """after each update, scale the weights of each unit of a hidden layer to norm 1"""
 
@@ -1007,19 +1009,34 @@ class MLP(nn.Module):
     """ReLU layers with orthogonal weights: [..., in] -> [..., out].
 
     The layers' names tell what normalises them, as rms_0 does, so that parameters cannot be loaded
-    into a network of another kind.
+    into a network of another kind. With the norm "batch", x is [B, in] in training (`train`), where
+    it is normalised, too; the running mean and variance of the batches are in "batch_stats".
     """
 
     hidden_sizes: tuple[int, ...]
     out: int
-    norm: str  # see normalize_layer
+    norm: str  # see normalize_layer, or batch
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, train: bool = False):
+        # Without weights of its own, as normalize_layer.
+        batch_norm = partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            use_scale=False,
+            use_bias=False,
+            use_fast_variance=False,
+        )
+        is_batch = self.norm == "batch"
+        if is_batch:
+            x = batch_norm()(x)
         for i, width in enumerate(self.hidden_sizes):
             orthogonal = nn.initializers.orthogonal(math.sqrt(2))
-            x = dense(width, kernel_init=orthogonal, name=f"{self.norm}_{i}")(x)
-            x = nn.relu(normalize_layer(self.norm, x))
+            layer = dense(
+                width, kernel_init=orthogonal, use_bias=not is_batch, name=f"{self.norm}_{i}"
+            )
+            x = layer(x)
+            x = nn.relu(batch_norm()(x) if is_batch else normalize_layer(self.norm, x))
         # Small at the start: no action is preferred, and all critics say 0.
         small = nn.initializers.orthogonal(0.01)
         return dense(self.out, kernel_init=small, name="out")(x)
@@ -1028,7 +1045,8 @@ class MLP(nn.Module):
 def make_networks(args: Args, env: Env) -> tuple[MLP, MLP]:
     """The actor, and one critic: observation and action -> logits of the atoms, or the value."""
     actor = MLP(args.hidden_sizes, 2 * env.action_size, args.layer_norm)  # means, raw deviations
-    critic = MLP(args.hidden_sizes, args.num_atoms if args.distributional else 1, args.layer_norm)
+    norm = "batch" if args.batch_norm else args.layer_norm
+    critic = MLP(args.hidden_sizes, args.num_atoms if args.distributional else 1, norm)
     return actor, critic
 
 
@@ -1098,16 +1116,16 @@ def apply_policy(
 
 
 def apply_critics(
-    args: Args, env: Env, params: dict, obs: jax.Array, action: jax.Array
+    args: Args, env: Env, params: dict, stats: dict, obs: jax.Array, action: jax.Array
 ) -> jax.Array:
     """What both critics say of normalised observations [..., O] and actions [..., A].
 
-    params: "qf1" and "qf2". Returns logits [2, ..., K], or without --distributional, the values
-    [2, ..., 1].
+    params: "qf1" and "qf2"; stats: their "batch_stats", if they have any. Returns logits
+    [2, ..., K], or without --distributional, the values [2, ..., 1].
     """
     _, critic = make_networks(args, env)
     x = jnp.concatenate([obs, action], axis=-1)
-    return jnp.stack([critic.apply(params[name], x) for name in ("qf1", "qf2")])
+    return jnp.stack([critic.apply(params[name] | stats[name], x) for name in ("qf1", "qf2")])
 
 
 def atoms(args: Args) -> jax.Array:
@@ -1133,6 +1151,7 @@ class Learner:
     obs_stats: RunningStats  # [O]
     return_stats: RunningStats  # [], of the discounted return
     largest_return: jax.Array  # [], of the absolute discounted returns so far
+    critic_stats: dict  # of "qf1" and "qf2": the "batch_stats" of --batch-norm, else nothing
     key: jax.Array  # of the minibatches, and of the noise in the losses
     steps: jax.Array  # int32, steps that each world has done
     updates: jax.Array  # int32, updates done
@@ -1183,7 +1202,7 @@ class TrainState:
 
 
 # What --init-from takes from another run's learner.
-INHERITED = ("params", "targets", "obs_stats", "return_stats", "largest_return")
+INHERITED = ("params", "targets", "critic_stats", "obs_stats", "return_stats", "largest_return")
 
 # How the state lies on the devices: a prefix of its tree, each entry for all arrays below it.
 STATE_SPEC = TrainState(learner=P(), worlds=P("devices"), buffer=P(None, "devices"))
@@ -1239,10 +1258,12 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     actor, critic = make_networks(args, env)
     obs = jnp.zeros(env.observation_size)
     both = jnp.zeros(env.observation_size + env.action_size)
-    networks = {
-        "actor": actor.init(actor_key, obs),
-        "critics": {"qf1": critic.init(qf1_key, both), "qf2": critic.init(qf2_key, both)},
+    critics = {"qf1": critic.init(qf1_key, both), "qf2": critic.init(qf2_key, both)}
+    critic_stats = {
+        name: {"batch_stats": critics[name].pop("batch_stats")} if args.batch_norm else {}
+        for name in critics
     }
+    networks = {"actor": actor.init(actor_key, obs), "critics": critics}
     if args.weight_norm:
         networks = normalize_weights(networks)
     params = networks | {"log_alpha": jnp.float32(math.log(args.alpha))}
@@ -1254,6 +1275,7 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
         obs_stats=start_stats(obs.shape),
         return_stats=start_stats(()),
         largest_return=jnp.zeros(()),
+        critic_stats=critic_stats,
         key=learner_key,
         steps=zero,
         updates=zero,
@@ -1491,19 +1513,61 @@ def temperature(args: Args, learner: Learner) -> jax.Array:
     return jnp.exp(learner.params["log_alpha"]) if args.autotune else jnp.float32(args.alpha)
 
 
-def critic_target(args: Args, env: Env, learner: Learner, mb: Batch, noise: jax.Array) -> jax.Array:
-    """What both critics should say of a minibatch.
+def apply_at_both_ends(
+    args: Args, env: Env, params: dict, stats: dict, mb: Batch, next_action: jax.Array
+) -> tuple[jax.Array, jax.Array, dict]:
+    """What both critics say of where a minibatch's steps began, and of where they ended.
 
-    noise: [B, A], standard normal. The next state is judged by that target critic which says less,
-    or by both with --twin mean. Returns probabilities [B, K], or values [B], scaled.
-    Source: arXiv:1812.05905, equation 6, with two critics; as distributions: arXiv:1707.06887.
+    next_action: [B, A], at the end. Returns two outputs [2, B, K] and the critics' next statistics.
+    With --batch-norm both ends are one batch: apart, their means would differ, and a critic would
+    be asked about inputs of another distribution than it is trained on.
+    Source: CrossQ, arXiv:1902.05605.
+    """
+    if not args.batch_norm:
+        begin = apply_critics(args, env, params, stats, mb.obs, mb.action)
+        end = apply_critics(args, env, params, stats, mb.next_obs, next_action)
+        return begin, end, stats
+    _, critic = make_networks(args, env)
+    obs = jnp.concatenate([mb.obs, mb.next_obs])
+    x = jnp.concatenate([obs, jnp.concatenate([mb.action, next_action])], axis=-1)
+    both = {
+        name: critic.apply(params[name] | stats[name], x, train=True, mutable="batch_stats")
+        for name in ("qf1", "qf2")
+    }
+    outputs = jnp.stack([both[name][0] for name in ("qf1", "qf2")])
+    begin, end = jnp.split(outputs, 2, axis=1)
+    return begin, end, {name: next_stats for name, (_, next_stats) in both.items()}
+
+
+def draw_next_actions(
+    args: Args, env: Env, learner: Learner, mb: Batch, noise: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The policy's actions where a minibatch's steps ended: [B, A], and their entropy's bonus: [B].
+
+    noise: [B, A], standard normal.
     """
     memory = initial_memory(mb.obs.shape[:-1])  # single steps have no past
     _, policy = apply_policy(args, env, learner.params["actor"], memory, mb.next_obs)
     next_action, logprob = policy.sample(noise)
-    entropy_bonus = -temperature(args, learner) * logprob  # [B]
+    return next_action, -temperature(args, learner) * logprob
 
-    output = apply_critics(args, env, learner.targets, mb.next_obs, next_action)
+
+def critic_target(
+    args: Args,
+    env: Env,
+    learner: Learner,
+    mb: Batch,
+    next_action: jax.Array,
+    entropy_bonus: jax.Array,
+) -> jax.Array:
+    """What both critics should say of a minibatch.
+
+    next_action: [B, A]; entropy_bonus: [B]. The next state is judged by that target critic which
+    says less, or by both with --twin mean. Returns probabilities [B, K], or values [B], scaled.
+    Source: arXiv:1812.05905, equation 6, with two critics; as distributions: arXiv:1707.06887.
+    """
+    targets, stats = learner.targets, learner.critic_stats
+    _, output, _ = apply_at_both_ends(args, env, targets, stats, mb, next_action)
     value = critic_values(args, output)  # [2, B]
     if not args.distributional:
         next_value = value.min(axis=0) if args.twin == "min" else value.mean(axis=0)
@@ -1521,15 +1585,21 @@ def critic_target(args: Args, env: Env, learner: Learner, mb: Batch, noise: jax.
 
 
 def critic_loss(
-    args: Args, env: Env, params: dict, mb: Batch, target: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The sum of both critics' losses on a minibatch, and its metrics by tag.
+    args: Args,
+    env: Env,
+    params: dict,
+    stats: dict,
+    mb: Batch,
+    next_action: jax.Array,
+    target: jax.Array,
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict]]:
+    """The sum of both critics' losses on a minibatch; its metrics by tag, and their next statistics.
 
-    target: what `critic_target` returns. The loss of a critic is the mean cross-entropy, or without
-    --distributional the mean squared error.
+    next_action: [B, A], which --batch-norm alone needs; target: what `critic_target` returns. The
+    loss of a critic is the mean cross-entropy, or without --distributional the mean squared error.
     Source: arXiv:1812.05905, equation 5; arXiv:1707.06887, algorithm 1.
     """
-    output = apply_critics(args, env, params, mb.obs, mb.action)
+    output, _, stats = apply_at_both_ends(args, env, params, stats, mb, next_action)
     value = critic_values(args, output)
     if args.distributional:
         error = -(target * nn.log_softmax(output)).sum(axis=-1)
@@ -1545,7 +1615,7 @@ def critic_loss(
         "losses/qf2_loss": q2_loss,
         "losses/qf_loss": (q1_loss + q2_loss) / 2,
     }
-    return q1_loss + q2_loss, metrics
+    return q1_loss + q2_loss, (metrics, stats)
 
 
 def actor_loss(
@@ -1560,7 +1630,8 @@ def actor_loss(
     _, policy = apply_policy(args, env, params, memory, mb.obs)
     action, logprob = policy.sample(noise)
 
-    output = apply_critics(args, env, learner.params["critics"], mb.obs, action)
+    critics, stats = learner.params["critics"], learner.critic_stats
+    output = apply_critics(args, env, critics, stats, mb.obs, action)
     value = critic_values(args, output)  # [2, B]
     value = value.min(axis=0) if args.twin == "min" else value.mean(axis=0)
     loss = masked_mean(temperature(args, learner) * logprob - value, mb.valid)
@@ -1614,15 +1685,18 @@ def update_critics(
     args: Args, env: Env, learner: Learner, mb: Batch, noise: jax.Array
 ) -> tuple[Learner, dict[str, jax.Array]]:
     """One step of both critics, and of their targets. noise: [B, A]."""
-    target = critic_target(args, env, learner, mb, noise)
-    gradient, metrics = mean_over_devices(
+    next_action, entropy_bonus = draw_next_actions(args, env, learner, mb, noise)
+    target = critic_target(args, env, learner, mb, next_action, entropy_bonus)
+    critics, stats = learner.params["critics"], learner.critic_stats
+    gradient, (metrics, stats) = mean_over_devices(
         jax.grad(critic_loss, argnums=2, has_aux=True)(
-            args, env, learner.params["critics"], mb, target
+            args, env, critics, stats, mb, next_action, target
         )
     )
     learner = descend(args, learner, "critics", gradient)
     targets = optax.incremental_update(learner.params["critics"], learner.targets, args.tau)
-    return learner.replace(targets=targets, updates=learner.updates + 1), metrics
+    updates = learner.updates + 1
+    return learner.replace(targets=targets, critic_stats=stats, updates=updates), metrics
 
 
 def update_actor(

@@ -403,7 +403,8 @@ def check_networks(sac) -> None:
         np.testing.assert_allclose(action, expected[0], atol=1e-4)
         np.testing.assert_allclose(logprob, expected[1], rtol=1e-3, atol=1e-3)
 
-        output = sac.apply_critics(args, shared_env(sac), learner.targets, seen, action)
+        stats = learner.critic_stats
+        output = sac.apply_critics(args, shared_env(sac), learner.targets, stats, seen, action)
         np.testing.assert_allclose(
             output, numpy_critics(learner.targets, seen, action, norm), atol=1e-3
         )
@@ -412,6 +413,68 @@ def check_networks(sac) -> None:
         assert memory == kept == ()
         assert type(control) is np.ndarray
         np.testing.assert_allclose(control, np.tanh(policy.mean), atol=1e-4)
+
+
+def numpy_batch_critic(params, x, stats=None):
+    """A critic by batch normalisation: its output, and the mean and variance used for each layer."""
+    used = []
+
+    def normalized(x):
+        mean, var = (x.mean(axis=0), x.var(axis=0)) if stats is None else stats[len(used)]
+        used.append((mean, var))
+        return (x - mean) / np.sqrt(var + 1e-5)
+
+    x = normalized(x)
+    layers = params["params"]
+    for i in range(len(layers) - 1):
+        x = np.maximum(normalized(x @ np.float64(layers[f"batch_{i}"]["kernel"])), 0)
+    return x @ np.float64(layers["out"]["kernel"]) + layers["out"]["bias"], used
+
+
+def check_batch_norm(sac) -> None:
+    """Both ends of a minibatch are one batch; an update moves the running statistics, by which the
+    actor's loss asks the critics."""
+    args = make_args(sac, batch_norm=True)
+    learner = make_learner(sac, args)
+    env = shared_env(sac)
+    mb = make_batch(sac, 64)
+    noise = np.float32(np.random.default_rng(2).normal(size=(64, 1)))
+    params, stats = learner.params["critics"], learner.critic_stats
+    next_action, _ = sac.draw_next_actions(args, env, learner, mb, noise)
+    begin, end, moved = jax.jit(partial(sac.apply_at_both_ends, args, env))(
+        params, stats, mb, next_action
+    )
+    x = np.concatenate(
+        [
+            np.concatenate([mb.obs, mb.action], axis=1),
+            np.concatenate([mb.next_obs, next_action], axis=1),
+        ]
+    ).astype(float)
+    by_hand = {name: numpy_batch_critic(params[name], x) for name in ("qf1", "qf2")}
+    outputs = np.stack([output for output, _ in by_hand.values()])
+    np.testing.assert_allclose(begin, outputs[:, :64], atol=1e-3)
+    np.testing.assert_allclose(end, outputs[:, 64:], atol=1e-3)
+    for name, (_, used) in by_hand.items():
+        for i, (mean, var) in enumerate(used):
+            layer = moved[name]["batch_stats"][f"BatchNorm_{i}"]
+            np.testing.assert_allclose(layer["mean"], 0.01 * mean, atol=1e-4)
+            np.testing.assert_allclose(layer["var"], 0.99 + 0.01 * var, atol=1e-4)
+
+    mesh = jax.make_mesh((1,), ("devices",))
+    update = jax.shard_map(
+        partial(sac.update_critics, args, env),
+        mesh=mesh,
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=False,
+    )
+    after, _ = jax.jit(update)(learner, mb, noise)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), after.critic_stats, moved)
+    output = sac.apply_critics(args, env, params, moved, mb.obs, mb.action)
+    layers = moved["qf2"]["batch_stats"]
+    known = [(layer["mean"], layer["var"]) for _, layer in sorted(layers.items())]
+    expected, _ = numpy_batch_critic(params["qf2"], x[:64], known)
+    np.testing.assert_allclose(output[1], expected, atol=1e-3)
 
 
 def check_start(sac) -> None:
@@ -441,8 +504,13 @@ def check_critic_target(sac) -> None:
         for twin in ("min", "mean"):
             args = make_args(sac, distributional=distributional, twin=twin)
             learner = make_learner(sac, args)
-            program = jax.jit(partial(sac.critic_target, args, shared_env(sac)))
-            target = program(learner, mb, noise)
+
+            def target_of(learner, mb, noise, args=args):
+                env = shared_env(sac)
+                drawn = sac.draw_next_actions(args, env, learner, mb, noise)
+                return sac.critic_target(args, env, learner, mb, *drawn)
+
+            target = jax.jit(target_of)(learner, mb, noise)
             action, logprob = numpy_policy(learner.params["actor"], mb.next_obs, noise)
             output = numpy_critics(learner.targets, mb.next_obs, action)
             reward, discount = np.float64(mb.reward), np.float64(mb.discount)
@@ -473,8 +541,8 @@ def check_critic_loss(sac) -> None:
         learner = make_learner(sac, args)
         target = random.dirichlet(np.ones(11), 4) if distributional else random.normal(size=4)
         target = np.float32(target)
-        loss, metrics = jax.jit(partial(sac.critic_loss, args, shared_env(sac)))(
-            learner.params["critics"], mb, target
+        loss, (metrics, _) = jax.jit(partial(sac.critic_loss, args, shared_env(sac)))(
+            learner.params["critics"], learner.critic_stats, mb, mb.action, target
         )
         output = numpy_critics(learner.params["critics"], mb.obs, mb.action)
         if distributional:
@@ -698,7 +766,11 @@ def test_invalid_transitions_are_not_learnt_from():
     critics = learner.params["critics"]
     critic_loss = jax.jit(partial(sac_mjx.critic_loss, args, shared_env(sac_mjx)))
     actor_loss = jax.jit(partial(sac_mjx.actor_loss, args, shared_env(sac_mjx)))
-    assert_same(critic_loss(critics, mb, target), critic_loss(critics, other, target))
+    losses = [
+        critic_loss(critics, learner.critic_stats, batch, mb.action, target)
+        for batch in (mb, other)
+    ]
+    assert_same(*losses)
     noise = jnp.ones((4, 1))
     actor = learner.params["actor"]
     first = actor_loss(actor, learner, mb, noise)
@@ -842,7 +914,12 @@ def train_probe(env, iterations: int = 150, **settings):
     def value(obs: float, action: float = 0.0) -> float:
         obs = sac_mjx.normalize(learner.obs_stats, jnp.float32([obs]))
         output = sac_mjx.apply_critics(
-            args, env, learner.params["critics"], obs, jnp.float32([action])
+            args,
+            env,
+            learner.params["critics"],
+            learner.critic_stats,
+            obs,
+            jnp.float32([action]),
         )
         scale = sac_mjx.reward_scale(args, learner)
         return float((sac_mjx.critic_values(args, output) * scale).mean())
@@ -903,11 +980,11 @@ MUTATIONS = {
     "the larger twin": ("critic_target", "value[0] < value[1]", "value[0] > value[1]"),
     "targets are not asked": (
         "critic_target",
-        "args, env, learner.targets, mb.next_obs",
-        'args, env, learner.params["critics"], mb.next_obs',
+        "targets, stats = learner.targets,",
+        'targets, stats = learner.params["critics"],',
     ),
     "no entropy in the target": ("critic_target", "atoms(args) + entropy", "atoms(args) + 0 * entropy"),
-    "the entropy's sign": ("critic_target", "entropy_bonus = -temperature", "entropy_bonus = temperature"),
+    "the entropy's sign": ("critic_target", "next_action, -temperature", "next_action, temperature"),
     "time limits do not bootstrap": ("n_step_by_hand", "counted & terminated", "counted & done"),
     "terminations bootstrap": ("n_step_by_hand", "jnp.where(goes_on, args", "jnp.where(True, args"),
     "sums go on over an end": ("n_step_by_hand", "jnp.cumprod(valid, axis=0) * alive", "jnp.cumprod(valid, axis=0)"),
@@ -931,9 +1008,15 @@ MUTATIONS = {
     "the temperature's sign": ("temperature", "return -jnp.exp(log_alpha)", "return jnp.exp(log_alpha)"),
     "the actor asks the targets": (
         "actor_and_alpha_loss",
-        'args, env, learner.params["critics"], mb.obs, action',
-        "args, env, learner.targets, mb.obs, action",
+        'learner.params["critics"], learner.critic_stats\n    output',
+        "learner.targets, learner.critic_stats\n    output",
     ),
+    "each end by itself": (
+        "batch_norm",
+        "obs = jnp.concatenate([mb.obs, mb.next_obs])",
+        "obs = jnp.concatenate([mb.obs, mb.obs])",
+    ),
+    "statistics stay": ("batch_norm", "critic_stats=stats, updates", "updates"),
     "learning rates stay": ("learning_rates", "(1 - args.final_lr)", "0 * (1 - args.final_lr)"),
     "broken steps in the statistics": ("scales", "jnp.where(steps.valid, jnp.abs", "jnp.where(True, jnp.abs"),
     "rewards may leave the atoms": ("scales", "jnp.maximum(deviation, learner", "jnp.minimum(deviation, learner"),
