@@ -72,16 +72,20 @@ class Compiled:
     def __init__(self, function):
         self.function = function
         self.kernels: dict = {}
+        self.others: set[str] = set()  # arguments that are no arrays, as they were warned of
         functools.update_wrapper(self, function, updated=())
 
     def __repr__(self) -> str:
         return f"onekernel.compile({self.function!r})"
 
     def __call__(self, *args, **kwargs):
+        if jax.config.jax_disable_jit:  # as jax.jit
+            return self.function(*args, **kwargs)
         leaves, tree = jax.tree.flatten((args, kwargs))
         try:
             signature = Signature.of(leaves, tree)
-        except TypeError:  # something that is no array: JAX says so in its own words
+        except TypeError:  # something that is no array; where JAX wants one, it says so
+            self.warn_of_others(args, kwargs)
             return self.function(*args, **kwargs)
         if signature in self.kernels:
             kernel = self.kernels[signature]
@@ -101,14 +105,32 @@ class Compiled:
         try:
             kernel = Kernel(self.function, signature)
         except Unsupported as error:
-            name = getattr(self.function, "__qualname__", repr(self.function))
-            warnings.warn(
-                f"onekernel cannot compile {name}: {error}; it runs by XLA", Fallback, stacklevel=3
-            )
+            self.warn(str(error))
             kernel = None
         if kernel is None or not kernel.captured:  # what it captured belongs to this call alone
             self.kernels[signature] = kernel
         return kernel
+
+    def warn(self, reason: str) -> None:
+        """For a method that the call of the function calls."""
+        name = getattr(self.function, "__qualname__", repr(self.function))
+        warnings.warn(
+            f"onekernel cannot compile {name}: {reason}; it runs by XLA", Fallback, stacklevel=4
+        )
+
+    def warn_of_others(self, args, kwargs) -> None:
+        """Once for each place and type, of arguments that are no arrays."""
+        others = []
+        for (group, *path), leaf in jax.tree_util.tree_leaves_with_path((args, kwargs)):
+            try:
+                jax.typeof(leaf)
+            except TypeError:
+                place = ("args", "kwargs")[group.idx] + jax.tree_util.keystr(path)
+                others.append(f"{place} is no array but of type {type(leaf).__name__}")
+        reason = ", ".join(others)
+        if reason not in self.others:
+            self.others.add(reason)
+            self.warn(reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +153,7 @@ class Signature:
         for leaf in leaves:
             aval = jax.typeof(leaf)
             impl = key_impl(leaf)
-            shapes.append(tuple(aval.shape))
+            shapes.append(sizes(aval))
             dtypes.append(np.dtype(aval.dtype).name if impl is None else "key")
             weak.append(bool(getattr(aval, "weak_type", False)))
             impls.append(impl)
@@ -289,12 +311,12 @@ class Kernel:
             self.out_dtypes = []
             for aval, impl in zip(outs, self.out_impls, strict=True):
                 if impl is not None:
-                    self.out_shapes.append((*aval.shape, *key_shape(impl)))
+                    self.out_shapes.append((*sizes(aval), *key_shape(impl)))
                     self.out_dtypes.append("uint32")
                     continue
                 if aval.dtype not in KINDS:
                     raise Unsupported(f"results of type {aval.dtype}")
-                self.out_shapes.append(tuple(aval.shape))
+                self.out_shapes.append(sizes(aval))
                 self.out_dtypes.append(aval.dtype.name)
             self.consts = list(closed.consts)
             self.captured_places = [
@@ -316,7 +338,7 @@ class Kernel:
             else:
                 shapes.append(((*shape, *key_shape(impl)), "u"))
         for value in self.captured:
-            shapes.append((tuple(value.shape), KINDS[np.dtype(value.dtype)]))
+            shapes.append((sizes(value), KINDS[np.dtype(value.dtype)]))
         return shapes
 
     def graph(self, platform: str) -> Graph:
@@ -468,6 +490,11 @@ def start_compiling(module, text: str, places: list[str], name: str, scratch: in
     return finish
 
 
+def sizes(array) -> tuple[int, ...]:
+    """The shape of an array or of its type. JAX has some of NumPy's integers (jnp.split)."""
+    return tuple(map(int, array.shape))
+
+
 def key_impl(value):
     """The PRNG implementation of a key array; None for another value."""
     dtype = jax.typeof(value).dtype
@@ -523,7 +550,36 @@ def jitted(kernel: Kernel, mapped, batched):
 
 @onekernel_p.def_impl
 def run(*operands, kernel: Kernel, mapped, batched):
-    return jitted(kernel, mapped, batched)(*operands)
+    def by_primitives():
+        kernel.trace()
+        with jax.disable_jit():
+            xla_call(kernel, mapped, batched, operands)
+
+    name = getattr(kernel.function, "__qualname__", "function")
+    return run_one(jitted(kernel, mapped, batched), operands, by_primitives, name)
+
+
+def run_one(program, operands, by_primitives, name: str):
+    """The results of a jitted program that is one primitive, under JAX's settings for debugging.
+
+    Those would have it call itself without end: jax_disable_jit takes the program for a function
+    of several primitives, and so do jax_debug_nans and jax_debug_infs where they find something.
+    by_primitives: computes the same by XLA, one primitive at a time, and raises JAX's
+    FloatingPointError where the first NaN or infinity arises.
+    """
+    config = jax.config
+    finds = {"nan": config.jax_debug_nans and np.isnan, "inf": config.jax_debug_infs and np.isinf}
+    if not (config.jax_disable_jit or any(finds.values())):
+        return program(*operands)
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+        results = program(*operands)
+    for kind, find in finds.items():
+        for result in jax.tree.leaves(results):
+            parts = result.addressable_shards if find and result.dtype == np.float32 else ()
+            if any(find(part.data).any() for part in parts):
+                by_primitives()
+                raise FloatingPointError(f"invalid value ({kind}) encountered in {name}")
+    return results
 
 
 def batch(operands, axes, *, kernel: Kernel, mapped, batched):

@@ -675,6 +675,20 @@ def test_a_constant_zero_wins():
         np.testing.assert_array_equal(result, 0)
 
 
+DIVISORS = (3.0, 1e-37, 2.0**126, -(2.0**126), 8.6e37, 3e38, -3.4e38)
+
+
+@case(
+    floats(),
+    worlds=MANY_WORLDS,
+    ulp=1,
+    truth={str(number): lambda x, by=number: x / np.float32(by) for number in DIVISORS},
+)
+def division_by_constants(x):
+    """By the reciprocal, unless that is subnormal, as of more than 2^126 = 8.5e37; XLA takes it for 0."""
+    return {str(number): x / np.float32(number) for number in DIVISORS}
+
+
 def operations_on_constants(bad, whole, some):
     """Operations that a compiler works out itself where their operands are constants.
 
@@ -1290,6 +1304,19 @@ def tables_of_a_world(table, rows, i, many):
 
 
 # ---- Linear algebra ------------------------------------------------------------------------
+
+
+@case(bools(3, 4), bools(4, 2), bools(4), bools(ROWS, 3))
+def dot_of_bools(a, b, v, large):
+    """Whether any term has both; with an even number of such terms, too."""
+    return {
+        "matrix_matrix": a @ b,
+        "matrix_vector": a @ v,
+        "same": v @ v,
+        "constant": jnp.ones((2, 4), bool) @ v,
+        "counted": lax.dot(a, b, preferred_element_type=jnp.int32),
+        "in_memory": large.T @ large,
+    }
 
 
 @case(
