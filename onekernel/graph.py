@@ -221,6 +221,7 @@ class Graph:
     # Buffers --------------------------------------------------------------------------------------
 
     def buffer(self, source: str, kind: str, size: int, data=None, operand: int = -1) -> int:
+        # JAX has some sizes as NumPy's integers (jnp.split), which the cache cannot write down.
         self.buffers.append(Buffer(source, kind, int(size), data, operand))
         return len(self.buffers) - 1
 

@@ -346,7 +346,7 @@ def cut(value, axis: int, sizes) -> list:
     """Pieces of an array, or of a key array, along an axis."""
     pieces = []
     start = 0
-    for size in map(int, sizes):  # jnp.split has them of NumPy's types
+    for size in sizes:
         starts = [0] * len(value.shape)
         limits = list(value.shape)
         starts[axis] = start
@@ -1319,7 +1319,7 @@ def scattering(*names: str):
         def apply(builder, equation, operand, indices, updates):
             # `x.at[i].apply(f)` is a scatter, too, with f in place of what a scatter does.
             if names == ("scatter",) and equation.params["update_jaxpr"] is not None:
-                raise Unsupported("scatter by a function (x.at[i].apply)")
+                raise Unsupported("scatter by a function, as of x.at[i].apply")
             if isinstance(operand, Keys):
                 words = zip(operand.words, updates.words, strict=True)
                 results = [apply(builder, equation, a, indices, b)[0] for a, b in words]

@@ -1067,8 +1067,10 @@ def test_arguments_that_are_no_arrays_run_by_xla():
 
 @NO_FALLBACK
 @pytest.mark.parametrize("size", [6, 10_000], ids=["small", "in_memory"])
-def test_sizes_of_numpys_types(size):
-    """jnp.split has pieces of such, in what is made of them, returned, and passed on."""
+def test_sizes_of_numpys_types(size, monkeypatch, tmp_path):
+    """jnp.split has pieces of such, in what is made of them, returned, passed on and kept."""
+    monkeypatch.setenv("ONEKERNEL_CACHE", "1")
+    monkeypatch.setenv("ONEKERNEL_CACHE_DIR", str(tmp_path))
 
     def function(x):
         first, second = jnp.split(x, [size // 2])
