@@ -153,7 +153,7 @@ class Signature:
         for leaf in leaves:
             aval = jax.typeof(leaf)
             impl = key_impl(leaf)
-            shapes.append(sizes(aval))
+            shapes.append(tuple(aval.shape))
             dtypes.append(np.dtype(aval.dtype).name if impl is None else "key")
             weak.append(bool(getattr(aval, "weak_type", False)))
             impls.append(impl)
@@ -311,12 +311,12 @@ class Kernel:
             self.out_dtypes = []
             for aval, impl in zip(outs, self.out_impls, strict=True):
                 if impl is not None:
-                    self.out_shapes.append((*sizes(aval), *key_shape(impl)))
+                    self.out_shapes.append((*aval.shape, *key_shape(impl)))
                     self.out_dtypes.append("uint32")
                     continue
                 if aval.dtype not in KINDS:
                     raise Unsupported(f"results of type {aval.dtype}")
-                self.out_shapes.append(sizes(aval))
+                self.out_shapes.append(tuple(aval.shape))
                 self.out_dtypes.append(aval.dtype.name)
             self.consts = list(closed.consts)
             self.captured_places = [
@@ -338,7 +338,7 @@ class Kernel:
             else:
                 shapes.append(((*shape, *key_shape(impl)), "u"))
         for value in self.captured:
-            shapes.append((sizes(value), KINDS[np.dtype(value.dtype)]))
+            shapes.append((tuple(value.shape), KINDS[np.dtype(value.dtype)]))
         return shapes
 
     def graph(self, platform: str) -> Graph:
@@ -488,11 +488,6 @@ def start_compiling(module, text: str, places: list[str], name: str, scratch: in
         return compiled
 
     return finish
-
-
-def sizes(array) -> tuple[int, ...]:
-    """The shape of an array or of its type. JAX has some of NumPy's integers (jnp.split)."""
-    return tuple(map(int, array.shape))
 
 
 def key_impl(value):
