@@ -54,14 +54,16 @@ def compile(function):
         states = jax.vmap(step)(states, actions)
 
     function: a pure function of pytrees of arrays (float32, int32, uint32, bool, PRNG keys) that
-    returns such pytrees; other arguments by closure or functools.partial. It is traced for each new
-    combination of shapes and types. Returns a function of the same signature. Under jax.vmap it is
+    returns such pytrees; settings go by closure or functools.partial. It is of one world: compile
+    it, then vmap it, never the other way round. It is traced for each new combination of shapes and
+    types. Returns a function of the same signature. Under jax.vmap it is
     one kernel for all worlds; without it, for one. It works under jit, scan, shard_map and nested
     vmap, and with arguments that all worlds share (in_axes None). The original is its attribute
     `function`.
 
-    What cannot be compiled (a primitive, float64, a platform) goes by XLA as if `compile` were
-    not there, and one warning, a `Fallback`, says what it is and where. Gradients are refused
+    What cannot be compiled (a primitive, float64, an argument that is no array, a platform) goes by
+    XLA as if `compile` were not there, and one warning for each combination of shapes and types, a
+    `Fallback`, says what it is and where. Gradients are refused
     with a TypeError: differentiate `compiled.function`."""
     return Compiled(function)
 
