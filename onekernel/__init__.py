@@ -12,8 +12,17 @@ kernels in pieces), cpu.py, machine_code.py and cuda.py make it machine code tha
 solver for MuJoCo XLA, hfield.py spheres on uneven ground. dense.py stands apart: `dot_general`,
 products of small matrices for the layers of networks on CPUs."""
 
+import importlib
+
 from onekernel.api import Fallback, compile
 from onekernel.dense import dot_general
 
 __all__ = ["Fallback", "compile", "dot_general"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """mjx and hfield, which need MuJoCo, are imported when they are first asked for."""
+    if name in ("hfield", "mjx"):
+        return importlib.import_module(f"onekernel.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

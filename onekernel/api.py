@@ -54,14 +54,16 @@ def compile(function):
         states = jax.vmap(step)(states, actions)
 
     function: a pure function of pytrees of arrays (float32, int32, uint32, bool, PRNG keys) that
-    returns such pytrees; other arguments by closure or functools.partial. It is traced for each new
-    combination of shapes and types. Returns a function of the same signature. Under jax.vmap it is
+    returns such pytrees; settings go by closure or functools.partial. It is of one world: compile
+    it, then vmap it, never the other way round. It is traced for each new combination of shapes and
+    types. Returns a function of the same signature. Under jax.vmap it is
     one kernel for all worlds; without it, for one. It works under jit, scan, shard_map and nested
     vmap, and with arguments that all worlds share (in_axes None). The original is its attribute
     `function`.
 
-    What cannot be compiled (a primitive, float64, a platform) goes by XLA as if `compile` were
-    not there, and one warning, a `Fallback`, says what it is and where. Gradients are refused
+    What cannot be compiled (a primitive, float64, an argument that is no array, a platform) goes by
+    XLA as if `compile` were not there, and one warning for each combination of shapes and types, a
+    `Fallback`, says what it is and where. Gradients are refused
     with a TypeError: differentiate `compiled.function`."""
     return Compiled(function)
 
@@ -72,16 +74,20 @@ class Compiled:
     def __init__(self, function):
         self.function = function
         self.kernels: dict = {}
+        self.others: set[str] = set()  # arguments that are no arrays, as they were warned of
         functools.update_wrapper(self, function, updated=())
 
     def __repr__(self) -> str:
         return f"onekernel.compile({self.function!r})"
 
     def __call__(self, *args, **kwargs):
+        if jax.config.jax_disable_jit:  # as jax.jit
+            return self.function(*args, **kwargs)
         leaves, tree = jax.tree.flatten((args, kwargs))
         try:
             signature = Signature.of(leaves, tree)
-        except TypeError:  # something that is no array: JAX says so in its own words
+        except TypeError:  # something that is no array; where JAX wants one, it says so
+            self.warn_of_others(args, kwargs)
             return self.function(*args, **kwargs)
         if signature in self.kernels:
             kernel = self.kernels[signature]
@@ -101,14 +107,32 @@ class Compiled:
         try:
             kernel = Kernel(self.function, signature)
         except Unsupported as error:
-            name = getattr(self.function, "__qualname__", repr(self.function))
-            warnings.warn(
-                f"onekernel cannot compile {name}: {error}; it runs by XLA", Fallback, stacklevel=3
-            )
+            self.warn(str(error))
             kernel = None
         if kernel is None or not kernel.captured:  # what it captured belongs to this call alone
             self.kernels[signature] = kernel
         return kernel
+
+    def warn(self, reason: str) -> None:
+        """For a method that the call of the function calls."""
+        name = getattr(self.function, "__qualname__", repr(self.function))
+        warnings.warn(
+            f"onekernel cannot compile {name}: {reason}; it runs by XLA", Fallback, stacklevel=4
+        )
+
+    def warn_of_others(self, args, kwargs) -> None:
+        """Once for each place and type, of arguments that are no arrays."""
+        others = []
+        for (group, *path), leaf in jax.tree_util.tree_leaves_with_path((args, kwargs)):
+            try:
+                jax.typeof(leaf)
+            except TypeError:
+                place = ("args", "kwargs")[group.idx] + jax.tree_util.keystr(path)
+                others.append(f"{place} is no array but of type {type(leaf).__name__}")
+        reason = ", ".join(others)
+        if reason not in self.others:
+            self.others.add(reason)
+            self.warn(reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -523,7 +547,36 @@ def jitted(kernel: Kernel, mapped, batched):
 
 @onekernel_p.def_impl
 def run(*operands, kernel: Kernel, mapped, batched):
-    return jitted(kernel, mapped, batched)(*operands)
+    def by_primitives():
+        kernel.trace()
+        with jax.disable_jit():
+            xla_call(kernel, mapped, batched, operands)
+
+    name = getattr(kernel.function, "__qualname__", "function")
+    return run_one(jitted(kernel, mapped, batched), operands, by_primitives, name)
+
+
+def run_one(program, operands, by_primitives, name: str):
+    """The results of a jitted program that is one primitive, under JAX's settings for debugging.
+
+    Those would have it call itself without end: jax_disable_jit takes the program for a function
+    of several primitives, and so do jax_debug_nans and jax_debug_infs where they find something.
+    by_primitives: computes the same by XLA, one primitive at a time, and raises JAX's
+    FloatingPointError where the first NaN or infinity arises.
+    """
+    config = jax.config
+    finds = {"nan": config.jax_debug_nans and np.isnan, "inf": config.jax_debug_infs and np.isinf}
+    if not (config.jax_disable_jit or any(finds.values())):
+        return program(*operands)
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+        results = program(*operands)
+    for kind, find in finds.items():
+        for result in jax.tree.leaves(results):
+            parts = result.addressable_shards if find and result.dtype == np.float32 else ()
+            if any(find(part.data).any() for part in parts):
+                by_primitives()
+                raise FloatingPointError(f"invalid value ({kind}) encountered in {name}")
+    return results
 
 
 def batch(operands, axes, *, kernel: Kernel, mapped, batched):

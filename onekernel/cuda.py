@@ -25,11 +25,8 @@ from onekernel.graph import Graph
 # An SM holds at most 32 blocks and 2048 threads, so 64 is the smallest block with which a small
 # kernel can fill it. A kernel as large as a robot's step takes all of the 255 registers that a
 # thread may have, so an SM's 65,536 hold 8 warps (groups of 32 threads), whatever the blocks. What
-# does not fit into registers lies in the SM's cache: 1 kB of a thread for a small kernel of
-# HalfCheetah (11,000 operations), 5 to 9 kB for the G1's (22,000). The more of it, the more it pays
-# to have the warps on as many SMs as possible, one a block. On an H100, for 4096 worlds, a
-# prototype made 15 million steps/s of HalfCheetah with blocks of 64, and 8 million of the G1 with
-# blocks of 32.
+# does not fit into registers lies in the SM's cache. The more of it, the more it pays to have the
+# warps on as many SMs as possible, one a block.
 SOURCES = (__file__,)  # of how text is compiled
 THREADS = 64
 THREADS_OF_LARGE_KERNELS = WARP

@@ -25,7 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from onekernel import cache, cpu, ffi, primitives
-from onekernel.api import result_type, versions
+from onekernel.api import result_type, run_one, versions
 from onekernel.trace import rule
 from onekernel.vector_math import SUBNORMALS
 
@@ -80,7 +80,10 @@ def jitted(layout: str):
     return jax.jit(functools.partial(product_p.bind, layout=layout))
 
 
-product_p.def_impl(lambda lhs, rhs, *, layout: jitted(layout)(lhs, rhs))
+@product_p.def_impl
+def run(lhs, rhs, *, layout: str):
+    by_primitives = functools.partial(by_xla, lhs, rhs, layout=layout)
+    return run_one(jitted(layout), (lhs, rhs), by_primitives, "onekernel.dot_general")
 
 
 @product_p.def_abstract_eval

@@ -23,6 +23,7 @@ Nothing that differs from process to process gets in: no addresses, no `hash`, n
 """
 
 import collections
+import contextlib
 import dataclasses
 import dis
 import enum
@@ -777,6 +778,9 @@ def _follow(value, attributes: list[str]):
             break
         module = value.__name__
         is_users = _owner_of_module(module) in (_USER, None)
+        if module == __package__:  # which imports some of its modules when it is asked for them
+            with contextlib.suppress(AttributeError, ImportError):
+                getattr(value, attribute)
         if attribute in vars(value):
             value = vars(value)[attribute]
         elif is_users:

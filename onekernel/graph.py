@@ -221,7 +221,8 @@ class Graph:
     # Buffers --------------------------------------------------------------------------------------
 
     def buffer(self, source: str, kind: str, size: int, data=None, operand: int = -1) -> int:
-        self.buffers.append(Buffer(source, kind, size, data, operand))
+        # JAX has some sizes as NumPy's integers (jnp.split), which the cache cannot write down.
+        self.buffers.append(Buffer(source, kind, int(size), data, operand))
         return len(self.buffers) - 1
 
     def load(self, buffer: int, index: int) -> int:
@@ -320,7 +321,8 @@ class Graph:
         if y is not None:
             if y == 1:
                 return a
-            if y != 0 and math.isfinite(y) and abs(1 / y) < 1e38:
+            # Kernels take a subnormal factor, the reciprocal of more than 2^126, for 0.
+            if y != 0 and math.isfinite(y) and 2.0**-126 <= abs(1 / y) < 1e38:
                 return self.mul("f", a, self.const("f", rounded(1 / y)))
         if x == 0 and x is not None and y is None:
             return a

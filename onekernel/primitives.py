@@ -713,7 +713,9 @@ def dot_general(builder, equation, a, b):
     terms = math.prod(sum_shape)
     if terms == 0 or math.prod(out_shape) == 0:
         return [np.zeros(out_shape, DTYPES[kind])]
-    add = combiner(graph, "add", kind)
+    # JAX's product of truth values is whether there is a term with both.
+    add = combiner(graph, "or" if kind == "b" else "add", kind)
+    multiply = combiner(graph, "and" if kind == "b" else "mul", kind)
     in_memory = isinstance(a, Memory) or isinstance(b, Memory)
     size = max(math.prod(a.shape), math.prod(b.shape), math.prod(out_shape))
     if size <= builder.scalar_limit and not (in_memory and terms * math.prod(out_shape) > 4096):
@@ -722,7 +724,7 @@ def dot_general(builder, equation, a, b):
         results = []
         for batch_rows, batch_columns in zip(rows.tolist(), columns.tolist(), strict=True):
             for row, column in itertools.product(batch_rows, batch_columns):
-                results.append(dot(graph, kind, row, column))
+                results.append(dot(graph, kind, row, column, multiply, add))
         return [Scalars(np.array(results, np.int64).reshape(out_shape), kind)]
 
     # Both with all of the result's axes, so that one index does for both; those they lack are
@@ -738,9 +740,7 @@ def dot_general(builder, equation, a, b):
 
     def term(operands, outer, inner):
         left, right = operands
-        return graph.mul(
-            kind, builder.read(left, (*outer, *inner)), builder.read(right, (*outer, *inner))
-        )
+        return multiply(builder.read(left, (*outer, *inner)), builder.read(right, (*outer, *inner)))
 
     return [contract(builder, out_shape, sum_shape, [a, b], term, add, kind)]
 
@@ -754,14 +754,14 @@ def converted(builder, value, kind: str):
     )
 
 
-def dot(graph, kind, row, column) -> int:
+def dot(graph, kind, row, column, multiply, add) -> int:
     total = None
     for a, b in zip(row, column, strict=True):
-        product = graph.mul(kind, a, b)
+        product = multiply(a, b)
         if graph.op[product] == "const" and graph.value[product] == 0:
             continue
-        total = product if total is None else graph.add(kind, total, product)
-    return graph.const(kind, 0.0 if kind == "f" else 0) if total is None else total
+        total = product if total is None else add(total, product)
+    return neutral(graph, add, kind, None) if total is None else total
 
 
 @rule("cholesky")
@@ -770,7 +770,8 @@ def cholesky(builder, equation, matrix):
     column on (JAX's is NaN altogether)."""
     batch = matrix.shape[:-2]
     if isinstance(matrix, Memory) and math.prod(matrix.shape[-2:]) > 40 * 40:
-        raise Unsupported("cholesky of a matrix of more than 40 rows in a large program")
+        rows = matrix.shape[-1]
+        raise Unsupported(f"cholesky of a matrix of {rows} rows that stays in memory")
     ids = builder.scalars(matrix).ids
     factor = np.empty(matrix.shape, np.int64)
     for index in np.ndindex(batch):
@@ -1316,6 +1317,9 @@ def scattering(*names: str):
     def register(combine):
         @rule(*names)
         def apply(builder, equation, operand, indices, updates):
+            # `x.at[i].apply(f)` is a scatter, too, with f in place of what a scatter does.
+            if names == ("scatter",) and equation.params["update_jaxpr"] is not None:
+                raise Unsupported("scatter by a function, as of x.at[i].apply")
             if isinstance(operand, Keys):
                 words = zip(operand.words, updates.words, strict=True)
                 results = [apply(builder, equation, a, indices, b)[0] for a, b in words]

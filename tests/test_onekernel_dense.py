@@ -103,6 +103,16 @@ def test_vmap_of_rows_and_of_weights():
     np.testing.assert_allclose(ensemble, x @ w, rtol=1e-4, atol=1e-4)
 
 
+def test_settings_for_debugging():
+    x, w = draw(0, 4, 3), draw(1, 3, 5)
+    with jax.disable_jit():
+        np.testing.assert_allclose(matmul(x, w), x @ w, rtol=1e-5, atol=1e-5)
+    with jax.debug_nans(True):
+        np.testing.assert_allclose(matmul(x, w), x @ w, rtol=1e-5, atol=1e-5)
+        with pytest.raises(FloatingPointError, match=r"\(nan\) encountered in dot_general"):
+            matmul(np.full((4, 3), np.nan, np.float32), w)
+
+
 @pytest.mark.parametrize("check", [True, False])
 def test_shard_map(check):
     mesh = Mesh(np.array(jax.devices()[:1]), ("devices",))

@@ -7,6 +7,8 @@
 """
 
 import copy
+import functools
+import re
 import threading
 from pathlib import Path
 from unittest import mock
@@ -537,6 +539,24 @@ def test_lean_leaves_mjx_as_it_was():
     with pytest.raises(ZeroDivisionError), lean.lean():
         raise ZeroDivisionError
     assert replaced() == before
+
+
+def test_lean_around_an_environment_is_the_lean_step():
+    """It need not know of onekernel: what it calls by MJX's names is replaced."""
+    model, data = put(arm())
+
+    def step(data):
+        return mjx.step(model, data)
+
+    def fast(data):
+        with lean.lean():
+            return step(data)
+
+    def program(function) -> str:
+        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(function)(data)))
+
+    ours = program(functools.partial(lean.step, model))
+    assert program(fast) == ours != program(step)
 
 
 def test_lean_lets_one_thread_in_at_a_time():

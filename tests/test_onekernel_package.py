@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 import venv
 from pathlib import Path
@@ -42,6 +43,27 @@ def test_example(capsys):
     speed, angles = np.asarray(names["worlds"].qvel)[:, 0], np.asarray(names["angles"])
     moving = np.abs(np.sin(angles)) > 0.01
     assert (np.sign(speed[moving]) == -np.sign(angles[moving])).all()
+
+
+PARTS = """
+import sys, onekernel
+from onekernel import fingerprint
+assert not {"mujoco", "onekernel.mjx", "onekernel.hfield"} & set(sys.modules)
+
+def step(model, data):
+    return onekernel.mjx.step(model, data)
+
+first = fingerprint.fingerprint(step)
+assert callable(onekernel.mjx.step) and callable(onekernel.hfield.ground_height)
+assert first == fingerprint.fingerprint(step) != None
+"""
+
+
+def test_parts_for_mujoco_are_imported_when_they_are_asked_for():
+    """And what a compiled function reaches through them counts, whether they are imported or not."""
+    subprocess.run([sys.executable, "-c", PARTS], check=True, cwd=ROOT)
+    with pytest.raises(AttributeError, match="'onekernel' has no attribute 'steps'"):
+        onekernel.steps  # noqa: B018
 
 
 @pytest.mark.slow

@@ -675,6 +675,16 @@ def test_a_constant_zero_wins():
         np.testing.assert_array_equal(result, 0)
 
 
+def test_division_by_large_constants():
+    """By their reciprocals, unless those are subnormal, as of more than 2^126 = 8.5e37: kernels take
+    such a factor for 0, and so does XLA."""
+    numbers = np.array([3e38, -1e38, 8.6e37, 1.0, np.inf, np.nan], np.float32)
+    for by in (3.0, 2.0**126, -(2.0**126), 8.6e37, 3e38, -3.4e38):
+        result = jax.vmap(onekernel.compile(lambda x, by=by: x / by))(numbers)
+        expected = flushed(numbers / np.float32(by))
+        np.testing.assert_allclose(flushed(result), expected, rtol=2e-7, err_msg=str(by))
+
+
 def operations_on_constants(bad, whole, some):
     """Operations that a compiler works out itself where their operands are constants.
 
@@ -1290,6 +1300,19 @@ def tables_of_a_world(table, rows, i, many):
 
 
 # ---- Linear algebra ------------------------------------------------------------------------
+
+
+@case(bools(3, 4), bools(4, 2), bools(4), bools(ROWS, 3))
+def dot_of_bools(a, b, v, large):
+    """Whether any term has both; with an even number of such terms, too."""
+    return {
+        "matrix_matrix": a @ b,
+        "matrix_vector": a @ v,
+        "same": v @ v,
+        "constant": jnp.ones((2, 4), bool) @ v,
+        "counted": lax.dot(a, b, preferred_element_type=jnp.int32),
+        "in_memory": large.T @ large,
+    }
 
 
 @case(

@@ -936,6 +936,10 @@ def uses_nextafter_in_a_loop(x):
     return lax.fori_loop(0, 3, turn, x)
 
 
+def uses_scatter_by_a_function(x):
+    return jnp.asarray(x).at[1].apply(jnp.negative)  # the line that the warning names
+
+
 def uses_callback(x):
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     host = lambda v: np.asarray(v) * 2  # noqa: E731
@@ -957,9 +961,10 @@ def warned(record):
     [
         (uses_nextafter, "nextafter"),
         (uses_nextafter_in_a_loop, "nextafter"),
+        (uses_scatter_by_a_function, "apply"),
         (uses_callback, "pure_callback"),
     ],
-    ids=["primitive", "in_a_loop", "callback"],
+    ids=["primitive", "in_a_loop", "scatter", "callback"],
 )
 def test_unsupported_primitive_runs_by_xla(function, primitive):
     """One warning for all calls: the primitive, this file and the line; and the right numbers."""
@@ -1039,6 +1044,84 @@ def test_float32_with_x64_enabled():
     expected = jax.vmap(step)(x)
     with jax.enable_x64(True):
         same_bits(jax.vmap(step)(x), expected)
+
+
+def test_arguments_that_are_no_arrays_run_by_xla():
+    """One warning for each combination of places and types says which they are."""
+
+    @onekernel.compile
+    def move(x, way, settings=None):
+        return x + 1 if way == "up" else x - 1
+
+    x = np.zeros(3, np.float32)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        up, down = move(x, "up"), move(x[:2], "down")
+        jax.jit(lambda x: move(x, way="up", settings={"deep": [1, object()]}))(x)
+    assert (up == 1).all() and (down == -1).all()
+    first, second = warned(record)
+    assert "move: args[1] is no array but of type str; it runs by XLA" in first
+    assert "kwargs['way']" in second and "kwargs['settings']['deep'][1]" in second
+    assert {Path(warning.filename).name for warning in record} == {Path(__file__).name}
+
+
+@NO_FALLBACK
+def test_sizes_of_numpys_types():
+    """The cache, which writes in JSON, takes them; jnp.split has pieces of such sizes."""
+
+    def function(x):
+        first, second = jnp.split(x, [5000])
+        part = lax.slice(x, np.array([2]), np.array([9000]), np.array([1]))
+        window = lax.dynamic_slice(x, (x[0].astype(int),), tuple(np.array([7000])))
+        return first, jnp.cumsum(first), jnp.sort(second), jnp.cumsum(part), jnp.cumsum(window)
+
+    x = np.random.default_rng(0).integers(0, 9, (2, 10_000)).astype(np.float32)
+    close(jax.vmap(onekernel.compile(function))(x), jax.vmap(function)(x))
+
+
+# ---- JAX's settings for debugging ------------------------------------------------------------
+
+
+def root_of_cosine(x):
+    return jnp.sqrt(jnp.cos(x)) + 1
+
+
+@NO_FALLBACK
+@pytest.mark.parametrize("transformation", [jax.vmap, lambda f: jax.jit(jax.vmap(f))])
+def test_nan_is_an_error_under_debug_nans(transformation):
+    """JAX's own, which names what it arises in."""
+    step = transformation(onekernel.compile(root_of_cosine))
+    with jax.debug_nans(True):
+        close(step(jnp.zeros(3)), jnp.full(3, 2.0))
+        with pytest.raises(FloatingPointError, match=r"\(nan\) encountered in sqrt"):
+            step(jnp.array([0.0, 3.0, 0.0]))
+    assert jnp.isnan(step(jnp.array([0.0, 3.0, 0.0]))[1])
+
+
+@NO_FALLBACK
+def test_infinity_is_an_error_under_debug_infs():
+    step = onekernel.compile(lambda x: 1 / x)
+    with jax.debug_infs(True):
+        assert step(jnp.float32(2)) == 0.5
+        with pytest.raises(FloatingPointError, match=r"\(inf\) encountered in div"):
+            step(jnp.float32(0))
+
+
+def test_function_itself_runs_under_disable_jit():
+    """In Python, where a debugger can stop."""
+    seen = []
+
+    def function(x):
+        seen.append(x)
+        return x * 2
+
+    step = onekernel.compile(function)
+    program = jax.make_jaxpr(step)(1.0)  # which holds the kernel
+    with jax.disable_jit():
+        assert step(jnp.float32(3)) == 6
+        assert (jax.vmap(step)(jnp.ones(3)) == 2).all()
+        assert jax.core.eval_jaxpr(program.jaxpr, program.consts, 4.0) == [8]
+    assert not isinstance(seen[1], jax.core.Tracer) and seen[1] == 3
 
 
 def test_fallback_is_a_user_warning():
