@@ -625,6 +625,53 @@ def joint_loads() -> str:
     return markdown(header, lines) + sources(["joint_loads"])
 
 
+def motion_prior() -> str:
+    """Policies of the G1 with 29 joints without and with a motion prior, beside the reference."""
+    result = load("motion_prior_g1_29dof")
+    rows = result["rows"]
+
+    def walking(row: dict, column: str) -> float:
+        """A column of the script's own test: the mean over the walking commands, without pushes."""
+        table = row["evaluation"]["table"]
+        names = [name for name in table if not name.startswith("stand") and "pushed" not in name]
+        return statistics.fmean(table[name][column] for name in names)
+
+    def line(label: str, cells: Iterable, reference: float | None = None) -> list[str]:
+        known = MISSING if reference is None else three_digits(reference)
+        return [label, known, *(three_digits(cell) for cell in cells)]
+
+    verdicts = ["yes" if row["evaluation"]["passed"] else "no" for row in rows]
+    lines = [
+        ["passes the test", MISSING, *verdicts],
+        ["falls in it", MISSING, *(str(row["evaluation"]["falls"]) for row in rows)],
+        line("velocity error, m/s", (row["evaluation"]["error"] for row in rows)),
+        line("yaw error, rad/s", (row["evaluation"]["yaw"] for row in rows)),
+        line("slip of the feet, m/s", (walking(row, "slip") for row in rows)),
+        line("jerk of the actions", (walking(row, "jerk") for row in rows)),
+        line("cost of transport", (row["cost_of_transport"] for row in rows)),
+        line("distance of joint angles, rad", (row["angle"] for row in rows), 0.0),
+        line("distance of joint speeds, rad/s", (row["speed"] for row in rows), 0.0),
+        line(
+            "steps of a foot per second",
+            (row["steps_hz"] for row in rows),
+            result["reference"]["steps_hz"],
+        ),
+        line(
+            "height of the soles in steps, m",
+            (row["clearance"] for row in rows),
+            result["reference"]["clearance"],
+        ),
+        [
+            "accuracy of a fresh discriminator",
+            "50%",
+            *(percent(row["fresh_accuracy"]) for row in rows),
+        ],
+    ]
+    labels = {"without": "without a prior", "with": "with it"}
+    header = ["", "the reference", *(labels[row["label"]] for row in rows)]
+    return markdown(header, lines) + sources(["motion_prior_g1_29dof"])
+
+
 def g1_ablations() -> str:
     variants = {}
     for row in load("g1_ablations")["rows"]:
@@ -887,6 +934,7 @@ TABLES = {
         g1_test,
         walk_tests,
         joint_loads,
+        motion_prior,
         rough_time,
         rough_test,
         rough_speed,
