@@ -36,7 +36,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from types import ModuleType
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the accelerator's memory is for training
 
@@ -185,10 +184,6 @@ class Player:
         if not self.swap_policy():
             fail(f"{source.file}: it cannot be read any more")
         self.reset()
-        try:
-            self.act()
-        except (KeyError, ValueError) as error:  # an array lacks, or has another shape
-            fail(f"{self.policy_file.file} does not fit the script or the robot ({error!s:.200})")
 
     def swap_policy(self) -> bool:
         """Take a newer policy, if there is one. Returns whether there was."""
@@ -387,11 +382,6 @@ def find_played(path: Path, script: Path | None, robot: str | None) -> Source:
     if not hasattr(source.script, "CMujocoEnv"):
         fail(f"{path}: {source.script.__name__}.py has no environment in C MuJoCo to play in")
     return source
-
-
-def find_script(run_dir: Path, script: Path | None) -> ModuleType:
-    """The script that made the run, as a module, for tools/record_motion.py."""
-    return find_played(run_dir, script, None).script
 
 
 def main(argv: list[str]) -> None:

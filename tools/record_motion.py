@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from tools.play import fail, find_script
+from tools.play import fail, find_played
 from tools.replay_nan import load_script
 from tools.show_motion import load_amp
 
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> None:
         script = load_script(flags.script or ROOT / "ppo_mjx_unitree.py")
         args = script.default_args(flags.robot)
     else:
-        script = find_script(flags.run, flags.script)
+        script = find_played(flags.run, flags.script, None).script
         args = script.read_run(flags.run)
     out = flags.out or script.MODELS / "motions" / f"{args.robot}.npz"
     if out.suffix != ".npz":
