@@ -1002,7 +1002,7 @@ MUTATIONS = {
         '"actor": args.policy_lr * share,\n        "critics": args.q_lr * share',
         '"actor": args.q_lr * share,\n        "critics": args.policy_lr * share',
     ),
-    "stale targets": ("update", "learner.replace(targets=targets, updates", "learner.replace(updates"),
+    "stale targets": ("update", "learner.replace(targets=targets, critic_stats", "learner.replace(critic_stats"),
     "the critics as targets": ("update", 'learner.targets, args.tau)', "learner.targets, 1.0)"),
     "the actor at each update": ("update", "learner.updates % args.policy_frequency == 0", "learner.updates >= 0"),
     "the temperature's sign": ("temperature", "return -jnp.exp(log_alpha)", "return jnp.exp(log_alpha)"),
