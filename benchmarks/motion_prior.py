@@ -4,7 +4,8 @@
     python benchmarks/motion_prior.py --robot g1 --policies with=runs/NAME/policy.npz without=docs/g1_policy.npz
 
 A policy is LABEL=FILE; the label `with` is driven by amp_mjx_unitree.py, `without` by ppo_mjx_unitree.py, others by
-the one that the label begins with (`with, no replay`).
+the one that the label begins with (`with, no replay`). Labels that differ in their ends alone (`, seed 1`, `, seed 2`)
+share a row of the tables.
 
 Two things are measured, in C MuJoCo at 500 Hz, nothing being random but the start:
 
@@ -20,13 +21,16 @@ Beside them: the frequency of steps and the height of the soles in them while wa
 power / (weight * mean speed along the command), both while told to go somewhere), slip and jerk. The reference's own
 are given where poses tell them.
 
-Writes benchmarks/results/motion_prior_ROBOT.json.
+Writes benchmarks/results/NAME.json, NAME being motion_prior_ROBOT by default.
 """
 
 import contextlib
 import dataclasses
 import io
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from types import ModuleType
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -52,6 +56,7 @@ class Args:
     policies: tuple[str, ...] = ("without=docs/g1_policy.npz",)
     seeds: tuple[int, ...] = (1, 2, 3)  # of the fresh discriminator
     noise: float = 0.2  # deviation of what is added to the actions, as by tools/record_motion.py
+    name: str | None = None  # of the JSON file
     smoke: bool = False  # the reference's first 10 s, one start of each command
 
 
@@ -79,13 +84,15 @@ class Record:
     falls: int = 0
 
 
-def read_reference(name: str) -> Record:
-    robot = amp.ROBOTS[name]
-    file = amp.MODELS / "motions" / f"{name}.npz"
+def read_reference(args: Args) -> Record:
+    robot = amp.ROBOTS[args.robot]
+    file = amp.MODELS / "motions" / f"{args.robot}.npz"
     clip = amp.resample(robot, amp.read_motion(robot, file))
     if clip.command is None:
         raise SystemExit(f"{file}: has no commands; record it with tools/record_motion.py")
-    return Record(qpos=clip.qpos, command=clip.command, starts=np.arange(len(clip.qpos)) == 0)
+    some = slice(500 if args.smoke else None)
+    starts = np.arange(len(clip.qpos)) == 0
+    return Record(qpos=clip.qpos[some], command=clip.command[some], starts=starts[some])
 
 
 def follow(script: ModuleType, robot, policy: dict, command: np.ndarray, noise: float) -> Record:
@@ -223,11 +230,18 @@ def fresh_accuracy(robot, mine: Record, reference: Record, seed: int, steps: int
 # ---- Table --------------------------------------------------------------------------------------
 
 
-def measure(args: Args, label: str, policy: dict, reference: Record) -> dict:
+def measure(args: Args, entry: str) -> dict:
+    """A row of the result, of LABEL=FILE."""
+    label, file = entry.split("=", 1)
+    with np.load(common.ROOT / file, allow_pickle=False) as arrays:
+        policy = dict(arrays)
     script = script_of(label)
     robot = script.ROBOTS[args.robot]
+    if args.smoke:
+        script.TEST_STARTS = 1
     with contextlib.redirect_stdout(io.StringIO()):
         test = script.judge(robot, policy)
+    reference = read_reference(args)
     mine = follow(script, robot, policy, reference.command, args.noise)
     weight = robot.model.body_mass.sum() * 9.81
     steps = 20 if args.smoke else TRAINED
@@ -244,21 +258,20 @@ def measure(args: Args, label: str, policy: dict, reference: Record) -> dict:
 
 
 def main(args: Args) -> None:
-    reference = read_reference(args.robot)
     if args.smoke:
-        amp.TEST_STARTS = plain.TEST_STARTS = 1
         args.seeds = args.seeds[:1]
-        reference = Record(reference.qpos[:500], reference.command[:500], reference.starts[:500])
-    rows = []
     for entry in args.policies:
-        label, file = entry.split("=", 1)
-        with np.load(common.ROOT / file, allow_pickle=False) as arrays:
-            policy = dict(arrays)
-        rows.append(measure(args, label, policy, reference))
-        numbers = {name: value for name, value in rows[-1].items() if name != "evaluation"}
-        print(numbers, flush=True)
-    result = {"rows": rows, "reference": gait(amp.ROBOTS[args.robot], reference)}
-    common.write(f"motion_prior_{args.robot}", args, result, args.smoke, ["cpu"])
+        script_of(entry)  # refuses a label before anything takes time
+    rows = []
+    spawn = multiprocessing.get_context("spawn")  # JAX does not outlive a fork
+    with ProcessPoolExecutor(common.count_cores(), mp_context=spawn) as pool:
+        for row in pool.map(partial(measure, args), args.policies):
+            rows.append(row)
+            numbers = {name: value for name, value in row.items() if name != "evaluation"}
+            print(numbers, flush=True)
+    result = {"rows": rows, "reference": gait(amp.ROBOTS[args.robot], read_reference(args))}
+    name = args.name or f"motion_prior_{args.robot}"
+    common.write(name, args, result, args.smoke, ["cpu"])
 
 
 if __name__ == "__main__":

@@ -625,10 +625,36 @@ def joint_loads() -> str:
     return markdown(header, lines) + sources(["joint_loads"])
 
 
+def amp_time() -> str:
+    """Of each seed with a motion prior: when a policy first passes, and when all do."""
+    name = "time_amp_mjx_unitree_g1_29dof"
+    rows = []
+    for row in load(name)["rows"]:
+        points = walk_milestones(row["curve"])
+        minutes = [
+            f"{point['seconds'] / 60:.1f}" if point else MISSING for point in points.values()
+        ]
+        rows.append([str(row["seed"]), *minutes, *walk_cells(points["last policy"])[1:]])
+    header = ["seed", "first that passes, minutes", "from which on all pass", "last policy"]
+    return markdown(header + WALK_HEADER[1:], rows) + sources([name])
+
+
+def by_variant(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of motion_prior.py whose labels differ only in a seed."""
+    variants = {}
+    for row in rows:
+        variants.setdefault(row["label"].rsplit(", seed ", 1)[0], []).append(row)
+    return variants
+
+
+def listed(values: Iterable[float]) -> str:
+    return ", ".join(three_digits(value) for value in values)
+
+
 def motion_prior() -> str:
     """Policies of the G1 with 29 joints without and with a motion prior, beside the reference."""
     result = load("motion_prior_g1_29dof")
-    rows = result["rows"]
+    variants = by_variant(result["rows"])
 
     def walking(row: dict, column: str) -> float:
         """A column of the script's own test: the mean over the walking commands, without pushes."""
@@ -636,40 +662,67 @@ def motion_prior() -> str:
         names = [name for name in table if not name.startswith("stand") and "pushed" not in name]
         return statistics.fmean(table[name][column] for name in names)
 
-    def line(label: str, cells: Iterable, reference: float | None = None) -> list[str]:
+    def line(label: str, of: Callable, reference: float | None = None) -> list[str]:
         known = MISSING if reference is None else three_digits(reference)
-        return [label, known, *(three_digits(cell) for cell in cells)]
+        return [label, known, *(listed(map(of, rows)) for rows in variants.values())]
 
-    verdicts = ["yes" if row["evaluation"]["passed"] else "no" for row in rows]
+    passed = [
+        f"{sum(row['evaluation']['passed'] for row in rows)} of {len(rows)}"
+        for rows in variants.values()
+    ]
+    reference = result["reference"]
     lines = [
-        ["passes the test", MISSING, *verdicts],
-        ["falls in it", MISSING, *(str(row["evaluation"]["falls"]) for row in rows)],
-        line("velocity error, m/s", (row["evaluation"]["error"] for row in rows)),
-        line("yaw error, rad/s", (row["evaluation"]["yaw"] for row in rows)),
-        line("slip of the feet, m/s", (walking(row, "slip") for row in rows)),
-        line("jerk of the actions", (walking(row, "jerk") for row in rows)),
-        line("cost of transport", (row["cost_of_transport"] for row in rows)),
-        line("distance of joint angles, rad", (row["angle"] for row in rows), 0.0),
-        line("distance of joint speeds, rad/s", (row["speed"] for row in rows), 0.0),
+        ["pass the test", MISSING, *passed],
+        line("falls in it", lambda row: row["evaluation"]["falls"]),
+        line("velocity error, m/s", lambda row: row["evaluation"]["error"]),
+        line("yaw error, rad/s", lambda row: row["evaluation"]["yaw"]),
+        line("slip of the feet, m/s", lambda row: walking(row, "slip")),
+        line("jerk of the actions", lambda row: walking(row, "jerk")),
+        line("cost of transport", lambda row: row["cost_of_transport"]),
+        line("distance of joint angles, rad", lambda row: row["angle"], 0.0),
+        line("distance of joint speeds, rad/s", lambda row: row["speed"], 0.0),
+        line("steps of a foot per second", lambda row: row["steps_hz"], reference["steps_hz"]),
         line(
-            "steps of a foot per second",
-            (row["steps_hz"] for row in rows),
-            result["reference"]["steps_hz"],
+            "height of the soles in steps, m", lambda row: row["clearance"], reference["clearance"]
         ),
-        line(
-            "height of the soles in steps, m",
-            (row["clearance"] for row in rows),
-            result["reference"]["clearance"],
-        ),
-        [
-            "accuracy of a fresh discriminator",
-            "50%",
-            *(percent(row["fresh_accuracy"]) for row in rows),
-        ],
+        line("right guesses of a fresh discriminator", lambda row: row["fresh_accuracy"], 0.5),
     ]
     labels = {"without": "without a prior", "with": "with it"}
-    header = ["", "the reference", *(labels[row["label"]] for row in rows)]
+    header = ["", "the reference", *(labels.get(name, name) for name in variants)]
     return markdown(header, lines) + sources(["motion_prior_g1_29dof"])
+
+
+def amp_ablations() -> str:
+    """Trainings with a motion prior that lack a part of it, or have it in another form."""
+    rows = []
+    for name, found in by_variant(load("amp_ablations")["rows"]).items():
+        cells = [", ".join(str(row["evaluation"]["falls"]) for row in found)]
+        cells += [listed(row["evaluation"][key] for row in found) for key in ("error", "yaw")]
+        cells += [
+            listed(row[key] for row in found) for key in ("angle", "speed", "steps_hz", "clearance")
+        ]
+        cells.append(listed(row["fresh_accuracy"] for row in found))
+        rows.append([name.removeprefix("with, "), *cells])
+    header = ["variant", "falls", "velocity error", "yaw error", "distance of angles", "of speeds"]
+    header += ["steps of a foot per second", "height of soles", "fresh discriminator"]
+    return markdown(header, rows) + sources(["amp_ablations"])
+
+
+def follow_motion() -> str:
+    """Policies trained for style alone, on motions of others."""
+    names = names_like("follow_motion_*")
+    rows = []
+    for name in names:
+        result = load(name)
+        for row in result["rows"]:
+            cells = [
+                percent(row["survival"]),
+                *map(three_digits, (row["up_s"], row["joint_error"])),
+            ]
+            told = [Path(result["args"]["motion"]).name, ROBOT_NAMES[result["args"]["robot"]]]
+            rows.append([*told, *cells, three_digits(row["mean_pose_error"])])
+    header = ["motion", "robot", "up after 20 s", "time up, s", "joint error, rad"]
+    return markdown([*header, "of its mean pose"], rows) + sources(names)
 
 
 def g1_ablations() -> str:
@@ -683,7 +736,7 @@ def g1_ablations() -> str:
             cells.append(", ".join(f"{final[key]:.{digits}f}" for final in finals))
         rows.append([variant, *cells])
     header = ["variant", "falls", "velocity error", "yaw error", "drift"]
-    return markdown(header, rows) + sources(["g1_ablations"], SIMPLIFIED_G1)
+    return markdown(header, rows) + sources(["g1_ablations"])
 
 
 # ---- SAC ----------------------------------------------------------------------------------------
@@ -934,7 +987,10 @@ TABLES = {
         g1_test,
         walk_tests,
         joint_loads,
+        amp_time,
         motion_prior,
+        amp_ablations,
+        follow_motion,
         rough_time,
         rough_test,
         rough_speed,

@@ -10,15 +10,15 @@ their later parts (--test-from) are put to the script's own test. `first_update_
 until the first iteration's metrics are in TensorBoard's file, `first_pass` is the first policy that
 passes, `all_pass` the first one from which on all pass. So only the trainings need a quiet machine.
 
-With --ablations each training lacks one trick, and the last policies alone are tested; --variants
-chooses.
+With --ablations each training lacks one trick, or has it in another form, and the last policies
+alone are tested; --variants chooses.
 With --keep FOLDER the trainings stay there; another call tests them again, from an earlier part
 on, say, or trains the seeds that are missing.
 
 --script trains another robot script, which is put to its own test.
 
 Writes benchmarks/results/NAME.json, NAME being time_to_walk_ROBOT by default (ROBOT_ablations; of
-another script time_SCRIPT_ROBOT), and the last policy of the first seed to --policy.
+another script time_SCRIPT_ROBOT and SCRIPT_ROBOT_ablations), and the last policy of the first seed to --policy.
 """
 
 import contextlib
@@ -35,37 +35,54 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import common
 import numpy as np
 import tyro
 from time_to_return import watch
 
-# What to leave out: flags, weights of the reward that differ, and whether the networks see the
-# world in the mirror.
+FLAT = "ppo_mjx_unitree"
+AMP = "amp_mjx_unitree"
+
+
+class Variant(NamedTuple):
+    """A training that lacks a trick, or has it in another form."""
+
+    flags: str = ""
+    weights: dict[str, float] = {}  # of the reward, where they differ
+    mirror: bool = True  # the networks see the world in the mirror
+
+
 VARIANTS = {
-    "as it is": ([], {}, True),
-    "no mirror": ([], {}, False),
-    "no imitation loss": (["--imitation-coef", "0"], {}, True),
-    "no curriculum": (["--curriculum", "0"], {}, True),
-    "no gait reward": ([], {"gait": 0.0}, True),
-    "no rewards of standing": (
-        [],
-        {"lifted_standing": 0.0, "capture": 0.0, "standing_pose": 0.0},
-        True,
-    ),
-    "fixed step size, 1e-3 to 0": (["--desired-kl", "None", "--learning-rate", "1e-3"], {}, True),
-    "nothing randomised": (
-        "--obs-noise 0 --push-speed 0 --friction 1 1 --added-mass 0 0 --shifted-center 0 "
-        "--gain-noise 0 --strength-noise 0 --action-delay 0".split(),
-        {},
-        True,
-    ),
+    FLAT: {
+        "as it is": Variant(),
+        "no mirror": Variant(mirror=False),
+        "no imitation loss": Variant("--imitation-coef 0"),
+        "no curriculum": Variant("--curriculum 0"),
+        "no gait reward": Variant(weights={"gait": 0.0}),
+        "no rewards of standing": Variant(
+            weights={"lifted_standing": 0.0, "capture": 0.0, "standing_pose": 0.0}
+        ),
+        "fixed step size, 1e-3 to 0": Variant("--desired-kl None --learning-rate 1e-3"),
+        "nothing randomised": Variant(
+            "--obs-noise 0 --push-speed 0 --friction 1 1 --added-mass 0 0 --shifted-center 0 "
+            "--gain-noise 0 --strength-noise 0 --action-delay 0"
+        ),
+    },
+    AMP: {
+        "as it is": Variant(),
+        "no gradient penalty": Variant("--grad-penalty 0"),
+        "four frames": Variant("--num-frames 4"),
+        "more style, task share 0.3": Variant("--task-share 0.3"),
+        "no style, task share 1": Variant("--task-share 1"),
+        "a replay of one rollout": Variant("--replay-size 1024"),
+        "more action noise": Variant("--init-log-std -1.0"),
+        "less action noise": Variant("--init-log-std -2.2"),
+    },
 }
 # What the tests say of a policy; not each script's has all of them.
 RESULTS = ("passed", "falls", "crossed", "error", "yaw", "drift")
-FLAT = "ppo_mjx_unitree"
 
 
 @dataclasses.dataclass
@@ -76,10 +93,9 @@ class Args:
     checkpoint_every: float = 0.1  # share of the training between two policies
     test_from: float = 0.5  # share of the training from which on policies are tested
     flags: str = ""  # further flags for the script
-    ablations: bool = (
-        False  # trainings that lack a trick, of which the last policies alone are tested
-    )
-    variants: tuple[str, ...] = tuple(VARIANTS)  # which ones
+    # Trainings that lack a trick, of which the last policies alone are tested.
+    ablations: bool = False
+    variants: tuple[str, ...] = ()  # which ones; none named: all of the script
     name: str | None = None  # of the JSON file
     policy: str | None = None  # where the last policy of the first seed is copied to
     keep: str | None = None  # folder for the trainings; those that it has already are tested only
@@ -90,10 +106,10 @@ class Args:
 def child(script: str, robot: str, variant: str, argv: list[str]) -> None:
     """What the training process runs: the script, with one trick left out."""
     module = importlib.import_module(script)
-    _, weights, mirror = VARIANTS[variant]
+    chosen = VARIANTS[script][variant] if script in VARIANTS else Variant()
     row = module.ROBOTS[robot]
-    module.ROBOTS[robot] = dataclasses.replace(row, weights=row.weights | weights)
-    if not mirror:
+    module.ROBOTS[robot] = dataclasses.replace(row, weights=row.weights | chosen.weights)
+    if not chosen.mirror:
         rules = module.mirror_rules
         module.in_mirror = lambda robot, command, elapsed: elapsed < 0
         module.mirror_rules = lambda robot: (
@@ -114,7 +130,8 @@ def judge(script: str, robot: str, file: Path) -> dict:
 def train(args: Args, variant: str, seed: int, folder: Path) -> tuple[list[dict], dict, float]:
     """What `watch` returns of one training, which is kept in the folder."""
     flags = ["--seed", str(seed), "--checkpoint-every", str(args.checkpoint_every)]
-    flags += VARIANTS[variant][0]
+    if args.script in VARIANTS:
+        flags += VARIANTS[args.script][variant].flags.split()
     flags += ["--compile-cache" if args.compile_cache else "--no-compile-cache"]
     flags += args.flags.split()
 
@@ -197,15 +214,15 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def main(args: Args) -> None:
-    if args.variants != tuple(VARIANTS) and not args.ablations:
+    if args.variants and not args.ablations:
         raise SystemExit("--variants: needs --ablations")
-    if args.ablations and args.script != FLAT:
-        raise SystemExit(f"--ablations: they are {FLAT}.py's")
-    unknown = set(args.variants) - set(VARIANTS)
+    if args.ablations and args.script not in VARIANTS:
+        raise SystemExit(f"--ablations: {args.script}.py has none")
+    known = list(VARIANTS.get(args.script, {}))
+    unknown = set(args.variants) - set(known)
     if unknown:
-        raise SystemExit(
-            f"--variants: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}"
-        )
+        raise SystemExit(f"--variants: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    variants = (args.variants or known) if args.ablations else ["as it is"]
     if args.smoke:
         short = {"seeds": (1,), "flags": "--total-timesteps 30000", "checkpoint_every": 1.0}
         args = dataclasses.replace(args, **short)
@@ -213,7 +230,7 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         trainings = {}
         for seed in args.seeds:
-            for variant in args.variants if args.ablations else ["as it is"]:
+            for variant in variants:
                 label = f"{args.robot}, {variant}, seed {seed}"
                 if args.script != FLAT:
                     label = f"{args.script}, {label}"
@@ -227,16 +244,17 @@ def main(args: Args) -> None:
             shown = {key: row[key] for key in row if key not in ("curve", "final_table", "run")}
             print(json.dumps(shown), flush=True)
 
-            variants = dict.fromkeys(row["variant"] for row in rows)
             summary = {
                 variant: summarise([row for row in rows if row["variant"] == variant])
-                for variant in variants
+                for variant in dict.fromkeys(row["variant"] for row in rows)
             }
             usual = f"time_to_walk_{args.robot}"
+            if args.script != FLAT:
+                usual = f"time_{args.script}_{args.robot}"
             if args.ablations:
                 usual = f"{args.robot}_ablations"
-            elif args.script != FLAT:
-                usual = f"time_{args.script}_{args.robot}"
+                if args.script != FLAT:
+                    usual = f"{args.script}_{usual}"
             name = args.name or usual
             result = {"summary": summary, "rows": rows}
             common.write(name, args, result, args.smoke, rows[0]["run"]["devices"])

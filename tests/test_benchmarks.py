@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import json
 import re
@@ -13,8 +14,11 @@ from pathlib import Path
 import common
 import compare_ppo
 import curves
+import follow_motion
 import memory
+import numpy as np
 import pytest
+import tables
 import throughput
 import time_to_return
 import time_to_walk
@@ -163,6 +167,36 @@ def test_policies_of_the_later_part_are_tested(tmp_path, monkeypatch):
 
     assert tested(test_from=0.7) == [70, 80, 90, 105]
     assert tested(test_from=0.7, ablations=True) == [105]
+
+
+@pytest.mark.parametrize("script", time_to_walk.VARIANTS)
+def test_variants_are_settings_of_their_script(script):
+    """Flags that it takes, weights that its rows have; and but for one each changes something."""
+    module = importlib.import_module(script)
+    for name, variant in time_to_walk.VARIANTS[script].items():
+        args = module.parse_args(variant.flags.split())
+        assert variant.weights.keys() <= module.ROBOTS["g1"].weights.keys()
+        changed = args != module.Args() or variant.weights or not variant.mirror
+        assert bool(changed) == (name != "as it is")
+
+
+def test_alignment_follows_a_motion_in_its_order():
+    """At up to twice its speed, over its end; and not backwards."""
+    motion = np.random.default_rng(0).normal(size=(50, 3))
+    ahead = np.concatenate([motion[11:], motion[:20:2], motion[[20, 20, 20]]])
+    assert follow_motion.aligned_error(ahead, motion, start=10) == 0
+    assert follow_motion.aligned_error(ahead + 0.1, motion, start=10) == pytest.approx(0.1)
+    assert follow_motion.aligned_error(motion[::-1], motion, start=10) > 0.3
+
+
+def test_labels_that_differ_in_a_seed_share_a_row():
+    labels = ["without", "with, seed 1", "with, four frames, seed 2", "with, seed 2"]
+    shared = tables.by_variant([{"label": label} for label in labels])
+    assert {name: len(rows) for name, rows in shared.items()} == {
+        "without": 1,
+        "with": 2,
+        "with, four frames": 1,
+    }
 
 
 def test_summary_of_times_to_walk():
