@@ -117,15 +117,14 @@ def measure(args: Args, file: Path, clip: amp.Clip) -> tuple[dict, np.ndarray]:
     return row, shown[0]
 
 
-def film(args: Args, motion: np.ndarray, poses: np.ndarray) -> None:
-    """The motion, over and over, on the left; the robot on the right."""
+def film(robot: amp.Robot, motion: np.ndarray, poses: np.ndarray, file: str) -> None:
+    """A motion [K, 7 + J], over and over, on the left; the robot's poses [T, 7 + J] on the right."""
     imageio = importlib.import_module("imageio")
-    robot = amp.ROBOTS[args.robot]
     data = mujoco.MjData(robot.model)
     renderer = amp.make_renderer(robot.model)
     camera = amp.make_camera(robot.model)
     with warnings.catch_warnings(action="ignore"):
-        with imageio.get_writer(args.film, fps=25) as video:
+        with imageio.get_writer(file, fps=25) as video:
             for i in range(0, len(poses), round(1 / 25 / amp.CONTROL_DT)):
                 panes = []
                 for pose in (motion[i % len(motion)], poses[i]):
@@ -135,7 +134,7 @@ def film(args: Args, motion: np.ndarray, poses: np.ndarray) -> None:
                     panes.append(renderer.render().copy())
                 video.append_data(np.concatenate(panes, axis=1))
     renderer.close()
-    print(args.film)
+    print(file)
 
 
 def main(args: Args) -> None:
@@ -151,7 +150,7 @@ def main(args: Args) -> None:
         rows.append(row)
         print({key: value for key, value in row.items() if key != "starts"}, flush=True)
     if args.film:
-        film(args, clip.qpos, first)
+        film(robot, clip.qpos, first, args.film)
     common.write(args.name, args, {"rows": rows}, args.smoke, ["cpu"])
 
 

@@ -21,6 +21,8 @@ Beside them: the frequency of steps and the height of the soles in them while wa
 power / (weight * mean speed along the command), both while told to go somewhere), slip and jerk. The reference's own
 are given where poses tell them.
 
+--film shows the reference beside the last policy on the same commands.
+
 Writes benchmarks/results/NAME.json, NAME being motion_prior_ROBOT by default.
 """
 
@@ -41,6 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from follow_motion import film
 from scipy.stats import wasserstein_distance
 
 import amp_mjx_unitree as amp
@@ -56,6 +59,8 @@ class Args:
     policies: tuple[str, ...] = ("without=docs/g1_policy.npz",)
     seeds: tuple[int, ...] = (1, 2, 3)  # of the fresh discriminator
     noise: float = 0.2  # deviation of what is added to the actions, as by tools/record_motion.py
+    film: str | None = None  # file of a film, .mp4
+    film_seconds: float = 40.0
     name: str | None = None  # of the JSON file
     smoke: bool = False  # the reference's first 10 s, one start of each command
 
@@ -230,12 +235,16 @@ def fresh_accuracy(robot, mine: Record, reference: Record, seed: int, steps: int
 # ---- Table --------------------------------------------------------------------------------------
 
 
-def measure(args: Args, entry: str) -> dict:
-    """A row of the result, of LABEL=FILE."""
+def load_policy(entry: str) -> tuple[str, ModuleType, dict]:
+    """Of LABEL=FILE: the label, the script that drives the policy, and the policy."""
     label, file = entry.split("=", 1)
     with np.load(common.ROOT / file, allow_pickle=False) as arrays:
-        policy = dict(arrays)
-    script = script_of(label)
+        return label, script_of(label), dict(arrays)
+
+
+def measure(args: Args, entry: str) -> dict:
+    """A row of the result, of LABEL=FILE."""
+    label, script, policy = load_policy(entry)
     robot = script.ROBOTS[args.robot]
     if args.smoke:
         script.TEST_STARTS = 1
@@ -269,7 +278,13 @@ def main(args: Args) -> None:
             rows.append(row)
             numbers = {name: value for name, value in row.items() if name != "evaluation"}
             print(numbers, flush=True)
-    result = {"rows": rows, "reference": gait(amp.ROBOTS[args.robot], read_reference(args))}
+    reference = read_reference(args)
+    if args.film:
+        _, script, policy = load_policy(args.policies[-1])
+        count = round(args.film_seconds / amp.CONTROL_DT)
+        shown = follow(script, script.ROBOTS[args.robot], policy, reference.command[:count], 0.0)
+        film(amp.ROBOTS[args.robot], reference.qpos, shown.qpos, args.film)
+    result = {"rows": rows, "reference": gait(amp.ROBOTS[args.robot], reference)}
     name = args.name or f"motion_prior_{args.robot}"
     common.write(name, args, result, args.smoke, ["cpu"])
 

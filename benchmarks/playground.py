@@ -25,7 +25,13 @@ import common
 import tyro
 
 VARIANTS = ("as it is", "onekernel", "onekernel, lean")
-SETTINGS = {"num_envs": 512, "batch_size": 256, "num_minibatches": 8, "num_updates_per_batch": 4, "num_evals": 6}
+SETTINGS = {
+    "num_envs": 512,
+    "batch_size": 256,
+    "num_minibatches": 8,
+    "num_updates_per_batch": 4,
+    "num_evals": 6,
+}
 
 
 @dataclasses.dataclass
@@ -84,11 +90,21 @@ def child(variant: str, env_id: str, num_timesteps: int, seed: int) -> None:
 
 def main(args: Args) -> None:
     if args.smoke:
-        args = dataclasses.replace(args, env_id="PendulumSwingup", num_timesteps=100_000, seeds=(1,))
+        args = dataclasses.replace(
+            args, env_id="PendulumSwingup", num_timesteps=100_000, seeds=(1,)
+        )
     rows = []
     for seed in args.seeds:
         for variant in args.variants:
-            command = [sys.executable, __file__, "--child", variant, args.env_id, args.num_timesteps, seed]
+            command = [
+                sys.executable,
+                __file__,
+                "--child",
+                variant,
+                args.env_id,
+                args.num_timesteps,
+                seed,
+            ]
             start = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
                 parts = common.run_child([str(word) for word in command], **common.caches(folder))
