@@ -1019,17 +1019,17 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        # Without weights of its own, as normalize_layer.
+        # Its shift is the bias that the layer before it would lose with the mean. A scale would do
+        # nothing that the next layer's weights cannot.
         batch_norm = partial(
             nn.BatchNorm,
             use_running_average=not train,
             use_scale=False,
-            use_bias=False,
             use_fast_variance=False,
         )
         is_batch = self.norm == "batch"
         if is_batch:
-            x = batch_norm()(x)
+            x = batch_norm(use_bias=False)(x)
         for i, width in enumerate(self.hidden_sizes):
             orthogonal = nn.initializers.orthogonal(math.sqrt(2))
             layer = dense(

@@ -426,8 +426,9 @@ def numpy_batch_critic(params, x, stats=None):
 
     x = normalized(x)
     layers = params["params"]
-    for i in range(len(layers) - 1):
-        x = np.maximum(normalized(x @ np.float64(layers[f"batch_{i}"]["kernel"])), 0)
+    for i in range(sum(name.startswith("batch_") for name in layers)):
+        x = normalized(x @ np.float64(layers[f"batch_{i}"]["kernel"]))
+        x = np.maximum(x + layers[f"BatchNorm_{i + 1}"]["bias"], 0)
     return x @ np.float64(layers["out"]["kernel"]) + layers["out"]["bias"], used
 
 
@@ -439,7 +440,13 @@ def check_batch_norm(sac) -> None:
     env = shared_env(sac)
     mb = make_batch(sac, 64)
     noise = np.float32(np.random.default_rng(2).normal(size=(64, 1)))
-    params, stats = learner.params["critics"], learner.critic_stats
+    # Shifts are 0 at the start.
+    params = jax.tree.map_with_path(
+        lambda path, x: x + 0.3 if "BatchNorm" in jax.tree_util.keystr(path) else x,
+        learner.params["critics"],
+    )
+    learner = learner.replace(params=learner.params | {"critics": params})
+    stats = learner.critic_stats
     next_action, _ = sac.draw_next_actions(args, env, learner, mb, noise)
     begin, end, moved = jax.jit(partial(sac.apply_at_both_ends, args, env))(
         params, stats, mb, next_action
