@@ -640,10 +640,10 @@ def amp_time() -> str:
 
 
 def by_variant(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows of motion_prior.py whose labels differ only in a seed."""
-    variants = {}
-    for row in rows:
-        variants.setdefault(row["label"].rsplit(", seed ", 1)[0], []).append(row)
+    """Rows of motion_prior.py whose labels differ only in a seed, by which they are sorted."""
+    variants = {row["label"].rsplit(", seed ", 1)[0]: [] for row in rows}
+    for row in sorted(rows, key=lambda row: row["label"]):
+        variants[row["label"].rsplit(", seed ", 1)[0]].append(row)
     return variants
 
 
