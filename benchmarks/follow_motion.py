@@ -1,15 +1,15 @@
-"""How long a policy trained for style alone stays up, and how near to its motion.
+"""How long a policy with a motion prior stays up, and how near to a motion of others.
 
-    python benchmarks/follow_motion.py --robot g1_29dof --motion dance.npz --policies runs/NAME/policy.npz
-    python benchmarks/follow_motion.py --robot go2 --motion sidesteps.txt --policies a.npz b.npz --film beside.mp4
+    python benchmarks/follow_motion.py --robot g1_29dof --motion dance.npz --policies dance=runs/NAME/policy.npz
+    python benchmarks/follow_motion.py --robot go2 --motion steps.txt --commanded --policies steps=a.npz --film a.mp4
 
-In C MuJoCo at 500 Hz, nothing being random. The robot is put into poses of the motion, spaced evenly, with the
-motion's velocities there, and acts for 20 s, told to stand. A policy of amp_mjx_unitree.py has no clock: it may dwell,
-or be quicker than the motion. So each of its poses is compared with one of the motion's by dynamic time warping: from
-one control step to the next the motion goes on by 0, 1 or 2 poses, and begins anew after its end. `joint_error` is the
-mean size of the difference of a joint's angle (rad) along the best such way, up to the fall if there is one. Beside it
-the error of a robot that stands still in the motion's mean pose (`mean_pose_error`), which knows nothing of the motion
-but where it is.
+A policy is LABEL=FILE. In C MuJoCo at 500 Hz, nothing being random, the robot is put into poses of the motion, spaced
+evenly, with the motion's velocities there. It acts for 20 s, told to stand, as those trained for style alone are; with
+--commanded it is told to go as the motion goes. A policy of amp_mjx_unitree.py has no clock: it may be slower or
+quicker than the motion. So each of its poses is compared with one of the motion's by dynamic time warping: from one
+control step to the next the motion goes on by 1 or 2 poses, or stays, though not twice in a row, and begins anew after
+its end. `joint_error` is the mean size of the difference of a joint's angle (rad) along the best such way, up to the
+fall if there is one. Beside it stands the error of a robot that stays in the motion's mean pose (`mean_pose_error`).
 
 `survival` is the share of starts that are up after 20 s, `up_s` the mean time up to the fall or the end.
 --film shows the motion, again and again, beside the first policy's first start.
@@ -37,7 +37,8 @@ import amp_mjx_unitree as amp
 class Args:
     robot: str = "g1_29dof"
     motion: str = "robots/motions/g1_29dof.npz"  # anything that amp_mjx_unitree.py's --motion takes
-    policies: tuple[str, ...] = ("docs/amp_g1_29dof.npz",)
+    policies: tuple[str, ...] = ("walk=docs/amp_g1_29dof.npz",)
+    commanded: bool = False  # the robot is told to go as the motion goes
     starts: int = 20
     seconds: float = 20.0  # of each
     film: str | None = None  # file of the film, .mp4
@@ -54,12 +55,17 @@ def begin(original: amp.CMujocoEnv, qpos: np.ndarray, qvel: np.ndarray, target: 
     original.action = original.robot.actions(target)
 
 
-def act_for(original: amp.CMujocoEnv, policy: dict, steps: int) -> tuple[np.ndarray, bool]:
-    """Poses [T, 7 + J] from where the robot is, up to a fall; and whether it fell."""
+def act_for(
+    original: amp.CMujocoEnv, policy: dict, commands: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    """Poses [T, 7 + J] from where the robot is, up to a fall; and whether it fell.
+
+    commands: [T, 3], one for each control step.
+    """
     memory = amp.initial_memory()
     poses = []
-    for _ in range(steps):
-        memory, action = amp.act(policy, memory, original.observe(np.zeros(3)))
+    for command in commands:
+        memory, action = amp.act(policy, memory, original.observe(command))
         row = original.step(action)
         poses.append(original.data.qpos.copy())
         if row["fallen"]:
@@ -68,33 +74,40 @@ def act_for(original: amp.CMujocoEnv, policy: dict, steps: int) -> tuple[np.ndar
 
 
 def aligned_error(poses: np.ndarray, motion: np.ndarray, start: int) -> float:
-    """Mean size of the differences of angles along the best alignment in time.
+    """Mean size of the differences of angles along the best alignment, at half to twice the speed.
 
     poses: [T, J] rad, the first of them a step after pose `start` of the motion [K, J].
     """
     cost = np.abs(poses[:, None] - motion).mean(axis=2)  # [T, K]
-    total = np.full(len(motion), np.inf)
-    total[start] = 0.0
+    # The least sums of costs of ways to each pose, by whether their last step went on or stayed.
+    went_on = np.full(len(motion), np.inf)
+    stayed = went_on.copy()
+    went_on[start] = 0.0
     for row in cost:
-        total = row + np.minimum(np.minimum(total, np.roll(total, 1)), np.roll(total, 2))
-    return float(total.min() / len(poses))
+        either = np.minimum(went_on, stayed)
+        stayed = row + went_on
+        went_on = row + np.minimum(np.roll(either, 1), np.roll(either, 2))
+    return float(np.minimum(went_on, stayed).min() / len(poses))
 
 
-def measure(args: Args, file: Path, clip: amp.Clip) -> tuple[dict, np.ndarray]:
+def measure(args: Args, entry: str, clip: amp.Clip) -> tuple[dict, np.ndarray]:
     """A row of the result, and the poses of the first start."""
+    label, file = entry.split("=", 1)
     with np.load(file, allow_pickle=False) as arrays:
         policy = dict(arrays)
     original = amp.CMujocoEnv(amp.ROBOTS[args.robot])
     mean_qvel = amp.velocity_between(clip.qpos[:-1], clip.qpos[1:], amp.CONTROL_DT, np)
     qvel = np.concatenate([mean_qvel[:1], (mean_qvel[:-1] + mean_qvel[1:]) / 2, mean_qvel[-1:]])
     motion = clip.qpos[:, 7:]
+    told = amp.command_of(amp.default_args(args.robot), clip.qpos, qvel) * args.commanded
+    steps = np.arange(round(args.seconds / amp.CONTROL_DT))
     mean_pose = motion.mean(axis=0)
     moments = np.linspace(0, len(motion), args.starts, endpoint=False).astype(int)
     starts = []
     shown = []
     for moment in moments:
         begin(original, clip.qpos[moment], qvel[moment], clip.targets[moment])
-        poses, fell = act_for(original, policy, round(args.seconds / amp.CONTROL_DT))
+        poses, fell = act_for(original, policy, told[(moment + steps) % len(told)])
         shown.append(poses)
         still = np.broadcast_to(mean_pose, poses[:, 7:].shape)
         starts.append(
@@ -106,7 +119,7 @@ def measure(args: Args, file: Path, clip: amp.Clip) -> tuple[dict, np.ndarray]:
             }
         )
     row = {
-        "policy": str(file),
+        "label": label,
         "survival": 1 - float(np.mean([start["fell"] for start in starts])),
         **{
             key: float(np.mean([start[key] for start in starts]))
@@ -144,8 +157,8 @@ def main(args: Args) -> None:
     clip = amp.resample(robot, amp.read_motion(robot, Path(args.motion)))
     rows = []
     first = None
-    for file in args.policies:
-        row, poses = measure(args, Path(file), clip)
+    for entry in args.policies:
+        row, poses = measure(args, entry, clip)
         first = poses if first is None else first
         rows.append(row)
         print({key: value for key, value in row.items() if key != "starts"}, flush=True)

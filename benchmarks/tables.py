@@ -709,7 +709,7 @@ def amp_ablations() -> str:
 
 
 def follow_motion() -> str:
-    """Policies trained for style alone, on motions of others."""
+    """Policies trained on motions of others."""
     names = names_like("follow_motion_*")
     rows = []
     for name in names:
@@ -719,9 +719,8 @@ def follow_motion() -> str:
                 percent(row["survival"]),
                 *map(three_digits, (row["up_s"], row["joint_error"])),
             ]
-            told = [Path(result["args"]["motion"]).name, ROBOT_NAMES[result["args"]["robot"]]]
-            rows.append([*told, *cells, three_digits(row["mean_pose_error"])])
-    header = ["motion", "robot", "up after 20 s", "time up, s", "joint error, rad"]
+            rows.append([row["label"], *cells, three_digits(row["mean_pose_error"])])
+    header = ["policy", "up after 20 s", "time up, s", "joint error, rad"]
     return markdown([*header, "of its mean pose"], rows) + sources(names)
 
 

@@ -181,12 +181,13 @@ def test_variants_are_settings_of_their_script(script):
 
 
 def test_alignment_follows_a_motion_in_its_order():
-    """At up to twice its speed, over its end; and not backwards."""
+    """At half to twice its speed, over its end; not backwards, and a robot that stays is not following."""
     motion = np.random.default_rng(0).normal(size=(50, 3))
-    ahead = np.concatenate([motion[11:], motion[:20:2], motion[[20, 20, 20]]])
+    ahead = np.concatenate([motion[11:], motion[:20:2], motion[20:30].repeat(2, axis=0)])
     assert follow_motion.aligned_error(ahead, motion, start=10) == 0
     assert follow_motion.aligned_error(ahead + 0.1, motion, start=10) == pytest.approx(0.1)
     assert follow_motion.aligned_error(motion[::-1], motion, start=10) > 0.3
+    assert follow_motion.aligned_error(motion[[11] * 20], motion, start=10) > 0.3
 
 
 def test_labels_that_differ_in_a_seed_share_a_row():
