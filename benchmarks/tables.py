@@ -296,13 +296,13 @@ def training_speed() -> str:
 
 def start() -> str:
     """Seconds to the end of the first iteration."""
-    starts = load("start")["first_update_s"] | load("start_g1")["first_update_s"]
+    starts = load("start")["first_update_s"]
     rows = [
         [f"{label} cache", *(three_digits(seconds[kind]) for seconds in starts.values())]
         for kind, label in (("cold", "empty"), ("warm", "filled"))
     ]
     header = ["seconds to the first update", *(ROBOT_NAMES.get(name, name) for name in starts)]
-    return markdown(header, rows) + sources(["start", "start_g1"])
+    return markdown(header, rows) + sources(["start"])
 
 
 def peers_speed() -> str:
