@@ -155,6 +155,8 @@ def main(args: Args) -> None:
         args = dataclasses.replace(args, starts=2, seconds=0.5)
     robot = amp.ROBOTS[args.robot]
     clip = amp.resample(robot, amp.read_motion(robot, Path(args.motion)))
+    if wrong := [entry for entry in args.policies if "=" not in entry]:
+        raise SystemExit(f"--policies {wrong[0]}: must be LABEL=FILE")
     rows = []
     first = None
     for entry in args.policies:

@@ -66,7 +66,7 @@ class Args:
 
 
 def script_of(label: str) -> ModuleType:
-    """What drives the policy of that label."""
+    """What drives the policy of that label, or of an entry that begins with it."""
     if label.startswith("without"):
         return plain
     if label.startswith("with"):
@@ -271,6 +271,8 @@ def main(args: Args) -> None:
         args.seeds = args.seeds[:1]
     for entry in args.policies:
         script_of(entry)  # refuses a label before anything takes time
+        if "=" not in entry:
+            raise SystemExit(f"--policies {entry}: must be LABEL=FILE")
     rows = []
     spawn = multiprocessing.get_context("spawn")  # JAX does not outlive a fork
     with ProcessPoolExecutor(common.count_cores(), mp_context=spawn) as pool:

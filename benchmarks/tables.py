@@ -476,27 +476,25 @@ def walk_rows(label: str, curve: list[dict]) -> list[list[str]]:
     ]
 
 
+SEED_HEADER = ["seed", "first that passes, minutes", "from which on all pass", "last policy"]
+SEED_HEADER += WALK_HEADER[1:]
+
+
+def seed_cells(row: dict) -> list[str]:
+    """Of one training: minutes to its milestones, and the last policy's test."""
+    points = walk_milestones(row["curve"])
+    minutes = [f"{point['seconds'] / 60:.1f}" if point else MISSING for point in points.values()]
+    return [str(row["seed"]), *minutes, *walk_cells(points["last policy"])[1:]]
+
+
 def walk_time() -> str:
     """Of each robot and seed: when a policy first passes, and when all do."""
     names = names_like("time_to_walk_*")
     rows = []
     for name in sorted(names, key=lambda name: WALK_ORDER.index(load(name)["args"]["robot"])):
-        for row in load(name)["rows"]:
-            points = walk_milestones(row["curve"])
-            label = ROBOT_NAMES[load(name)["args"]["robot"]]
-            minutes = [
-                f"{point['seconds'] / 60:.1f}" if point else MISSING for point in points.values()
-            ]
-            last = points["last policy"]
-            rows.append([label, str(row["seed"]), *minutes, *walk_cells(last)[1:]])
-    header = [
-        "robot",
-        "seed",
-        "first that passes, minutes",
-        "from which on all pass",
-        "last policy",
-    ]
-    return markdown(header + WALK_HEADER[1:], rows) + sources(names)
+        label = ROBOT_NAMES[load(name)["args"]["robot"]]
+        rows += [[label, *seed_cells(row)] for row in load(name)["rows"]]
+    return markdown(["robot", *SEED_HEADER], rows) + sources(names)
 
 
 def rough_names() -> list[str]:
@@ -628,15 +626,7 @@ def joint_loads() -> str:
 def amp_time() -> str:
     """Of each seed with a motion prior: when a policy first passes, and when all do."""
     name = "time_amp_mjx_unitree_g1_29dof"
-    rows = []
-    for row in load(name)["rows"]:
-        points = walk_milestones(row["curve"])
-        minutes = [
-            f"{point['seconds'] / 60:.1f}" if point else MISSING for point in points.values()
-        ]
-        rows.append([str(row["seed"]), *minutes, *walk_cells(points["last policy"])[1:]])
-    header = ["seed", "first that passes, minutes", "from which on all pass", "last policy"]
-    return markdown(header + WALK_HEADER[1:], rows) + sources([name])
+    return markdown(SEED_HEADER, map(seed_cells, load(name)["rows"])) + sources([name])
 
 
 def by_variant(rows: list[dict]) -> dict[str, list[dict]]:
