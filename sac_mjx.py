@@ -30,10 +30,11 @@ The algorithm comes first; the loop around it is train_loop in section 14.
 
 After these come 11 evaluation, 12 log and files, 13 command line, 14 main.
 
-Shapes: T = num_steps, N = worlds on this device, C = rows of the replay buffer, B = transitions of
-one update on this device, K = num_atoms, n = n_step, D = devices, O = observation size, A = action
-size, E = episodes. A record describes one world; its fields are [T, N, ...] in a rollout,
-[C, N, ...] in the buffer and [B, ...] in a minibatch.
+Shapes: T = num_steps, N = worlds on this device, C = rows of the replay buffer, U = updates of the
+critics in one iteration, F = policy_frequency, B = transitions of one update on this device,
+K = num_atoms, n = n_step, D = devices, O = observation size, A = action size, E = episodes. A record
+describes one world; its fields are [T, N, ...] in a rollout, [C, N, ...] in the buffer and [B, ...]
+in a minibatch.
 
 Names follow CleanRL's sac_continuous_action.py. What this file adds to it (distributional critics,
 normalised layers, observations and rewards, the target entropy by a standard deviation, returns of
@@ -191,7 +192,7 @@ class Args:
     num_steps: Count = 8
     """steps of each world in one iteration, before its updates"""
     updates_per_iteration: Count = 64
-    """updates in one iteration; divided by num_envs * num_steps, the update-to-data ratio"""
+    """updates of the critics in one iteration; by num_envs * num_steps, the update-to-data ratio"""
     buffer_size: Count = 327_680
     """transitions in the replay buffer, over all worlds; the oldest are overwritten"""
     batch_size: Count = 256
@@ -211,7 +212,7 @@ class Args:
     n_step: Annotated[int, Range(1, 1e3)] = 1
     """rewards that a target counts before it asks the critics, within one episode"""
     policy_frequency: Annotated[int, Range(1, 1e3)] = 2
-    """updates of the critics for each one of the actor and the temperature"""
+    """updates of the critics before each one of the actor and the temperature"""
     twin: Literal["min", "mean"] = "min"
     """how the two critics are combined: min, the lower estimate; mean, their average"""
     distributional: bool = True
@@ -1154,7 +1155,6 @@ class Learner:
     critic_stats: dict  # of "qf1" and "qf2": the "batch_stats" of --batch-norm, else nothing
     key: jax.Array  # of the minibatches, and of the noise in the losses
     steps: jax.Array  # int32, steps that each world has done
-    updates: jax.Array  # int32, updates done
     iteration: jax.Array  # int32, iterations done
 
 
@@ -1278,7 +1278,6 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
         critic_stats=critic_stats,
         key=learner_key,
         steps=zero,
-        updates=zero,
         iteration=zero,
     )
 
@@ -1411,19 +1410,19 @@ def n_step_return(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sum up the rewards of the next n steps, or of fewer where an episode ends before.
 
-    All arguments are [n, B], the steps that follow one another in a world. valid: False for a step
+    All arguments are [n, ...], the steps that follow one another in a world. valid: False for a step
     that broke its world, or that is not in the buffer yet. The sum ends after a step that is done,
     and before one that is not valid. If the first one is not, the results mean nothing.
 
-    Returns the discounted rewards [B], the discount [B] of the value of where the last step ended,
-    and the number [B] of that step, from 0. The discount is 0 after a termination, and otherwise
+    Returns the discounted rewards [...], the discount [...] of the value of where the last step ended,
+    and the number [...] of that step, from 0. The discount is 0 after a termination, and otherwise
     gamma to the number of rewards in the sum, after a time limit or before an invalid step, too.
     Source: arXiv:1710.02298, multi-step learning. The entropies on the way are left out.
     """
     alive = jnp.cumprod(jnp.concatenate([jnp.ones_like(done[:1]), ~done[:-1]]), axis=0)
-    counted = jnp.cumprod(valid, axis=0) * alive > 0  # [n, B]
-    weight = args.gamma ** jnp.arange(len(reward))[:, None]
-    total = jnp.where(counted, weight * reward, 0.0).sum(axis=0)
+    counted = jnp.cumprod(valid, axis=0) * alive > 0  # [n, ...]
+    weight = args.gamma ** jnp.arange(len(reward))
+    total = jnp.tensordot(weight, jnp.where(counted, reward, 0.0), axes=1, precision="highest")
 
     length = counted.sum(axis=0)
     goes_on = ~(counted & terminated).any(axis=0)
@@ -1432,7 +1431,7 @@ def n_step_return(
 
 @struct.dataclass
 class Batch:
-    """What the losses need of each transition."""
+    """What the losses need of each transition. The noises are standard normal, for `sample`."""
 
     obs: jax.Array  # [O], normalised
     action: jax.Array  # [A] in (-1, 1)
@@ -1440,6 +1439,8 @@ class Batch:
     discount: jax.Array  # [], of the value of next_obs; 0 after a termination
     next_obs: jax.Array  # [O], normalised, where the last of these steps ended
     valid: jax.Array  # bool: False for transitions to leave out of the losses
+    noise: jax.Array  # [A], of the policy's action at obs
+    next_noise: jax.Array  # [A], of its action at next_obs
 
 
 def reward_scale(args: Args, learner: Learner) -> jax.Array:
@@ -1454,16 +1455,24 @@ def reward_scale(args: Args, learner: Learner) -> jax.Array:
     return jnp.maximum(deviation, learner.largest_return / args.v_max)
 
 
-def draw(args: Args, learner: Learner, buffer: Experience, key: jax.Array) -> Batch:
-    """A minibatch [B, ...] from one device's buffer [C, N, ...], uniform over all that is in it."""
-    size = args.batch_size // jax.lax.axis_size("devices")
-    age_key, world_key = jax.random.split(key)
-    written = jnp.minimum(learner.steps, args.buffer_rows)
-    age = jax.random.randint(age_key, (size,), 0, written)  # 0: the newest step
-    world = jax.random.randint(world_key, (size,), 0, buffer.reward.shape[1])
+def draw(args: Args, learner: Learner, buffer: Experience) -> Batch:
+    """The minibatches [U, B, ...] of an iteration, from one device's buffer [C, N, ...].
 
-    ahead = jnp.arange(args.n_step)[:, None]
-    rows = (learner.steps - 1 - age + ahead) % args.buffer_rows  # [n, B]
+    Uniform over all that is in it. They are drawn all at once: one by one, a CPU would spend more
+    time on the random numbers.
+    """
+    key = jax.random.fold_in(learner.key, learner.iteration)
+    key = jax.random.fold_in(key, jax.lax.axis_index("devices"))
+    age_key, world_key, noise_key = jax.random.split(key, 3)
+
+    shape = (args.updates_per_iteration, args.batch_size // jax.lax.axis_size("devices"))
+    written = jnp.minimum(learner.steps, args.buffer_rows)
+    age = jax.random.randint(age_key, shape, 0, written)  # 0: the newest step
+    world = jax.random.randint(world_key, shape, 0, buffer.reward.shape[1])
+    noise = jax.random.normal(noise_key, (2, *shape, buffer.action.shape[-1]))
+
+    ahead = jnp.arange(args.n_step)[:, None, None]
+    rows = (learner.steps - 1 - age + ahead) % args.buffer_rows  # [n, U, B]
     reward, discount, last = n_step_return(
         args,
         buffer.reward[rows, world],
@@ -1479,6 +1488,8 @@ def draw(args: Args, learner: Learner, buffer: Experience, key: jax.Array) -> Ba
         discount=discount,
         next_obs=normalize(learner.obs_stats, buffer.next_obs[last_row, world]),
         valid=buffer.valid[rows[0], world],
+        noise=noise[0],
+        next_noise=noise[1],
     )
 
 
@@ -1540,15 +1551,12 @@ def apply_at_both_ends(
 
 
 def draw_next_actions(
-    args: Args, env: Env, learner: Learner, mb: Batch, noise: jax.Array
+    args: Args, env: Env, learner: Learner, mb: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """The policy's actions where a minibatch's steps ended: [B, A], and their entropy's bonus: [B].
-
-    noise: [B, A], standard normal.
-    """
+    """The policy's actions where a minibatch's steps ended: [B, A], and their entropy's bonus: [B]."""
     memory = initial_memory(mb.obs.shape[:-1])  # single steps have no past
     _, policy = apply_policy(args, env, learner.params["actor"], memory, mb.next_obs)
-    next_action, logprob = policy.sample(noise)
+    next_action, logprob = policy.sample(mb.next_noise)
     return next_action, -temperature(args, learner) * logprob
 
 
@@ -1619,16 +1627,16 @@ def critic_loss(
 
 
 def actor_loss(
-    args: Args, env: Env, params: dict, learner: Learner, mb: Batch, noise: jax.Array
+    args: Args, env: Env, params: dict, learner: Learner, mb: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """The actor's loss on a minibatch, and the mean log density of its actions.
 
-    params: the actor's. noise: [B, A], standard normal.
+    params: the actor's.
     Source: arXiv:1812.05905, equation 7, with two critics.
     """
     memory = initial_memory(mb.obs.shape[:-1])  # single steps have no past
     _, policy = apply_policy(args, env, params, memory, mb.obs)
-    action, logprob = policy.sample(noise)
+    action, logprob = policy.sample(mb.noise)
 
     critics, stats = learner.params["critics"], learner.critic_stats
     output = apply_critics(args, env, critics, stats, mb.obs, action)
@@ -1650,6 +1658,8 @@ def alpha_loss(args: Args, env: Env, log_alpha: jax.Array, logprob: jax.Array) -
 # ---- 9. Update -----------------------------------------------------------------------------------
 def mean_over_devices(tree):
     """The mean of the devices' trees. As one vector it takes one exchange, not one a leaf."""
+    if jax.lax.axis_size("devices") == 1:
+        return tree
     vector, unravel = ravel_pytree(tree)
     return unravel(jax.lax.pmean(vector, "devices"))
 
@@ -1681,11 +1691,17 @@ def descend(args: Args, learner: Learner, name: str, gradient) -> Learner:
     )
 
 
+def skipped_in_a_row(learner: Learner) -> jax.Array:
+    """Gradients that were not finite, up to the last one: [], of the part that has most."""
+    counts = [opt_state.notfinite_count for opt_state in learner.opt_state.values()]
+    return jnp.stack(counts).max().astype(float)  # a float, so that it can be NaN without updates
+
+
 def update_critics(
-    args: Args, env: Env, learner: Learner, mb: Batch, noise: jax.Array
+    args: Args, env: Env, learner: Learner, mb: Batch
 ) -> tuple[Learner, dict[str, jax.Array]]:
-    """One step of both critics, and of their targets. noise: [B, A]."""
-    next_action, entropy_bonus = draw_next_actions(args, env, learner, mb, noise)
+    """One step of both critics, and of their targets."""
+    next_action, entropy_bonus = draw_next_actions(args, env, learner, mb)
     target = critic_target(args, env, learner, mb, next_action, entropy_bonus)
     critics, stats = learner.params["critics"], learner.critic_stats
     gradient, (metrics, stats) = mean_over_devices(
@@ -1694,17 +1710,17 @@ def update_critics(
         )
     )
     learner = descend(args, learner, "critics", gradient)
+    metrics |= {"charts/skipped_in_a_row": skipped_in_a_row(learner)}
     targets = optax.incremental_update(learner.params["critics"], learner.targets, args.tau)
-    updates = learner.updates + 1
-    return learner.replace(targets=targets, critic_stats=stats, updates=updates), metrics
+    return learner.replace(targets=targets, critic_stats=stats), metrics
 
 
 def update_actor(
-    args: Args, env: Env, learner: Learner, mb: Batch, noise: jax.Array
+    args: Args, env: Env, learner: Learner, mb: Batch
 ) -> tuple[Learner, dict[str, jax.Array]]:
-    """One step of the actor and, with --autotune, of the temperature. noise: [B, A]."""
+    """One step of the actor and, with --autotune, of the temperature."""
     (loss, logprob), gradient = jax.value_and_grad(actor_loss, argnums=2, has_aux=True)(
-        args, env, learner.params["actor"], learner, mb, noise
+        args, env, learner.params["actor"], learner, mb
     )
     gradient, loss, logprob = mean_over_devices((gradient, loss, logprob))
     log_alpha = learner.params["log_alpha"]
@@ -1723,45 +1739,22 @@ def update_actor(
     return descend(args, learner, "log_alpha", gradient), metrics | {"losses/alpha_loss": loss}
 
 
-def when(
-    due: jax.Array, change, learner: Learner, *operands
-) -> tuple[Learner, dict[str, jax.Array]]:
-    """change(learner, *operands) -> (learner, metrics), where it is due.
-
-    Else the learner as it is, and metrics that are NaN.
-    """
-
-    def skip(learner: Learner, *operands):
-        _, metrics = jax.eval_shape(change, learner, *operands)
-        nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), metrics)
-        return learner, nothing
-
-    return jax.lax.cond(due, change, skip, learner, *operands)
-
-
 def update(
-    args: Args, env: Env, learner: Learner, buffer: Experience
+    args: Args, env: Env, learner: Learner, mbs: Batch
 ) -> tuple[Learner, dict[str, jax.Array]]:
-    """One update by a new minibatch: critics, targets, and if it is their turn, actor, temperature.
+    """An update of the critics by each of the minibatches [F, B, ...], and one of the actor.
 
-    Each device draws its own share of the minibatch. Returns the learner, and metrics by tag; those
-    of the actor are NaN where it is not its turn.
+    The actor and the temperature learn from the last minibatch. Returns the learner, and metrics by
+    tag; those of the critics are means.
     """
-    key = jax.random.fold_in(learner.key, learner.updates)
-    key = jax.random.fold_in(key, jax.lax.axis_index("devices"))
-    draw_key, target_key, actor_key = jax.random.split(key, 3)
-    mb = draw(args, learner, buffer, draw_key)
+    learner, critic_metrics = jax.lax.scan(partial(update_critics, args, env), learner, mbs)
+    last = jax.tree.map(lambda x: x[-1], mbs)
+    learner, actor_metrics = update_actor(args, env, learner, last)
 
-    target_noise = jax.random.normal(target_key, mb.action.shape)
-    learner, critic_metrics = update_critics(args, env, learner, mb, target_noise)
-    actor_noise = jax.random.normal(actor_key, mb.action.shape)
-    due = learner.updates % args.policy_frequency == 0
-    learner, actor_metrics = when(due, partial(update_actor, args, env), learner, mb, actor_noise)
-
-    skipped = [opt_state.notfinite_count for opt_state in learner.opt_state.values()]
-    # A float, so that it can be NaN where there is no update.
-    in_a_row = jnp.stack(skipped).max().astype(float)
-    return learner, critic_metrics | actor_metrics | {"charts/skipped_in_a_row": in_a_row}
+    in_a_row = critic_metrics.pop("charts/skipped_in_a_row").max()
+    metrics = jax.tree.map(jnp.nanmean, critic_metrics) | actor_metrics
+    in_a_row = jnp.maximum(in_a_row, skipped_in_a_row(learner))
+    return learner, metrics | {"charts/skipped_in_a_row": in_a_row}
 
 
 # ---- 10. One training iteration ------------------------------------------------------------------
@@ -1805,12 +1798,19 @@ def learn(
     """
 
     def updates(learner: Learner, buffer: Experience):
-        def body(learner, _):
-            return update(args, env, learner, buffer)
+        groups = jax.tree.map(
+            lambda x: x.reshape(-1, args.policy_frequency, *x.shape[1:]),
+            draw(args, learner, buffer),
+        )
+        return jax.lax.scan(partial(update, args, env), learner, groups)
 
-        return jax.lax.scan(body, learner, None, length=args.updates_per_iteration)
+    def skip(learner: Learner, buffer: Experience):
+        _, metrics = jax.eval_shape(updates, learner, buffer)
+        nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), metrics)
+        return learner, nothing
 
-    learner, metrics = when(learner.steps >= args.random_steps, updates, learner, buffer)
+    starts = learner.steps >= args.random_steps
+    learner, metrics = jax.lax.cond(starts, updates, skip, learner, buffer)
     in_a_row = metrics["charts/skipped_in_a_row"].max()
     metrics = {tag: jnp.nanmean(values) for tag, values in metrics.items()}
     rates = learning_rates(args, learner)
@@ -2741,6 +2741,9 @@ def check_args(args: Args) -> None:
     require(whole, f"{message}, like {(args.buffer_rows + 1) * args.num_envs}")
     message = f"--buffer-size {args.buffer_size}: less than an iteration of {steps} steps"
     require(args.buffer_size >= steps, message)
+    whole = args.updates_per_iteration % args.policy_frequency == 0
+    message = f"--updates-per-iteration {args.updates_per_iteration}: must be a multiple of"
+    require(whole, f"{message} --policy-frequency {args.policy_frequency}")
 
 
 # shared: models
