@@ -682,6 +682,23 @@ def motion_prior() -> str:
     return markdown(header, lines) + sources(["motion_prior_g1_29dof"])
 
 
+def amp_ablations() -> str:
+    """Trainings with a motion prior that lack a part of it, or have it in another form."""
+    rows = []
+    for name, found in by_variant(load("amp_ablations")["rows"]).items():
+        cells = [", ".join(str(row["evaluation"]["falls"]) for row in found)]
+        cells += [listed(row["evaluation"][key] for row in found) for key in ("error", "yaw", "drift")]
+        cells += [
+            listed(row[key] for row in found) for key in ("angle", "speed", "steps_hz", "clearance")
+        ]
+        cells.append(listed(row["fresh_accuracy"] for row in found))
+        rows.append([name.removeprefix("with, "), *cells])
+    header = ["variant", "falls", "velocity error", "yaw error", "drift"]
+    header += ["distance of angles", "of speeds"]
+    header += ["steps of a foot per second", "height of soles", "fresh discriminator"]
+    return markdown(header, rows) + sources(["amp_ablations"])
+
+
 def follow_motion() -> str:
     """Policies trained on motions of others."""
     names = names_like("follow_motion_*")
@@ -962,6 +979,7 @@ TABLES = {
         joint_loads,
         amp_time,
         motion_prior,
+        amp_ablations,
         follow_motion,
         rough_time,
         rough_test,
