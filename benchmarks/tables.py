@@ -687,7 +687,9 @@ def amp_ablations() -> str:
     rows = []
     for name, found in by_variant(load("amp_ablations")["rows"]).items():
         cells = [", ".join(str(row["evaluation"]["falls"]) for row in found)]
-        cells += [listed(row["evaluation"][key] for row in found) for key in ("error", "yaw", "drift")]
+        cells += [
+            listed(row["evaluation"][key] for row in found) for key in ("error", "yaw", "drift")
+        ]
         cells += [
             listed(row[key] for row in found) for key in ("angle", "speed", "steps_hz", "clearance")
         ]
