@@ -138,7 +138,8 @@ class Args:
     seed: Index = 1
     """every random number follows from it and from the number of devices"""
     num_devices: MaybeCount = None
-    """devices to split the worlds over; by default as many GPUs or CPU cores as divide the work"""
+    """devices to split the worlds over; by default as many as divide the work, on a CPU with less
+    than 256 transitions in an update one"""
     runs_dir: str = "runs"
     """folder for the run folders"""
     track: bool = False
@@ -191,17 +192,17 @@ class Args:
     """worlds, over all devices; few, so that the policy is updated after few samples"""
     num_steps: Count = 8
     """steps of each world in one iteration, before its updates"""
-    updates_per_iteration: Count = 64
+    updates_per_iteration: Count = 252
     """updates of the critics in one iteration; by num_envs * num_steps, the update-to-data ratio"""
     buffer_size: Count = 327_680
     """transitions in the replay buffer, over all worlds; the oldest are overwritten"""
-    batch_size: Count = 256
+    batch_size: Count = 64
     """transitions in one update, over all devices"""
     learning_starts: Index = 5_000
     """environment steps before the first update; actions are random, unless --init-from is given"""
-    policy_lr: NonNegative = 3e-4
+    policy_lr: NonNegative = 1e-3
     """Adam's step size for the actor, at the start"""
-    q_lr: NonNegative = 3e-4
+    q_lr: NonNegative = 1e-3
     """Adam's step size for the critics and for the temperature, at the start"""
     final_lr: Fraction = 0.5
     """share of the step sizes that is left at the end; they fall linearly, and with 1 not at all"""
@@ -211,13 +212,13 @@ class Args:
     """share of the critics that goes into their targets at each update"""
     n_step: Annotated[int, Range(1, 1e3)] = 1
     """rewards that a target counts before it asks the critics, within one episode"""
-    policy_frequency: Annotated[int, Range(1, 1e3)] = 2
+    policy_frequency: Annotated[int, Range(1, 1e3)] = 3
     """updates of the critics before each one of the actor and the temperature"""
-    twin: Literal["min", "mean"] = "min"
+    twin: Literal["min", "mean"] = "mean"
     """how the two critics are combined: min, the lower estimate; mean, their average"""
     distributional: bool = True
     """critics tell a distribution of returns, learnt by cross-entropy; else the mean, by squares"""
-    num_atoms: Annotated[int, Range(2, 1e4)] = 101
+    num_atoms: Annotated[int, Range(2, 1e4)] = 51
     """evenly spaced returns, from -v_max to v_max, whose probabilities distributional critics give"""
     v_max: Positive = 5.0
     """largest return of distributional critics; norm_reward keeps the largest one so far within it"""
@@ -990,6 +991,9 @@ def dense(width: int, **options) -> nn.Dense:
 
 
 LAYER_EPS = 1e-6  # keeps layers of zeros finite
+# Standard deviation of the first layer's biases at the start, where layers are normalised. With
+# biases of 0 the length of the input would cancel: a network would see its direction alone.
+FIRST_BIAS = 0.6
 
 
 def normalize_layer(norm: str, x: jax.Array) -> jax.Array:
@@ -1032,9 +1036,13 @@ class MLP(nn.Module):
         if is_batch:
             x = batch_norm(use_bias=False)(x)
         for i, width in enumerate(self.hidden_sizes):
-            orthogonal = nn.initializers.orthogonal(math.sqrt(2))
+            cancels = i == 0 and self.norm in ("layer", "rms")
             layer = dense(
-                width, kernel_init=orthogonal, use_bias=not is_batch, name=f"{self.norm}_{i}"
+                width,
+                kernel_init=nn.initializers.orthogonal(math.sqrt(2)),
+                bias_init=nn.initializers.normal(FIRST_BIAS if cancels else 0.0),
+                use_bias=not is_batch,
+                name=f"{self.norm}_{i}",
             )
             x = layer(x)
             x = nn.relu(batch_norm()(x) if is_batch else normalize_layer(self.norm, x))
@@ -3164,7 +3172,11 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     resuming = run_dir is not None
     if args.capture_video:  # better to fail now than after training
         make_renderer(load_model(TASKS[args.env_id])).close()
-    mesh = make_mesh(args.num_devices, args.num_envs, args.batch_size)
+    wanted = args.num_devices
+    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
+    if not wanted and alone and args.batch_size < 256:
+        wanted = 1  # exchanging such small minibatches' gradients takes longer than it saves
+    mesh = make_mesh(wanted, args.num_envs, args.batch_size)
     args = dataclasses.replace(args, num_devices=mesh.size, **call_flags(Args))
     run_dir = open_run_dir(args, run_dir)
 
@@ -3243,8 +3255,8 @@ def smoke(args: Args) -> None:
             args,
             num_envs=64,
             num_steps=8,
-            updates_per_iteration=4,
-            batch_size=64,
+            updates_per_iteration=6,
+            batch_size=256,  # so that all devices take part
             buffer_size=1024,
             learning_starts=512,
             total_timesteps=2048,

@@ -1,18 +1,24 @@
-"""Learning curves of ppo_mjx.py over tasks and seeds, each task with flags of its own.
+"""Learning curves of ppo_mjx.py, or sac_mjx.py, over tasks and seeds, each task with flags of its own.
 
     python benchmarks/curves.py --flags "Hopper=--num-envs 128 --num-steps 32" "Walker2d=--num-steps 32"
     python benchmarks/curves.py --resume            go on after an interruption, with the same flags
+    python benchmarks/curves.py --script sac_mjx --env-ids HalfCheetah --total-timesteps 250000 --at-once 2 \
+        --checkpoint-every 195 --name curves_sac
 
 Each training is a process of its own that starts with an empty compile cache; its policies are copied while it trains
-and judged when it has ended, in Gymnasium's v5 by NumPy alone (all by time_to_return.py). A row is written as soon as
+and judged when it has ended, in Gymnasium's v5 (all by time_to_return.py). With --at-once several of them share the
+machine, as befits trainings that use one core. A row is written as soon as
 it is there. The table has the final return's median and range over the seeds, and the peers' means beside it.
 Writes benchmarks/results/NAME.json: return against steps and against seconds since the process's start.
 """
 
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import common
 import time_to_return
@@ -50,12 +56,14 @@ PEERS = {  # means in Gymnasium: CleanRL (v4) and Tianshou (v3) on a CPU, mjlab 
 
 @dataclasses.dataclass
 class Args:
+    script: Literal["ppo_mjx", "sac_mjx"] = "ppo_mjx"
     env_ids: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d")  # tasks
     seeds: tuple[int, ...] = (1, 2, 3)  # one training of each task for each
     total_timesteps: int = 1_000_000  # of each training
     checkpoint_every: int = 10  # iterations between two policies
     episodes: int = 20  # by which a policy is judged
-    flags: tuple[str, ...] = ()  # further flags of ppo_mjx.py for a task, as TASK=FLAGS
+    flags: tuple[str, ...] = ()  # further flags of the script for a task, as TASK=FLAGS
+    at_once: int = 1  # trainings at the same time
     # Folder to which each training's run folder is copied, to film or compare its policy.
     keep: str | None = None
     resume: bool = False  # keep the rows that the file has already
@@ -67,8 +75,8 @@ def settings(args: Args, env_id: str) -> time_to_return.Args:
     """A task's training, as time_to_return.py takes it."""
     flags = dict(pair.split("=", 1) for pair in args.flags).get(env_id, "")
     return time_to_return.Args(
-        total_timesteps=args.total_timesteps, checkpoint_every=args.checkpoint_every, episodes=args.episodes,
-        flags=flags, keep=args.keep)  # fmt: skip
+        script=args.script, total_timesteps=args.total_timesteps, checkpoint_every=args.checkpoint_every,
+        episodes=args.episodes, flags=flags, keep=args.keep)  # fmt: skip
 
 
 def finished_rows(args: Args, devices: list[str]) -> list[dict]:
@@ -116,14 +124,22 @@ def main(args: Args) -> None:
     # A child, which leaves a GPU's memory to the trainings.
     devices = common.run_child([sys.executable, "-c", DEVICES])
     rows, failed = finished_rows(args, devices) if args.resume else [], []
-    for seed in args.seeds:
-        for env_id in args.env_ids:
-            if any((row["env_id"], row["seed"]) == (env_id, seed) for row in rows):
-                continue
-            try:
-                row = time_to_return.measure(settings(args, env_id), env_id, seed)
-            except SystemExit as error:  # the end of its log
-                print(f"{env_id}, seed {seed}: training failed:\n{error}", flush=True)
+    known = {(row["env_id"], row["seed"]) for row in rows}
+    pairs = itertools.product(args.seeds, args.env_ids)
+    missing = [(env_id, seed) for seed, env_id in pairs if (env_id, seed) not in known]
+
+    def measure(pair: tuple[str, int]) -> dict | str:
+        """A row, or of a training that failed, the end of its log."""
+        env_id, seed = pair
+        try:
+            return time_to_return.measure(settings(args, env_id), env_id, seed)
+        except SystemExit as error:
+            return str(error)
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        for (env_id, seed), row in zip(missing, pool.map(measure, missing), strict=True):
+            if isinstance(row, str):
+                print(f"{env_id}, seed {seed}: training failed:\n{row}", flush=True)
                 failed.append(f"{env_id} {seed}")
                 continue
             rows.append(row | {"settings": describe(args, env_id)})

@@ -4,12 +4,15 @@
 
 Each training is one process that starts with an empty compile cache (--compile-cache: with the user's, as when the
 script is started again). Its policies are copied while it trains and judged when it has ended: deterministic episodes
-in Gymnasium's v5, by NumPy alone. first_update_s are the seconds until the first iteration's metrics are in
+in Gymnasium's v5, by the script's `act`. first_update_s are the seconds until the first iteration's metrics are in
 TensorBoard's file. Writes benchmarks/results/NAME.json.
 """
 
 import dataclasses
+import importlib
 import json
+import multiprocessing
+import os
 import shutil
 import signal
 import statistics
@@ -19,6 +22,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import common
 import numpy as np
@@ -35,13 +39,14 @@ THRESHOLDS = {  # CleanRL's means after 1M steps; mjlab's best on a GPU (RTX PRO
 
 @dataclasses.dataclass
 class Args:
+    script: Literal["ppo_mjx", "sac_mjx"] = "ppo_mjx"
     env_ids: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d")
     seeds: tuple[int, ...] = (1, 2, 3)
     total_timesteps: int = 1_000_000
     checkpoint_every: int = 10  # iterations between two policies
     episodes: int = 20
     name: str = "time_to_return"  # of the JSON file
-    flags: str = ""  # further flags for ppo_mjx.py
+    flags: str = ""  # further flags for the script
     # Folder to which each training's run folder is copied, to film or compare its policy.
     keep: str | None = None
     # Let the script evaluate its last policy; else it is stopped once that is there.
@@ -50,20 +55,12 @@ class Args:
     smoke: bool = False  # one short run of the first task
 
 
-def act(policy: dict, obs: np.ndarray) -> np.ndarray:
-    """The saved policy, by NumPy alone: the snippet of docs/ppo_mjx.md."""
-    x = np.clip((obs - policy["obs_mean"]) / np.sqrt(policy["obs_var"] + 1e-8), -10, 10)
-    last = sum(name.startswith("w") for name in policy) - 1
-    for i in range(last):
-        x = np.tanh(x @ policy[f"w{i}"] + policy[f"b{i}"])
-    action = np.clip(x @ policy[f"w{last}"] + policy[f"b{last}"], -1, 1)
-    return policy["action_scale"] * action + policy["action_bias"]
-
-
-def judge(env_id: str, file: Path, episodes: int) -> list[float]:
+def judge(script: str, env_id: str, file: Path, episodes: int) -> list[float]:
     """Returns of deterministic episodes in Gymnasium's environment."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the script imports JAX; its `act` is NumPy's
     import gymnasium
 
+    act = importlib.import_module(script).act
     env, returns = gymnasium.make(env_id + "-v5"), []
     with np.load(file) as arrays:
         policy = dict(arrays)
@@ -71,7 +68,8 @@ def judge(env_id: str, file: Path, episodes: int) -> list[float]:
         obs, _ = env.reset(seed=1000 + episode)
         total, over = 0.0, False
         while not over:
-            obs, reward, terminated, truncated, _ = env.step(act(policy, obs))
+            _, action = act(policy, (), obs)
+            obs, reward, terminated, truncated, _ = env.step(action)
             total, over = total + float(reward), terminated or truncated
         returns.append(total)
     return returns
@@ -125,7 +123,7 @@ def watch(
 
 def train(args: Args, env_id: str, seed: int, folder: Path) -> tuple[list[dict], dict, float]:
     """What `watch` returns of one training."""
-    command = [sys.executable, "ppo_mjx.py", "--env-id", env_id, "--seed", str(seed)]
+    command = [sys.executable, f"{args.script}.py", "--env-id", env_id, "--seed", str(seed)]
     command += ["--runs-dir", str(folder / "runs"), "--total-timesteps", str(args.total_timesteps)]
     command += ["--checkpoint-every", str(args.checkpoint_every), "--eval-every", "0"]
     command += [
@@ -142,9 +140,11 @@ def measure(args: Args, env_id: str, seed: int) -> dict:
         if args.keep:
             (trained,) = (Path(folder) / "runs").iterdir()
             shutil.copytree(trained, Path(args.keep) / trained.name)
-        with ProcessPoolExecutor(common.count_cores()) as pool:
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
+        with ProcessPoolExecutor(common.count_cores(), mp_context=spawn) as pool:
             jobs = [
-                pool.submit(judge, env_id, policy["file"], args.episodes) for policy in policies
+                pool.submit(judge, args.script, env_id, policy["file"], args.episodes)
+                for policy in policies
             ]
             returns = [job.result() for job in jobs]
     batch = run["args"]["num_envs"] * run["args"]["num_steps"]

@@ -31,6 +31,8 @@ SMALL = {
     "num_envs": 8,
     "num_steps": 4,
     "updates_per_iteration": 4,
+    "policy_frequency": 2,
+    "twin": "min",
     "buffer_size": 8 * 20,
     "batch_size": 16,
     "learning_starts": 32,
@@ -1061,7 +1063,7 @@ def test_mutation_is_caught(tmp_path, name):
 # ---- The script
 
 
-FLAGS = "--num-envs 8 --num-steps 4 --updates-per-iteration 2 --buffer-size 64 --batch-size 8"
+FLAGS = "--num-envs 8 --num-steps 4 --updates-per-iteration 3 --buffer-size 64 --batch-size 8"
 FLAGS += " --learning-starts 32 --hidden-sizes 8 --num-atoms 5 --num-devices 1 --eval-episodes 2"
 FLAGS += " --env-id InvertedPendulum --eval-every 2 --checkpoint-every 2 --total-timesteps 128"
 
@@ -1160,7 +1162,7 @@ BAD_CALLS = """
 --twin max
 --layer-norm batch
 --policy-frequency 0
---policy-frequency 3
+--policy-frequency 5
 --learning-starts -1
 --learning-starts 300000
 --hidden-sizes 0
@@ -1211,4 +1213,4 @@ def test_half_cheetah_learns(tmp_path):
         sac_mjx.main(["--total-timesteps", "60000", "--runs-dir", str(tmp_path)])
     (folder,) = tmp_path.iterdir()
     evaluation = json.loads((folder / "run.json").read_text())["evaluation"]
-    assert 2500 < evaluation["Gymnasium"]["mean"] < 9000
+    assert 4000 < evaluation["Gymnasium"]["mean"] < 10000

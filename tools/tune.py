@@ -39,12 +39,13 @@ def suggest(trial, script: str) -> dict[str, object]:
     if script == "sac_mjx.py":
         num_envs = trial.suggest_categorical("num-envs", [16, 32, 64])
         learning_rate = trial.suggest_float("learning-rate", 1e-4, 3e-3, log=True)
-        ratio = trial.suggest_categorical("update-to-data", [0.125, 0.25, 0.5, 1.0])
+        ratio = trial.suggest_categorical("update-to-data", [0.5, 1.0, 2.0, 3.0])
+        steps = num_envs * 8  # of --num-steps 8
         return {
             "num-envs": num_envs,
             "policy-lr": learning_rate,
             "q-lr": learning_rate,
-            "updates-per-iteration": max(1, round(ratio * num_envs * 8)),  # of --num-steps 8
+            "updates-per-iteration": 3 * round(ratio * steps / 3),  # of --policy-frequency 3
             "n-step": trial.suggest_int("n-step", 1, 5),
             "total-timesteps": trial.suggest_int("total-timesteps", 50_000, 500_000, log=True),
         }
