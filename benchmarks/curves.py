@@ -25,31 +25,72 @@ import time_to_return
 import tyro
 
 DEVICES = "import jax, json; print(json.dumps([device.device_kind for device in jax.devices()]))"
-PEERS = {  # means in Gymnasium: CleanRL (v4) and Tianshou (v3) on a CPU, mjlab (v5) on a GPU
-    "HalfCheetah": {
-        "CleanRL, 1M": 1443,
-        "Tianshou, 1M": 5784,
-        "Tianshou, 3M": 7337,
-        "mjlab, 167M": 6490,
+PEERS = {  # mean returns in Gymnasium, and the steps after which they were reached
+    # CleanRL (v4) and Tianshou (v3) on a CPU, mjlab (v5) on a GPU
+    "ppo_mjx": {
+        "HalfCheetah": {
+            "CleanRL, 1M": 1443,
+            "Tianshou, 1M": 5784,
+            "Tianshou, 3M": 7337,
+            "mjlab, 167M": 6490,
+        },
+        "Hopper": {
+            "CleanRL, 1M": 2383,
+            "Tianshou, 1M": 2609,
+            "Tianshou, 3M": 3128,
+            "mjlab, 148M": 3100,
+        },
+        "Walker2d": {
+            "CleanRL, 1M": 2288,
+            "Tianshou, 1M": 3589,
+            "Tianshou, 3M": 4896,
+            "mjlab, 128M": 7046,
+        },
+        "Ant": {
+            "CleanRL, 8M": 1824,
+            "Tianshou, 1M": 3258,
+            "Tianshou, 3M": 4079,
+            "mjlab, 148M": 6294,
+        },
+        "Humanoid": {
+            "CleanRL, 1M": 716,
+            "Tianshou, 1M": 787,
+            "Tianshou, 3M": 1360,
+            "mjlab, 628M": 12049,
+        },
     },
-    "Hopper": {
-        "CleanRL, 1M": 2383,
-        "Tianshou, 1M": 2609,
-        "Tianshou, 3M": 3128,
-        "mjlab, 148M": 3100,
-    },
-    "Walker2d": {
-        "CleanRL, 1M": 2288,
-        "Tianshou, 1M": 3589,
-        "Tianshou, 3M": 4896,
-        "mjlab, 128M": 7046,
-    },
-    "Ant": {"CleanRL, 8M": 1824, "Tianshou, 1M": 3258, "Tianshou, 3M": 4079, "mjlab, 148M": 6294},
-    "Humanoid": {
-        "CleanRL, 1M": 716,
-        "Tianshou, 1M": 787,
-        "Tianshou, 3M": 1360,
-        "mjlab, 628M": 12049,
+    # FlashSAC and XQC (v4), arXiv:2604.04539's repository
+    "sac_mjx": {
+        "HalfCheetah": {
+            "FlashSAC, 100k": 9815,
+            "XQC, 200k": 9891,
+            "FlashSAC, 200k": 10835,
+            "FlashSAC, 1M": 14465,
+        },
+        "Hopper": {
+            "FlashSAC, 100k": 2121,
+            "XQC, 200k": 3527,
+            "FlashSAC, 200k": 2061,
+            "FlashSAC, 1M": 4064,
+        },
+        "Walker2d": {
+            "FlashSAC, 100k": 3299,
+            "XQC, 200k": 4832,
+            "FlashSAC, 200k": 5311,
+            "FlashSAC, 1M": 7346,
+        },
+        "Ant": {
+            "FlashSAC, 100k": 3196,
+            "XQC, 200k": 5349,
+            "FlashSAC, 200k": 5272,
+            "FlashSAC, 1M": 7590,
+        },
+        "Humanoid": {
+            "FlashSAC, 100k": 6138,
+            "XQC, 200k": 6626,
+            "FlashSAC, 200k": 9640,
+            "FlashSAC, 1M": 12606,
+        },
     },
 }
 
@@ -100,7 +141,7 @@ def describe(args: Args, env_id: str) -> dict:
     }
 
 
-def summarize(rows: list[dict]) -> dict:
+def summarize(rows: list[dict], peers: dict[str, dict]) -> dict:
     """For each task: steps, final returns' median and range, seconds of a process."""
     summary = {}
     for env_id in dict.fromkeys(row["env_id"] for row in rows):
@@ -109,7 +150,7 @@ def summarize(rows: list[dict]) -> dict:
         summary[env_id] = {
             "seeds": len(mine), "steps": mine[0]["final"]["steps"], "median": statistics.median(final),
             "min": min(final), "max": max(final), "seconds": statistics.median(row["process_s"] for row in mine),
-        } | PEERS[env_id]  # fmt: skip
+        } | peers[env_id]  # fmt: skip
     return summary
 
 
@@ -119,7 +160,7 @@ def main(args: Args) -> None:
             args, env_ids=("Hopper",), seeds=(1,), total_timesteps=60_000, episodes=2
         )
     tasks = [pair.split("=", 1)[0] for pair in args.flags]
-    if unknown := [task for task in tasks if task not in PEERS]:
+    if unknown := [task for task in tasks if task not in PEERS[args.script]]:
         raise SystemExit(f"--flags: no such task: {unknown}")
     # A child, which leaves a GPU's memory to the trainings.
     devices = common.run_child([sys.executable, "-c", DEVICES])
@@ -148,10 +189,11 @@ def main(args: Args) -> None:
                 f"{env_id}, seed {seed}: return {final:.0f} after {row['process_s']:.0f} s",
                 flush=True,
             )
-            result = {"peers": PEERS, "summary": summarize(rows), "rows": rows}
+            peers = PEERS[args.script]
+            result = {"peers": peers, "summary": summarize(rows, peers), "rows": rows}
             common.write(args.name, args, result, args.smoke, devices)
     # A table for each, since the peers' steps differ.
-    for env_id, numbers in summarize(rows).items():
+    for env_id, numbers in summarize(rows, PEERS[args.script]).items():
         common.table(["task", *numbers], [[env_id, *map(float, numbers.values())]])
         print()
     if failed:

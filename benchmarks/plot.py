@@ -92,7 +92,7 @@ def thousands(axis) -> None:
     )
 
 
-def plot_learning(args: Args, name: str = "curves") -> None:
+def plot_learning(args: Args, name: str = "curves", script: str = "ppo_mjx.py") -> None:
     result = json.loads((args.results / f"{name}.json").read_text())
     rows, peers = result["rows"], result["peers"]
     tasks = list(dict.fromkeys(row["env_id"] for row in rows))
@@ -107,12 +107,12 @@ def plot_learning(args: Args, name: str = "curves") -> None:
                 tuple([point[name] for point in curve] for name in (key, "mean")) for curve in mine
             ]
             if key == "steps":
-                draw_band(axis, curves, "ppo_mjx.py", BLUE)
+                draw_band(axis, curves, script, BLUE)
             else:  # the seeds' processes do not start equally fast, so that a mean would mix up their steps
                 seeds = f"{len(mine)} seeds; above: mean and range" if len(mine) > 1 else "one seed"
                 for i, curve in enumerate(curves):
                     axis.plot(
-                        *curve, color=BLUE, linewidth=1, label=None if i else f"ppo_mjx.py: {seeds}"
+                        *curve, color=BLUE, linewidth=1, label=None if i else f"{script}: {seeds}"
                     )
             for (peer, mark), color in zip(
                 peers[task].items(), (ORANGE, PURPLE, VERMILION, GREEN), strict=True
@@ -160,6 +160,7 @@ def binned(curve: list[dict], width: float) -> tuple[list, list]:
 
 
 FIGURES = {"curves.json": plot_learning, "curves_3d.json": partial(plot_learning, name="curves_3d"),
+           "curves_sac.json": partial(plot_learning, name="curves_sac", script="sac_mjx.py"),
            "time_to_walk_g1.json": plot_walking, "validate.json": plot_validation}  # fmt: skip
 
 

@@ -216,7 +216,7 @@ def test_summary_of_curves_has_median_and_range():
         {"env_id": "Hopper", "process_s": s, "final": {"mean": m, "steps": 9}}
         for s, m in ((1, 5), (3, 7), (2, 1))
     ]
-    told = curves.summarize(rows)["Hopper"]
+    told = curves.summarize(rows, curves.PEERS["ppo_mjx"])["Hopper"]
     assert (told["median"], told["min"], told["max"], told["seconds"], told["steps"]) == (
         5,
         1,
