@@ -2,10 +2,10 @@
 
     python benchmarks/plot.py
 
-curves.png, and curves_3d.png of Ant and Humanoid: return in Gymnasium against steps, mean and range over the seeds, and
-against seconds, seed by seed, with the peers' marks (JSON files of the same names). walk_curves.png: what the robots'
-tests say of the later policies of their trainings (time_to_walk_ROBOT.json). validate_curves.png: training on MJX and
-on C MuJoCo (validate.json). A figure whose JSON is missing is left out.
+curves.png, curves_3d.png of Ant and Humanoid, and curves_sac.png of sac_mjx.py: return in Gymnasium against steps, mean
+and range over the seeds, and against seconds, seed by seed, with the peers' marks (JSON files of the same names).
+walk_curves.png: what the robots' tests say of the later policies of their trainings (time_to_walk_ROBOT.json).
+validate_curves.png: training on MJX and on C MuJoCo (validate.json). A figure whose JSON is missing is left out.
 """
 
 import dataclasses

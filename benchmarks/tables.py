@@ -734,6 +734,33 @@ def g1_ablations() -> str:
 # ---- SAC ----------------------------------------------------------------------------------------
 
 
+def sac_curves() -> str:
+    """Returns of sac_mjx.py after so many steps, beside what others have published."""
+    result = load("curves_sac")
+    rows = []
+    for task, seeds in curve_rows(["curves_sac"]).items():
+
+        def after(steps: float, key: str = "mean", seeds: list[dict] = seeds) -> list[float]:
+            points = [
+                [point for point in row["curve"] if point["steps"] <= steps][-1] for row in seeds
+            ]
+            return [point[key] for point in points]
+
+        peers = result["peers"][task]
+        rows.append(
+            [
+                f"{task}-v5",
+                *(with_each(after(steps), whole) for steps in (100e3, 200e3, math.inf)),
+                with_each([seconds / 60 for seconds in after(math.inf, "seconds")]),
+                *(whole(peers[name]) for name in ("FlashSAC, 100k", "XQC, 200k", "FlashSAC, 200k")),
+            ]
+        )
+    end = steps_text(seeds[0]["final"]["steps"])
+    header = ["", "100k steps", "200k steps", f"{end} steps", "minutes until then"]
+    header += ["FlashSAC, 100k", "XQC, 200k", "FlashSAC, 200k"]
+    return markdown(header, rows) + sources(["curves_sac"])
+
+
 def sac_peers() -> str:
     runs = {name: rows for name, rows in load("compare_sac")["runs"].items() if rows}
     fields = {
@@ -987,6 +1014,7 @@ TABLES = {
         rough_test,
         rough_speed,
         g1_ablations,
+        sac_curves,
         sac_peers,
         sac_throughput,
         sac_upright,
