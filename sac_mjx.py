@@ -1466,8 +1466,8 @@ def reward_scale(args: Args, learner: Learner) -> jax.Array:
 def draw(args: Args, learner: Learner, buffer: Experience) -> Batch:
     """The minibatches [U, B, ...] of an iteration, from one device's buffer [C, N, ...].
 
-    Uniform over all that is in it. They are drawn all at once: one by one, a CPU would spend more
-    time on the random numbers.
+    Uniform over all that is in it. Drawn all at once, they take a few large operations in place of
+    many small ones.
     """
     key = jax.random.fold_in(learner.key, learner.iteration)
     key = jax.random.fold_in(key, jax.lax.axis_index("devices"))
@@ -3162,6 +3162,16 @@ def train_loop(
 # end shared
 
 
+def wanted_devices(args: Args) -> int | None:
+    """How many devices to split the work over; None for as many as possible.
+
+    On a CPU small minibatches are for one: to exchange their gradients takes longer than it saves.
+    """
+    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
+    is_small = alone and args.batch_size < 256
+    return args.num_devices or (1 if is_small else None)
+
+
 def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     """Train from the start, or from the newest checkpoint of run_dir.
 
@@ -3172,11 +3182,7 @@ def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
     resuming = run_dir is not None
     if args.capture_video:  # better to fail now than after training
         make_renderer(load_model(TASKS[args.env_id])).close()
-    wanted = args.num_devices
-    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
-    if not wanted and alone and args.batch_size < 256:
-        wanted = 1  # exchanging such small minibatches' gradients takes longer than it saves
-    mesh = make_mesh(wanted, args.num_envs, args.batch_size)
+    mesh = make_mesh(wanted_devices(args), args.num_envs, args.batch_size)
     args = dataclasses.replace(args, num_devices=mesh.size, **call_flags(Args))
     run_dir = open_run_dir(args, run_dir)
 

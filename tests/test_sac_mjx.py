@@ -1063,6 +1063,14 @@ def test_mutation_is_caught(tmp_path, name):
 # ---- The script
 
 
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [({}, 1), ({"batch_size": 256}, None), ({"num_devices": 2}, 2)],
+)
+def test_small_minibatches_are_for_one_core(changes, count):
+    assert sac_mjx.wanted_devices(sac_mjx.Args(**changes)) == count
+
+
 FLAGS = "--num-envs 8 --num-steps 4 --updates-per-iteration 3 --buffer-size 64 --batch-size 8"
 FLAGS += " --learning-starts 32 --hidden-sizes 8 --num-atoms 5 --num-devices 1 --eval-episodes 2"
 FLAGS += " --env-id InvertedPendulum --eval-every 2 --checkpoint-every 2 --total-timesteps 128"
