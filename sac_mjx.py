@@ -37,9 +37,9 @@ describes one world; its fields are [T, N, ...] in a rollout, [C, N, ...] in the
 in a minibatch.
 
 Names follow CleanRL's sac_continuous_action.py. What this file adds to it (distributional critics,
-normalised layers, observations and rewards, the target entropy by a standard deviation, returns of
-several steps) are flags, without which it is the SAC of arXiv:1812.05905: docs/sac_mjx.md names
-them, and explains all metrics. The tasks are those of ppo_mjx.py, which has the same order and
+both critics' mean, normalised layers, weights, observations and rewards, the target entropy by a
+standard deviation, returns of several steps) are flags. docs/sac_mjx.md names those that leave the
+SAC of arXiv:1812.05905, and explains all metrics. The tasks are those of ppo_mjx.py, which has the same order and
 names; blocks between "# shared: NAME" and "# end shared" are copies of its own.
 """
 
@@ -129,7 +129,7 @@ Positive = Annotated[float, Range(1e-9, 1e9)]
 class Args:
     """SAC on Gymnasium's MuJoCo tasks, on MuJoCo XLA.
 
-    The defaults are for two CPU cores and few samples; `default_args` has those of a task.
+    The defaults are for one CPU core and few samples; `default_args` has those of a task.
     """
 
     # The run
@@ -138,8 +138,8 @@ class Args:
     seed: Index = 1
     """every random number follows from it and from the number of devices"""
     num_devices: MaybeCount = None
-    """devices to split the worlds over; by default as many as divide the work, on a CPU with less
-    than 256 transitions in an update one"""
+    """devices to split the worlds over; by default as many as divide num_envs and batch_size, or one
+    on a CPU where both are below 256"""
     runs_dir: str = "runs"
     """folder for the run folders"""
     track: bool = False
@@ -1053,7 +1053,7 @@ class MLP(nn.Module):
 
 def make_networks(args: Args, env: Env) -> tuple[MLP, MLP]:
     """The actor, and one critic: observation and action -> logits of the atoms, or the value."""
-    actor = MLP(args.hidden_sizes, 2 * env.action_size, args.layer_norm)  # means, raw deviations
+    actor = MLP(args.hidden_sizes, 2 * env.action_size, args.layer_norm)  # means, raw log stds
     norm = "batch" if args.batch_norm else args.layer_norm
     critic = MLP(args.hidden_sizes, args.num_atoms if args.distributional else 1, norm)
     return actor, critic
@@ -1159,7 +1159,7 @@ class Learner:
     opt_state: dict[str, optax.OptState]  # by the names of params
     obs_stats: RunningStats  # [O]
     return_stats: RunningStats  # [], of the discounted return
-    largest_return: jax.Array  # [], of the absolute discounted returns so far
+    largest_return: jax.Array  # [], the largest absolute discounted return so far
     critic_stats: dict  # of "qf1" and "qf2": the "batch_stats" of --batch-norm, else nothing
     key: jax.Array  # of the minibatches, and of the noise in the losses
     steps: jax.Array  # int32, steps that each world has done
@@ -1420,11 +1420,12 @@ def n_step_return(
 
     All arguments are [n, ...], the steps that follow one another in a world. valid: False for a step
     that broke its world, or that is not in the buffer yet. The sum ends after a step that is done,
-    and before one that is not valid. If the first one is not, the results mean nothing.
+    and before one that is not valid. If the first one is not valid, the results mean nothing.
 
-    Returns the discounted rewards [...], the discount [...] of the value of where the last step ended,
-    and the number [...] of that step, from 0. The discount is 0 after a termination, and otherwise
-    gamma to the number of rewards in the sum, after a time limit or before an invalid step, too.
+    Returns the sum of discounted rewards, the discount of the value of where the last counted step
+    ended, and the number of that step, from 0: each [...]. The discount is 0 after a termination,
+    and otherwise gamma to the number of rewards in the sum, also after a time limit and before an
+    invalid step.
     Source: arXiv:1710.02298, multi-step learning. The entropies on the way are left out.
     """
     alive = jnp.cumprod(jnp.concatenate([jnp.ones_like(done[:1]), ~done[:-1]]), axis=0)
@@ -1466,7 +1467,7 @@ def reward_scale(args: Args, learner: Learner) -> jax.Array:
 def draw(args: Args, learner: Learner, buffer: Experience) -> Batch:
     """The minibatches [U, B, ...] of an iteration, from one device's buffer [C, N, ...].
 
-    Uniform over all that is in it. Drawn all at once, they take a few large operations in place of
+    Uniform over all that is in it, with replacement. Drawn all at once, they take a few large operations in place of
     many small ones.
     """
     key = jax.random.fold_in(learner.key, learner.iteration)
@@ -1508,11 +1509,11 @@ def masked_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def project_distribution(args: Args, probability: jax.Array, place: jax.Array) -> jax.Array:
-    """A distribution on the atoms that is near one on other places.
+    """Project a distribution on other places back onto the atoms.
 
-    probability, place: [B, K]; places are scaled returns, as the atoms are. Each probability goes to the two atoms
-    beside its place, the more to the nearer one; beyond the last atom, all goes to that one. So the
-    mean stays, unless places lie outside. Returns [B, K].
+    probability, place: [B, K]; places are scaled returns, as the atoms are. Each probability goes to
+    the two atoms beside its place, the more to the nearer one; beyond the last atom, all goes to
+    that one. So the mean stays, unless places lie outside. Returns [B, K].
     Source: arXiv:1707.06887, equation 7.
     """
     width = 2 * args.v_max / (args.num_atoms - 1)
@@ -1538,7 +1539,8 @@ def apply_at_both_ends(
     """What both critics say of where a minibatch's steps began, and of where they ended.
 
     next_action: [B, A], at the end. Returns two outputs [2, B, K] and the critics' next statistics.
-    With --batch-norm both ends are one batch: apart, their means would differ, and a critic would
+    A caller needs one of them; without --batch-norm, XLA leaves out the other one's pass. With it
+    both ends are one batch: apart, their means would differ, and a critic would
     be asked about inputs of another distribution than it is trained on.
     Source: CrossQ, arXiv:1902.05605.
     """
@@ -1708,7 +1710,7 @@ def skipped_in_a_row(learner: Learner) -> jax.Array:
 def update_critics(
     args: Args, env: Env, learner: Learner, mb: Batch
 ) -> tuple[Learner, dict[str, jax.Array]]:
-    """One step of both critics, and of their targets."""
+    """One step of Adam for both critics, and a step of their targets."""
     next_action, entropy_bonus = draw_next_actions(args, env, learner, mb)
     target = critic_target(args, env, learner, mb, next_action, entropy_bonus)
     critics, stats = learner.params["critics"], learner.critic_stats
@@ -1718,6 +1720,9 @@ def update_critics(
         )
     )
     learner = descend(args, learner, "critics", gradient)
+    # What made the gradient of a minibatch NaN has made its statistics so.
+    finite = learner.opt_state["critics"].last_finite
+    stats = jax.tree.map(partial(jnp.where, finite), stats, learner.critic_stats)
     metrics |= {"charts/skipped_in_a_row": skipped_in_a_row(learner)}
     targets = optax.incremental_update(learner.params["critics"], learner.targets, args.tau)
     return learner.replace(targets=targets, critic_stats=stats), metrics
@@ -1726,7 +1731,7 @@ def update_critics(
 def update_actor(
     args: Args, env: Env, learner: Learner, mb: Batch
 ) -> tuple[Learner, dict[str, jax.Array]]:
-    """One step of the actor and, with --autotune, of the temperature."""
+    """One step of Adam for the actor and, with --autotune, for the temperature."""
     (loss, logprob), gradient = jax.value_and_grad(actor_loss, argnums=2, has_aux=True)(
         args, env, learner.params["actor"], learner, mb
     )
@@ -1800,12 +1805,13 @@ def update_statistics(args: Args, learner: Learner, steps: Transition) -> Learne
 def learn(
     args: Args, env: Env, learner: Learner, buffer: Experience
 ) -> tuple[Learner, dict[str, jax.Array]]:
-    """All updates of an iteration, once the random steps are over.
+    """All updates of an iteration, once each world has done its first `random_steps`.
 
-    Returns the learner, and metrics by tag: means over the updates, NaN where there were none.
+    The U minibatches are U / F groups; `update` learns from one group. Returns the learner, and
+    metrics by tag: those of the losses are means over the updates, or NaN where there were none.
     """
 
-    def updates(learner: Learner, buffer: Experience):
+    def run_updates(learner: Learner, buffer: Experience):
         groups = jax.tree.map(
             lambda x: x.reshape(-1, args.policy_frequency, *x.shape[1:]),
             draw(args, learner, buffer),
@@ -1813,12 +1819,12 @@ def learn(
         return jax.lax.scan(partial(update, args, env), learner, groups)
 
     def skip(learner: Learner, buffer: Experience):
-        _, metrics = jax.eval_shape(updates, learner, buffer)
+        _, metrics = jax.eval_shape(run_updates, learner, buffer)
         nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), metrics)
         return learner, nothing
 
     starts = learner.steps >= args.random_steps
-    learner, metrics = jax.lax.cond(starts, updates, skip, learner, buffer)
+    learner, metrics = jax.lax.cond(starts, run_updates, skip, learner, buffer)
     in_a_row = metrics["charts/skipped_in_a_row"].max()
     metrics = {tag: jnp.nanmean(values) for tag, values in metrics.items()}
     rates = learning_rates(args, learner)
@@ -1897,7 +1903,7 @@ def train_iteration(
         mesh=mesh,
         in_specs=(STATE_SPEC,),
         out_specs=(STATE_SPEC, P(), P("devices")),
-        # With True, jax.grad would already sum the gradient over the devices, which `update` averages.
+        # With True, jax.grad would already sum over the devices what mean_over_devices averages.
         check_vma=False,
     )
     state, metrics, box = run(state)
@@ -3165,11 +3171,12 @@ def train_loop(
 def wanted_devices(args: Args) -> int | None:
     """How many devices to split the work over; None for as many as possible.
 
-    On a CPU small minibatches are for one: to exchange their gradients takes longer than it saves.
+    On a CPU one is best for few worlds and small minibatches: to exchange their gradients takes
+    longer than it saves.
     """
     alone = jax.default_backend() == "cpu" and jax.process_count() == 1
-    is_small = alone and args.batch_size < 256
-    return args.num_devices or (1 if is_small else None)
+    is_small = max(args.batch_size, args.num_envs) < 256
+    return args.num_devices or (1 if alone and is_small else None)
 
 
 def train(args: Args, run_dir: Path | None = None) -> tuple[Path, dict]:
@@ -3262,6 +3269,7 @@ def smoke(args: Args) -> None:
             num_envs=64,
             num_steps=8,
             updates_per_iteration=6,
+            policy_frequency=3,
             batch_size=256,  # so that all devices take part
             buffer_size=1024,
             learning_starts=512,

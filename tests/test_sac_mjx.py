@@ -372,6 +372,19 @@ def check_projection_is_a_loop(sac) -> None:
     np.testing.assert_allclose(found[0], probability[0], atol=1e-5)
 
 
+@cache
+def update_program(sac, args, part: str):
+    return jax.jit(
+        jax.shard_map(
+            partial(getattr(sac, part), args, shared_env(sac)),
+            mesh=one_device(),
+            in_specs=P(),
+            out_specs=P(),
+            check_vma=False,
+        )
+    )
+
+
 # ---- Networks
 
 
@@ -482,21 +495,16 @@ def check_batch_norm(sac) -> None:
     outputs = np.stack([output for output, _ in by_hand.values()])
     np.testing.assert_allclose(begin, outputs[:, :64], atol=1e-3)
     np.testing.assert_allclose(end, outputs[:, 64:], atol=1e-3)
+    broken = mb.replace(reward=jnp.full(64, jnp.nan), obs=jnp.full((64, 1), jnp.nan))
+    kept, _ = update_program(sac, args, "update_critics")(learner, broken)
+    assert_same(kept.critic_stats, learner.critic_stats)
     for name, (_, used) in by_hand.items():
         for i, (mean, var) in enumerate(used):
             layer = moved[name]["batch_stats"][f"BatchNorm_{i}"]
             np.testing.assert_allclose(layer["mean"], 0.01 * mean, atol=1e-4)
             np.testing.assert_allclose(layer["var"], 0.99 + 0.01 * var, atol=1e-4)
 
-    mesh = jax.make_mesh((1,), ("devices",))
-    update = jax.shard_map(
-        partial(sac.update_critics, args, env),
-        mesh=mesh,
-        in_specs=P(),
-        out_specs=P(),
-        check_vma=False,
-    )
-    after, _ = jax.jit(update)(learner, mb)
+    after, _ = update_program(sac, args, "update_critics")(learner, mb)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), after.critic_stats, moved)
     output = sac.apply_critics(args, env, params, moved, mb.obs, mb.action)
     layers = moved["qf2"]["batch_stats"]
@@ -627,19 +635,6 @@ def check_actor_and_alpha_loss(sac) -> None:
 def largest_change(before, after) -> float:
     changes = jax.tree.map(lambda a, b: np.abs(as_numpy(a) - as_numpy(b)).max(), before, after)
     return max(jax.tree.leaves(changes))
-
-
-@cache
-def update_program(sac, args, part: str):
-    return jax.jit(
-        jax.shard_map(
-            partial(getattr(sac, part), args, shared_env(sac)),
-            mesh=one_device(),
-            in_specs=P(),
-            out_specs=P(),
-            check_vma=False,
-        )
-    )
 
 
 def check_update(sac) -> None:
@@ -1065,7 +1060,12 @@ def test_mutation_is_caught(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("changes", "count"),
-    [({}, 1), ({"batch_size": 256}, None), ({"num_devices": 2}, 2)],
+    [
+        ({}, 1),
+        ({"batch_size": 256}, None),
+        ({"num_envs": 256}, None),
+        ({"num_devices": 2}, 2),
+    ],
 )
 def test_small_minibatches_are_for_one_core(changes, count):
     assert sac_mjx.wanted_devices(sac_mjx.Args(**changes)) == count
