@@ -625,8 +625,12 @@ def joint_loads() -> str:
 
 def amp_time() -> str:
     """Of each seed with a motion prior: when a policy first passes, and when all do."""
-    name = "time_amp_mjx_unitree_g1_29dof"
-    return markdown(SEED_HEADER, map(seed_cells, load(name)["rows"])) + sources([name])
+    names = names_like("time_amp_mjx_unitree_*")
+    rows = []
+    for name in names:
+        robot = ROBOT_NAMES[name.removeprefix("time_amp_mjx_unitree_")]
+        rows += [[robot, *seed_cells(row)] for row in load(name)["rows"]]
+    return markdown(["robot", *SEED_HEADER], rows) + sources(names)
 
 
 def by_variant(rows: list[dict]) -> dict[str, list[dict]]:
