@@ -275,7 +275,7 @@ class Args:
 
 # Defaults of flags that depend on the task.
 SETTINGS = {
-    "Hopper": {"twin": "min"},  # with the mean it learns half as much
+    "Hopper": {"twin": "min"},  # with the mean, one training learnt half as much
     "InvertedPendulum": {"total_timesteps": 50_000},
     "InvertedDoublePendulum": {"total_timesteps": 100_000},
     "Reacher": {"total_timesteps": 100_000},
@@ -3172,8 +3172,8 @@ def train_loop(
 def wanted_devices(args: Args) -> int | None:
     """How many devices to split the work over; None for as many as possible.
 
-    On a CPU one is best for few worlds and small minibatches: to exchange their gradients takes
-    longer than it saves.
+    On a CPU few worlds and small minibatches are for one: to exchange their gradients takes what
+    sharing the work saves, and other cores are free for other seeds.
     """
     alone = jax.default_backend() == "cpu" and jax.process_count() == 1
     is_small = max(args.batch_size, args.num_envs) < 256

@@ -3,13 +3,14 @@
     python benchmarks/curves.py --flags "Hopper=--num-envs 128 --num-steps 32" "Walker2d=--num-steps 32"
     python benchmarks/curves.py --resume            go on after an interruption, with the same flags
     python benchmarks/curves.py --script sac_mjx --env-ids HalfCheetah --total-timesteps 250000 --at-once 2 \
-        --checkpoint-every 195 --name curves_sac
+        --checkpoint-every 195
 
 Each training is a process of its own that starts with an empty compile cache; its policies are copied while it trains
 and judged when it has ended, in Gymnasium's v5 (all by time_to_return.py). With --at-once several of them share the
-machine, as befits trainings that use one core. A row is written as soon as
-it is there. The table has the final return's median and range over the seeds, and the peers' means beside it.
-Writes benchmarks/results/NAME.json: return against steps and against seconds since the process's start.
+machine, as befits trainings that use one core. A row is written as soon as it is there. The table has the final
+return's median and range over the seeds, and the peers' means beside it.
+Writes benchmarks/results/NAME.json, NAME being curves or curves_sac by default: return against steps and against
+seconds since the process's start.
 """
 
 import dataclasses
@@ -108,7 +109,7 @@ class Args:
     # Folder to which each training's run folder is copied, to film or compare its policy.
     keep: str | None = None
     resume: bool = False  # keep the rows that the file has already
-    name: str = "curves"  # of the JSON file
+    name: str | None = None  # of the JSON file
     smoke: bool = False  # one short training of one task
 
 
@@ -155,6 +156,7 @@ def summarize(rows: list[dict], peers: dict[str, dict]) -> dict:
 
 
 def main(args: Args) -> None:
+    args.name = args.name or {"ppo_mjx": "curves", "sac_mjx": "curves_sac"}[args.script]
     if args.smoke:
         args = dataclasses.replace(
             args, env_ids=("Hopper",), seeds=(1,), total_timesteps=60_000, episodes=2

@@ -1072,7 +1072,7 @@ def test_small_minibatches_are_for_one_core(changes, count):
 
 
 FLAGS = "--num-envs 8 --num-steps 4 --updates-per-iteration 3 --buffer-size 64 --batch-size 8"
-FLAGS += " --learning-starts 32 --hidden-sizes 8 --num-atoms 5 --num-devices 1 --eval-episodes 2"
+FLAGS += " --learning-starts 32 --hidden-sizes 8 --num-atoms 5 --num-devices 1 --eval-episodes 50"
 FLAGS += " --env-id InvertedPendulum --eval-every 2 --checkpoint-every 2 --total-timesteps 128"
 
 
@@ -1090,7 +1090,7 @@ def test_run_folder(run_dir):
     run = json.loads((run_dir / "run.json").read_text())
     assert run["evaluation"].keys() == {"MJX", "C MuJoCo", "Gymnasium"}
     means = [result["mean"] for result in run["evaluation"].values()]
-    np.testing.assert_allclose(means, means[0], rtol=0.6)  # two episodes, little trained
+    np.testing.assert_allclose(means, means[0], rtol=0.2)
     assert run["buffer_bytes"] == 64 * (4 * (4 + 1 + 1 + 4) + 3)
     assert [int(file.stem) for file in sac_mjx.checkpoints(run_dir)] == [4, 2]
 
@@ -1221,4 +1221,4 @@ def test_half_cheetah_learns(tmp_path):
         sac_mjx.main(["--total-timesteps", "60000", "--runs-dir", str(tmp_path)])
     (folder,) = tmp_path.iterdir()
     evaluation = json.loads((folder / "run.json").read_text())["evaluation"]
-    assert 4000 < evaluation["Gymnasium"]["mean"] < 10000
+    assert 4000 < evaluation["Gymnasium"]["mean"] < 9000
