@@ -665,7 +665,12 @@ def check_update(sac) -> None:
     assert_same(last.params["critics"], learners[-1].params["critics"])
 
     together, metrics = update_program(sac, args, "update")(learner, mbs)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), together.params, last.params)
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, together.params, last.params)
+    # Adam's first steps hardly depend on the gradient's size; its moments do.
+    for name, opt_state in last.opt_state.items():
+        moments = together.opt_state[name].inner_state.mu
+        jax.tree.map(close, moments, opt_state.inner_state.mu)
     # Adam's first step is the step size.
     for name, before, after, rate in (
         ("critics", learners[0], learners[1], 4e-3),
