@@ -196,6 +196,8 @@ class Args:
     """updates of the critics in one iteration; by num_envs * num_steps, the update-to-data ratio"""
     buffer_size: Count = 327_680
     """transitions in the replay buffer, over all worlds; the oldest are overwritten"""
+    buffer_device: Literal["device", "host"] = "device"
+    """host: in the machine's memory, for a buffer that the device cannot hold"""
     batch_size: Count = 64
     """transitions in one update, over all devices"""
     learning_starts: Index = 5_000
@@ -1207,7 +1209,9 @@ class TrainState:
 
     learner: Learner
     worlds: Worlds
-    buffer: Experience  # [C, N, ...], a ring: step t of all worlds is in row t % C
+    # [C, N, ...], a ring: step t of all worlds is in row t % C. In the device's memory, or as NumPy's
+    # arrays in the host's.
+    buffer: Experience
 
 
 # What --init-from takes from another run's learner.
@@ -1245,22 +1249,22 @@ def start_worlds(env_state: State, keys: jax.Array, times_broken: jax.Array) -> 
 # end shared
 
 
-def init_buffer(args: Args, env: Env) -> Experience:
-    """An empty replay buffer."""
+def init_buffer(args: Args, env: Env, xp=jnp) -> Experience:
+    """An empty replay buffer. xp: jnp for the device's memory, np for the host's."""
     shape = (args.buffer_rows, args.num_envs)
     return Experience(
-        obs=jnp.zeros((*shape, env.observation_size)),
-        action=jnp.zeros((*shape, env.action_size)),
-        reward=jnp.zeros(shape),
-        next_obs=jnp.zeros((*shape, env.observation_size)),
-        terminated=jnp.zeros(shape, bool),
-        done=jnp.zeros(shape, bool),
-        valid=jnp.zeros(shape, bool),
+        obs=xp.zeros((*shape, env.observation_size), xp.float32),
+        action=xp.zeros((*shape, env.action_size), xp.float32),
+        reward=xp.zeros(shape, xp.float32),
+        next_obs=xp.zeros((*shape, env.observation_size), xp.float32),
+        terminated=xp.zeros(shape, bool),
+        done=xp.zeros(shape, bool),
+        valid=xp.zeros(shape, bool),
     )
 
 
 def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
-    """The state before the first iteration."""
+    """The state before the first iteration, without a buffer if that is the host's."""
     keys = jax.random.split(key, 7)
     actor_key, qf1_key, qf2_key, learner_key, reset_key, clock_key, world_key = keys
 
@@ -1296,7 +1300,8 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     # at once.
     env_state.info["elapsed"] = jax.random.randint(clock_key, (n,), 0, env.time_limit)
     worlds = start_worlds(env_state, jax.random.split(world_key, n), jnp.zeros(n, jnp.int32))
-    return TrainState(learner=learner, worlds=worlds, buffer=init_buffer(args, env))
+    buffer = init_buffer(args, env) if args.buffer_device == "device" else None
+    return TrainState(learner=learner, worlds=worlds, buffer=buffer)
 
 
 # ---- 7. Acting and replay buffer -----------------------------------------------------------------
@@ -1392,12 +1397,9 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
     return jax.lax.scan(step, worlds, learner.steps + jnp.arange(args.num_steps))
 
 
-def insert(args: Args, buffer: Experience, first: jax.Array, steps: Transition) -> Experience:
-    """The buffer [C, N, ...] with a rollout [T, N, ...] in it, in the place of its oldest rows.
-
-    first: the number of the rollout's first step, from 0.
-    """
-    new = Experience(
+def record(steps: Transition) -> Experience:
+    """What the buffer keeps of a rollout [T, N, ...]."""
+    return Experience(
         obs=steps.start.obs,
         action=steps.action,
         reward=steps.end.env_state.reward,
@@ -1406,8 +1408,19 @@ def insert(args: Args, buffer: Experience, first: jax.Array, steps: Transition) 
         done=steps.done,
         valid=steps.valid,
     )
-    rows = (first + jnp.arange(args.num_steps)) % args.buffer_rows
-    return jax.tree.map(lambda ring, x: ring.at[rows].set(x), buffer, new)
+
+
+def insert(args: Args, buffer: Experience, first: jax.Array, new: Experience) -> Experience:
+    """The buffer [C, N, ...] with a rollout [T, N, ...] in it, in the place of its oldest rows.
+
+    first: the number of the rollout's first step, from 0. NumPy's arrays change in place.
+    """
+    rows = (first + np.arange(args.num_steps)) % args.buffer_rows
+    if isinstance(buffer.reward, jax.Array):
+        return jax.tree.map(lambda ring, x: ring.at[rows].set(x), buffer, new)
+    for ring, x in zip(jax.tree.leaves(buffer), jax.tree.leaves(new), strict=True):
+        ring[rows] = x
+    return buffer
 
 
 def n_step_return(
@@ -1416,12 +1429,14 @@ def n_step_return(
     terminated: jax.Array,
     done: jax.Array,
     valid: jax.Array,
+    xp=jnp,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sum up the rewards of the next n steps, or of fewer where an episode ends before.
 
     All arguments are [n, ...], the steps that follow one another in a world. valid: False for a step
     that broke its world, or that is not in the buffer yet. The sum ends after a step that is done,
     and before one that is not valid. If the first one is not valid, the results mean nothing.
+    xp: np for NumPy's arrays.
 
     Returns the sum of discounted rewards, the discount of the value of where the last counted step
     ended, and the number of that step, from 0: each [...]. The discount is 0 after a termination,
@@ -1429,14 +1444,36 @@ def n_step_return(
     invalid step.
     Source: arXiv:1710.02298, multi-step learning. The entropies on the way are left out.
     """
-    alive = jnp.cumprod(jnp.concatenate([jnp.ones_like(done[:1]), ~done[:-1]]), axis=0)
-    counted = jnp.cumprod(valid, axis=0) * alive > 0  # [n, ...]
-    weight = args.gamma ** jnp.arange(len(reward))
-    total = jnp.tensordot(weight, jnp.where(counted, reward, 0.0), axes=1, precision="highest")
+    alive = xp.cumprod(xp.concatenate([xp.ones_like(done[:1]), ~done[:-1]]), axis=0)
+    counted = xp.cumprod(valid, axis=0) * alive > 0  # [n, ...]
+    powers = args.gamma ** xp.arange(len(reward) + 1, dtype=xp.float32)
+    weight = powers[:-1].reshape(-1, *[1] * (reward.ndim - 1))
+    total = (weight * xp.where(counted, reward, 0.0)).sum(axis=0)
 
     length = counted.sum(axis=0)
     goes_on = ~(counted & terminated).any(axis=0)
-    return total, jnp.where(goes_on, args.gamma**length, 0.0), jnp.maximum(length - 1, 0)
+    return total, goes_on * powers[length], xp.maximum(length - 1, 0)
+
+
+@struct.dataclass
+class Places:
+    """Where in the buffer transitions lie, each with the n - 1 steps that follow it in its world."""
+
+    rows: jax.Array  # int32 [n, ...]
+    there: jax.Array  # bool [n, ...]: False for steps that are not in the buffer yet
+    world: jax.Array  # int32 [...]
+
+
+@struct.dataclass
+class Sample:
+    """A transition over up to n steps, as it comes out of the buffer: raw and not scaled."""
+
+    obs: jax.Array  # [O]
+    action: jax.Array  # [A] in (-1, 1)
+    reward: jax.Array  # [], discounted rewards of up to n steps
+    discount: jax.Array  # [], of the value of next_obs; 0 after a termination
+    next_obs: jax.Array  # [O], where the last of these steps ended
+    valid: jax.Array  # bool: False for transitions to leave out of the losses
 
 
 @struct.dataclass
@@ -1445,12 +1482,60 @@ class Batch:
 
     obs: jax.Array  # [O], normalised
     action: jax.Array  # [A] in (-1, 1)
-    reward: jax.Array  # [], discounted rewards of up to n steps, scaled
-    discount: jax.Array  # [], of the value of next_obs; 0 after a termination
-    next_obs: jax.Array  # [O], normalised, where the last of these steps ended
-    valid: jax.Array  # bool: False for transitions to leave out of the losses
+    reward: jax.Array  # [], scaled
+    discount: jax.Array  # []
+    next_obs: jax.Array  # [O], normalised
+    valid: jax.Array  # bool
     noise: jax.Array  # [A], of the policy's action at obs
     next_noise: jax.Array  # [A], of its action at next_obs
+
+
+def minibatch_keys(learner: Learner) -> tuple[jax.Array, ...]:
+    """This device's keys of an iteration's minibatches: for their rows, worlds and noise."""
+    key = jax.random.fold_in(learner.key, learner.iteration)
+    key = jax.random.fold_in(key, jax.lax.axis_index("devices"))
+    return tuple(jax.random.split(key, 3))
+
+
+def draw(args: Args, learner: Learner, num_worlds: int) -> Places:
+    """The minibatches [U, B] of an iteration, in one device's part of the buffer.
+
+    Uniform over all that is in it, with replacement. Drawn and gathered all at once, they take a few
+    large operations in place of many small ones.
+    """
+    row_key, world_key, _ = minibatch_keys(learner)
+    shape = (args.updates_per_iteration, args.batch_size // jax.lax.axis_size("devices"))
+    written = jnp.minimum(learner.steps, args.buffer_rows)
+    age = jax.random.randint(row_key, shape, 0, written)  # 0: the newest step
+    ahead = jnp.arange(args.n_step)[:, None, None]
+    return Places(
+        rows=(learner.steps - 1 - age + ahead) % args.buffer_rows,
+        there=ahead <= age,
+        world=jax.random.randint(world_key, shape, 0, num_worlds),
+    )
+
+
+def gather(args: Args, buffer: Experience, places: Places) -> Sample:
+    """The transitions [...] at these places of the buffer [C, N, ...], JAX's or NumPy's."""
+    xp = jnp if isinstance(buffer.reward, jax.Array) else np
+    rows = places.rows
+    world = places.world
+    reward, discount, last = n_step_return(
+        args,
+        buffer.reward[rows, world],
+        buffer.terminated[rows, world],
+        buffer.done[rows, world],
+        buffer.valid[rows, world] & places.there,
+        xp,
+    )
+    return Sample(
+        obs=buffer.obs[rows[0], world],
+        action=buffer.action[rows[0], world],
+        reward=reward,
+        discount=discount,
+        next_obs=buffer.next_obs[(rows[0] + last) % args.buffer_rows, world],
+        valid=buffer.valid[rows[0], world],
+    )
 
 
 def reward_scale(args: Args, learner: Learner) -> jax.Array:
@@ -1465,39 +1550,17 @@ def reward_scale(args: Args, learner: Learner) -> jax.Array:
     return jnp.maximum(deviation, learner.largest_return / args.v_max)
 
 
-def draw(args: Args, learner: Learner, buffer: Experience) -> Batch:
-    """The minibatches [U, B, ...] of an iteration, from one device's buffer [C, N, ...].
-
-    Uniform over all that is in it, with replacement. Drawn all at once, they take a few large operations in place of
-    many small ones.
-    """
-    key = jax.random.fold_in(learner.key, learner.iteration)
-    key = jax.random.fold_in(key, jax.lax.axis_index("devices"))
-    age_key, world_key, noise_key = jax.random.split(key, 3)
-
-    shape = (args.updates_per_iteration, args.batch_size // jax.lax.axis_size("devices"))
-    written = jnp.minimum(learner.steps, args.buffer_rows)
-    age = jax.random.randint(age_key, shape, 0, written)  # 0: the newest step
-    world = jax.random.randint(world_key, shape, 0, buffer.reward.shape[1])
-    noise = jax.random.normal(noise_key, (2, *shape, buffer.action.shape[-1]))
-
-    ahead = jnp.arange(args.n_step)[:, None, None]
-    rows = (learner.steps - 1 - age + ahead) % args.buffer_rows  # [n, U, B]
-    reward, discount, last = n_step_return(
-        args,
-        buffer.reward[rows, world],
-        buffer.terminated[rows, world],
-        buffer.done[rows, world],
-        buffer.valid[rows, world] & (ahead <= age),
-    )
-    last_row = (rows[0] + last) % args.buffer_rows
+def make_batch(args: Args, learner: Learner, sample: Sample) -> Batch:
+    """What to learn from, of the sample [U, B, ...], by today's statistics."""
+    *_, noise_key = minibatch_keys(learner)
+    noise = jax.random.normal(noise_key, (2, *sample.action.shape))
     return Batch(
-        obs=normalize(learner.obs_stats, buffer.obs[rows[0], world]),
-        action=buffer.action[rows[0], world],
-        reward=reward / reward_scale(args, learner),
-        discount=discount,
-        next_obs=normalize(learner.obs_stats, buffer.next_obs[last_row, world]),
-        valid=buffer.valid[rows[0], world],
+        obs=normalize(learner.obs_stats, sample.obs),
+        action=sample.action,
+        reward=sample.reward / reward_scale(args, learner),
+        discount=sample.discount,
+        next_obs=normalize(learner.obs_stats, sample.next_obs),
+        valid=sample.valid,
         noise=noise[0],
         next_noise=noise[1],
     )
@@ -1804,28 +1867,28 @@ def update_statistics(args: Args, learner: Learner, steps: Transition) -> Learne
 
 
 def learn(
-    args: Args, env: Env, learner: Learner, buffer: Experience
+    args: Args, env: Env, learner: Learner, sample: Sample
 ) -> tuple[Learner, dict[str, jax.Array]]:
-    """All updates of an iteration, once each world has done its first `random_steps`.
+    """All updates of an iteration [U, B, ...], once each world has done its first `random_steps`.
 
     The U minibatches are U / F groups; `update` learns from one group. Returns the learner, and
     metrics by tag: those of the losses are means over the updates, or NaN where there were none.
     """
 
-    def run_updates(learner: Learner, buffer: Experience):
+    def run_updates(learner: Learner, sample: Sample):
         groups = jax.tree.map(
             lambda x: x.reshape(-1, args.policy_frequency, *x.shape[1:]),
-            draw(args, learner, buffer),
+            make_batch(args, learner, sample),
         )
         return jax.lax.scan(partial(update, args, env), learner, groups)
 
-    def skip(learner: Learner, buffer: Experience):
-        _, metrics = jax.eval_shape(run_updates, learner, buffer)
+    def skip(learner: Learner, sample: Sample):
+        _, metrics = jax.eval_shape(run_updates, learner, sample)
         nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), metrics)
         return learner, nothing
 
     starts = learner.steps >= args.random_steps
-    learner, metrics = jax.lax.cond(starts, run_updates, skip, learner, buffer)
+    learner, metrics = jax.lax.cond(starts, run_updates, skip, learner, sample)
     in_a_row = metrics["charts/skipped_in_a_row"].max()
     metrics = {tag: jnp.nanmean(values) for tag, values in metrics.items()}
     rates = learning_rates(args, learner)
@@ -1838,7 +1901,7 @@ def learn(
         "charts/q_lr": rates["critics"],
         "charts/reward_scale": reward_scale(args, learner),
     }
-    return learner, metrics
+    return learner.replace(iteration=learner.iteration + 1), metrics
 
 
 # shared: episodes
@@ -1864,30 +1927,38 @@ def episode_metrics(worlds: Worlds, steps: Transition) -> dict[str, jax.Array]:
 # end shared
 
 
-def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict, dict]:
-    """Rollout, buffer and updates with one device's worlds.
+def interact(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple:
+    """A rollout with one device's worlds, and what follows from it but for the updates.
 
-    Returns the next state, metrics over all devices by tag, and this device's black box.
+    Returns the learner, the worlds, what is new for the buffer [T, N, ...], where the minibatches
+    are, metrics over all devices by tag, and this device's black box.
     """
-    learner = state.learner
-    worlds, steps = rollout(args, env, learner, state.worlds)
-    buffer = insert(args, state.buffer, learner.steps, steps)
-
+    worlds, steps = rollout(args, env, learner, worlds)
     learner = update_statistics(args, learner, steps)
     learner = learner.replace(steps=learner.steps + args.num_steps)
-    learner, metrics = learn(args, env, learner, buffer)
-    learner = learner.replace(iteration=learner.iteration + 1)
+    places = draw(args, learner, len(worlds.key))
 
     terms = {}
     for name, term in steps.end.env_state.metrics.items():
         tag = name.replace("_", "/", 1)  # reward_x -> reward/x
         terms[tag] = masked_mean(term, steps.valid)
-    metrics |= mean_over_devices(terms)
-    metrics |= episode_metrics(worlds, steps)
+    metrics = mean_over_devices(terms) | episode_metrics(worlds, steps)
 
     broken = steps.end.env_state.info["broken"]
     box = black_box(steps.start, scale_action(env, steps.action), broken)
-    return TrainState(learner=learner, worlds=worlds, buffer=buffer), metrics, box
+    return learner, worlds, record(steps), places, metrics, box
+
+
+def device_iteration(args: Args, env: Env, state: TrainState) -> tuple[TrainState, dict, dict]:
+    """Rollout, buffer and updates with one device's worlds.
+
+    Returns the next state, metrics over all devices by tag, and this device's black box.
+    """
+    first = state.learner.steps
+    learner, worlds, new, places, metrics, box = interact(args, env, state.learner, state.worlds)
+    buffer = insert(args, state.buffer, first, new)
+    learner, losses = learn(args, env, learner, gather(args, buffer, places))
+    return TrainState(learner=learner, worlds=worlds, buffer=buffer), metrics | losses, box
 
 
 @partial(jax.jit, static_argnames=("args", "env", "mesh"), donate_argnames="state")
@@ -1909,6 +1980,32 @@ def train_iteration(
     )
     state, metrics, box = run(state)
     return state, metrics | {"black_box": box}
+
+
+# How minibatches [U, B, ...] lie on the devices, and their places, of which `rows` are [n, U, B].
+SAMPLE_SPEC = P(None, "devices")
+PLACES_SPEC = Places(
+    rows=P(None, None, "devices"), there=P(None, None, "devices"), world=P(None, "devices")
+)
+
+
+def host_iteration(
+    args: Args, mesh: Mesh, interact_program, learn_program, state: TrainState
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """train_iteration with the buffer in the host's memory.
+
+    The new steps go there, and an iteration's minibatches come back, all at once.
+    """
+    learner, worlds, new, places, metrics, box = interact_program(state.learner, state.worlds)
+    new, places, steps = jax.device_get((new, places, learner.steps))
+    buffer = insert(args, state.buffer, steps - args.num_steps, new)
+    # A device draws from its own worlds, which it counts from 0.
+    device = np.repeat(np.arange(mesh.size), args.batch_size // mesh.size)
+    places = places.replace(world=places.world + device * (args.num_envs // mesh.size))
+    sample = jax.device_put(gather(args, buffer, places), NamedSharding(mesh, SAMPLE_SPEC))
+    learner, losses = learn_program(learner, sample)
+    state = TrainState(learner=learner, worlds=worlds, buffer=buffer)
+    return state, metrics | losses | {"black_box": box}
 
 
 # ---- The algorithm ends here: you may stop reading. The loop is train_loop in section 14 ---------
@@ -2979,6 +3076,33 @@ class Programs:
 # end shared
 
 
+def lower_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState) -> list:
+    """The programs of an iteration, to be compiled: one; with a buffer in the host's memory, two.
+
+    state: the shapes of a state, with their shardings.
+    """
+    if args.buffer_device == "device":
+        return [train_iteration.lower(args, env, mesh, state)]
+
+    on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=False)
+    worlds = P("devices")
+    interacting = on_mesh(
+        partial(interact, args, env),
+        in_specs=(P(), worlds),
+        out_specs=(P(), worlds, P(None, "devices"), PLACES_SPEC, P(), P("devices")),
+    )
+    learning = on_mesh(partial(learn, args, env), in_specs=(P(), SAMPLE_SPEC), out_specs=(P(), P()))
+    interacting = jax.jit(interacting, donate_argnums=(0, 1)).lower(state.learner, state.worlds)
+    _, _, _, places, _, _ = interacting.out_info
+    sharding = NamedSharding(mesh, SAMPLE_SPEC)
+    buffer = jax.eval_shape(partial(init_buffer, args, env))
+    sample = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(partial(gather, args), buffer, places),
+    )
+    return [interacting, jax.jit(learning, donate_argnums=0).lower(state.learner, sample)]
+
+
 def build(args: Args, mesh: Mesh) -> Programs:
     """Compile all programs of a run, and run the first: the state before training."""
     slowly = "" if onekernel else "; without the folder onekernel beside it, XLA's slow physics"
@@ -2986,6 +3110,9 @@ def build(args: Args, mesh: Mesh) -> Programs:
     env = Env(args)
     for remark in env.remarks:
         say(f"{args.env_id}: {remark}")
+    on_host = args.buffer_device == "host"
+    alone = jax.process_count() == 1
+    require(alone or not on_host, "--buffer-device host: works with one process only")
     key = jax.random.key(args.seed)
     eval_keys = jax.vmap(jax.random.key)(evaluation_seed(args) + jnp.arange(args.eval_episodes))
 
@@ -2999,8 +3126,8 @@ def build(args: Args, mesh: Mesh) -> Programs:
         )
 
     shapes = jax.tree.map(shape, shardings, init.out_info)
-    buffer_bytes = count_bytes(shapes.buffer)
-    check_memory(mesh, buffer_bytes, "--buffer-size")
+    buffer_bytes = count_bytes(jax.eval_shape(partial(init_buffer, args, env)))
+    check_memory(None if on_host else mesh, buffer_bytes, "--buffer-size")
     check_memory(mesh, count_bytes(shapes))
     ratio = args.updates_per_iteration / args.steps_per_iteration
     say(f"buffer of {buffer_bytes / 1e6:.0f} MB; {ratio:.3g} updates for each environment step")
@@ -3014,14 +3141,20 @@ def build(args: Args, mesh: Mesh) -> Programs:
     quickly = {"xla_backend_optimization_level": 0} if is_cpu else None
     with ThreadPoolExecutor() as pool:  # XLA compiles one program while JAX traces the next
         init = pool.submit(init.compile, compiler_options=quickly)
-        iterate = pool.submit(train_iteration.lower(args, env, mesh, shapes).compile)
+        lowered = lower_iteration(args, env, mesh, shapes)
+        programs = [pool.submit(program.compile) for program in lowered]
         state = init.result()(key)
         policy = export_policy(env, state.learner)
         evaluate = evaluate_mjx.lower(env, policy, eval_keys).compile()
-        iterate = iterate.result()
+        programs = [program.result() for program in programs]
+    if on_host:
+        state = state.replace(buffer=init_buffer(args, env, np))
+        iterate = partial(host_iteration, args, mesh, *programs)
+    else:
+        (iterate,) = programs
 
-    memory = iterate.memory_analysis()  # of one device
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    memories = [program.memory_analysis() for program in programs]  # of one device
+    peak = max(memory.argument_size_in_bytes + memory.temp_size_in_bytes for memory in memories)
     facts = {
         "compile_s": round(time.perf_counter() - start, 2),
         "compile_cache": "hit" if any("cache_hits" in event for event in events) else "miss",

@@ -181,8 +181,6 @@ class Args:
     """updates after each step of the worlds"""
     buffer_size: Count = 1_048_576
     """transitions in the replay buffer, over all worlds; the oldest are overwritten"""
-    buffer_device: Literal["device", "host"] = "device"
-    """host: in the machine's memory, for a buffer that the device cannot hold"""
     batch_size: Count = 256
     """transitions in one update, over all devices"""
     learning_starts: CountOrZero = 5120
@@ -568,30 +566,23 @@ class Transition:
     valid: jax.Array  # [] bool; False where the world broke: nothing is learnt from it
 
 
-def init_buffer(args: Args, env: Env, xp=jnp) -> Transition:
-    """An empty ring [C, N, ...] of the last C steps of all worlds: step t is in row t % C.
-
-    xp: jnp for the device's memory, np for the host's.
-    """
+def init_buffer(args: Args, env: Env) -> Transition:
+    """An empty ring [C, N, ...] of the last C steps of all worlds: step t is in row t % C."""
     shape = (args.buffer_rows, args.num_envs)
     return Transition(
-        obs=xp.zeros((*shape, env.observation_size), xp.float32),
-        action=xp.zeros((*shape, env.action_size), xp.float32),
-        reward=xp.zeros(shape, xp.float32),
-        next_obs=xp.zeros((*shape, env.observation_size), xp.float32),
-        terminated=xp.zeros(shape, xp.float32),
-        valid=xp.zeros(shape, bool),
+        obs=jnp.zeros((*shape, env.observation_size)),
+        action=jnp.zeros((*shape, env.action_size)),
+        reward=jnp.zeros(shape),
+        next_obs=jnp.zeros((*shape, env.observation_size)),
+        terminated=jnp.zeros(shape),
+        valid=jnp.zeros(shape, bool),
     )
 
 
 def write(buffer: Transition, t, step: Transition) -> Transition:
-    """The ring with step number t of all worlds [N, ...] in it; one of NumPy's changes in place."""
+    """The ring with step number t of all worlds [N, ...] in it."""
     row = t % len(buffer.reward)
-    if isinstance(buffer.reward, jax.Array):
-        return jax.tree.map(lambda ring, new: ring.at[row].set(new), buffer, step)
-    for ring, new in zip(jax.tree.leaves(buffer), jax.tree.leaves(step), strict=True):
-        ring[row] = new
-    return buffer
+    return jax.tree.map(lambda ring, new: ring.at[row].set(new), buffer, step)
 
 
 def gather(buffer: Transition, indices: tuple) -> Transition:
@@ -636,7 +627,7 @@ class TrainState:
 
     learner: Learner
     worlds: Worlds
-    buffer: Transition  # [C, N, ...], in the device's memory or, as NumPy arrays, in the host's
+    buffer: Transition  # [C, N, ...]
 
 
 # What --init-from takes from another run's learner.
@@ -701,16 +692,12 @@ def init_learner_and_worlds(args: Args, env: Env, key: jax.Array) -> tuple[Learn
 def init_train_state(args: Args, env: Env, mesh: Mesh, key: jax.Array) -> TrainState:
     """The state before the first iteration, split over the mesh's devices."""
     shardings = jax.tree.map(partial(NamedSharding, mesh), STATE_SPEC)
-    start = jax.jit(
-        partial(init_learner_and_worlds, args, env),
-        out_shardings=(shardings.learner, shardings.worlds),
-    )
-    learner, worlds = start(key)
-    if args.buffer_device == "host":
-        buffer = init_buffer(args, env, np)
-    else:
-        buffer = jax.jit(partial(init_buffer, args, env), out_shardings=shardings.buffer)()
-    return TrainState(learner=learner, worlds=worlds, buffer=buffer)
+
+    def start(key: jax.Array) -> TrainState:
+        learner, worlds = init_learner_and_worlds(args, env, key)
+        return TrainState(learner=learner, worlds=worlds, buffer=init_buffer(args, env))
+
+    return jax.jit(start, out_shardings=shardings)(key)
 
 
 # ---- 7. Acting -----------------------------------------------------------------------------------
@@ -1076,73 +1063,6 @@ def train_iteration(
     )
     state, (metrics, report, box) = run(state)
     return state, summarize(state.learner, state.worlds, metrics, report) | {"black_box": box}
-
-
-def interact_and_draw(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple:
-    """What `interact` returns, and what `draw` does."""
-    return interact(args, env, learner, worlds), draw(args, learner, len(worlds.key))
-
-
-def host_iteration(
-    args: Args, mesh: Mesh, interact_program, learn_program, state: TrainState
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """train_iteration with the buffer in the host's memory: only minibatches go to the devices."""
-    learner = state.learner
-    worlds = state.worlds
-    buffer = state.buffer
-    minibatch_sharding = NamedSharding(mesh, P(None, "devices"))
-    # A device draws from its own worlds, which it counts from 0.
-    device = np.repeat(np.arange(mesh.size), args.batch_size // mesh.size)
-    first_world = device * (args.num_envs // mesh.size)
-
-    history = []
-    for _ in range(args.num_steps):
-        (worlds, transition, report), indices = interact_program(learner, worlds)
-        transition, (rows, world_numbers), t = jax.device_get((transition, indices, learner.steps))
-        buffer = write(buffer, t, transition)
-        mbs = gather(buffer, (rows, first_world + world_numbers))
-        learner, metrics = learn_program(learner, jax.device_put(mbs, minibatch_sharding))
-        history.append((metrics, report))
-
-    metrics = conclude(learner, worlds, history)
-    learner = learner.replace(iteration=learner.iteration + 1)
-    return TrainState(learner=learner, worlds=worlds, buffer=buffer), metrics
-
-
-@jax.jit
-def conclude(learner: Learner, worlds: Worlds, history: list) -> dict[str, jax.Array]:
-    """What an iteration has to tell, of its steps' metrics and reports.
-
-    As one program: of many small ones, each over all devices, two could wait for each other.
-    """
-    metrics, report = jax.tree.map(lambda *steps: jnp.stack(steps), *history)
-    box = black_box(report.start, report.action, report.end.env_state.info["broken"])
-    return summarize(learner, worlds, metrics, report) | {"black_box": box}
-
-
-def compile_iteration(args: Args, env: Env, mesh: Mesh, state: TrainState) -> tuple[Any, list]:
-    """The iteration, compiled: a function of the state; and the programs that it consists of."""
-    if args.buffer_device == "device":
-        program = train_iteration.lower(args, env, mesh, state).compile()
-        return program, [program]
-
-    worlds = P("devices")
-    minibatches = P(None, "devices")
-    on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=False)
-    interacting = on_mesh(
-        partial(interact_and_draw, args, env),
-        in_specs=(P(), worlds),
-        out_specs=(worlds, minibatches),
-    )
-    learning = on_mesh(partial(learn, args, env), in_specs=(P(), minibatches), out_specs=P())
-
-    nowhere = np.zeros((args.updates_per_step, args.batch_size), int)
-    mbs = gather(state.buffer, (nowhere, nowhere))
-    mbs = jax.device_put(mbs, NamedSharding(mesh, minibatches))
-    interact_program = jax.jit(interacting, donate_argnums=1).lower(state.learner, state.worlds)
-    learn_program = jax.jit(learning, donate_argnums=0).lower(state.learner, mbs)
-    programs = [interact_program.compile(), learn_program.compile()]
-    return partial(host_iteration, args, mesh, *programs), programs
 
 
 # ---- You may stop reading here: what follows is evaluation, files and the command line -----------
@@ -1895,11 +1815,8 @@ class Programs:
 
 def check_sizes(args: Args, env: Env, mesh: Mesh) -> None:
     """Refuse what the memory cannot hold, before anything is made."""
-    message = "--buffer-device host: works with one process only"
-    require(jax.process_count() == 1 or args.buffer_device == "device", message)
     buffer = jax.eval_shape(partial(init_buffer, args, env))
-    where = None if args.buffer_device == "host" else mesh
-    check_memory(where, count_bytes(buffer), "--buffer-size")
+    check_memory(mesh, count_bytes(buffer), "--buffer-size")
     rest = jax.eval_shape(partial(init_learner_and_worlds, args, env), jax.random.key(0))
     check_memory(mesh, count_bytes(rest))
 
@@ -1914,13 +1831,13 @@ def build(args: Args, env: Env, mesh: Mesh) -> Programs:
     start = time.perf_counter()
     events = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-    iterate, programs = compile_iteration(args, env, mesh, state)
+    iterate = train_iteration.lower(args, env, mesh, state).compile()
     policy = export_policy(env, state.learner)
     eval_keys = jax.vmap(jax.random.key)(evaluation_seed(args) + jnp.arange(args.eval_episodes))
     evaluate = evaluate_mjx.lower(env, policy, eval_keys).compile()
 
-    memories = [program.memory_analysis() for program in programs]  # of one device
-    peak = max(memory.argument_size_in_bytes + memory.temp_size_in_bytes for memory in memories)
+    memory = iterate.memory_analysis()  # of one device
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     facts = {
         "compile_s": round(time.perf_counter() - start, 2),
         "compile_cache": "hit" if any("cache_hits" in event for event in events) else "miss",

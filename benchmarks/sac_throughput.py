@@ -90,7 +90,7 @@ def measure(num_envs: int, rounds: int, seconds: float) -> dict:
     one, split, acting_steps = P("devices"), P(None, "devices"), min(2000, 2**20 // num_envs)
 
     start = time.perf_counter()
-    train, _ = sac.compile_iteration(args, env, mesh, state)
+    train = sac.train_iteration.lower(args, env, mesh, state).compile()
     compile_s["train"] = time.perf_counter() - start
     while int(state.learner.updates) == 0:  # the first steps are by chance, without updates
         state, _ = train(state)

@@ -264,11 +264,11 @@ def some_steps(t: int, n: int = 16) -> sac.Transition:
     )
 
 
-def filled(args, env, steps: int, xp):
+def filled(args, env, steps: int):
     """A ring after so many writes."""
-    ring = sac.init_buffer(args, env, xp)
+    ring = sac.init_buffer(args, env)
     for t in range(steps):
-        ring = sac.write(ring, t, jax.tree.map(xp.asarray, some_steps(t)))
+        ring = sac.write(ring, t, jax.tree.map(jnp.asarray, some_steps(t)))
     return ring
 
 
@@ -293,17 +293,13 @@ def run_draw(args, env, mesh, seed: int, written: int, worlds: int = 16):
 
 
 def test_ring_keeps_the_last_steps_in_order(env):
-    """Step t lies in row t % C; the oldest are overwritten; NumPy's ring is the device's."""
+    """Step t lies in row t % C; the oldest are overwritten."""
     args = dataclasses.replace(ARGS, buffer_size=16 * 5 + 7)
     assert args.buffer_rows == 5
-    device = filled(args, env, 8, jnp)
-    host = filled(args, env, 8, np)
-    assert isinstance(device.obs, jax.Array)
-    assert type(host.obs) is np.ndarray
-    assert_same(device, host)
+    full = filled(args, env, 8)
     for row, t in enumerate([5, 6, 7, 3, 4]):
-        assert_same(jax.tree.map(lambda ring, row=row: ring[row], host), some_steps(t))
-    assert not any(ring[4].any() for ring in jax.tree.leaves(filled(args, env, 4, np)))
+        assert_same(jax.tree.map(lambda ring, row=row: ring[row], full), some_steps(t))
+    assert not any(ring[4].any() for ring in jax.tree.leaves(filled(args, env, 4)))
 
 
 @pytest.mark.parametrize("written", [1, 7, 20, 53])
@@ -337,18 +333,17 @@ def test_two_devices_draw_their_shares(env, make_mesh):
     assert (rows[:, :16] != rows[:, 16:]).any()
 
 
-def test_gather_is_the_same_from_both_rings(env, make_mesh):
-    """A minibatch holds the transitions at its indices, of the device's ring and of the host's."""
+def test_gather_takes_what_lies_at_its_indices(env, make_mesh):
+    """A minibatch holds the transitions at its indices."""
     rows, worlds = run_draw(ARGS, env, make_mesh(1), 1, 23)
-    device = sac.gather(filled(ARGS, env, 23, jnp), (rows, worlds))
-    assert_same(device, sac.gather(filled(ARGS, env, 23, np), (rows, worlds)))
+    found = sac.gather(filled(ARGS, env, 23), (rows, worlds))
     steps = np.where(rows < 3, rows + 20, rows)
-    np.testing.assert_array_equal(device.reward, np.float32(100.0 * steps + worlds))
-    np.testing.assert_array_equal(device.obs, np.repeat(steps[..., None], 3, axis=-1))
-    np.testing.assert_array_equal(device.next_obs, device.obs + 1)
-    np.testing.assert_array_equal(device.action[..., 0], worlds)
-    np.testing.assert_array_equal(device.terminated, worlds == steps)
-    np.testing.assert_array_equal(device.valid, worlds != steps + 1)
+    np.testing.assert_array_equal(found.reward, np.float32(100.0 * steps + worlds))
+    np.testing.assert_array_equal(found.obs, np.repeat(steps[..., None], 3, axis=-1))
+    np.testing.assert_array_equal(found.next_obs, found.obs + 1)
+    np.testing.assert_array_equal(found.action[..., 0], worlds)
+    np.testing.assert_array_equal(found.terminated, worlds == steps)
+    np.testing.assert_array_equal(found.valid, worlds != steps + 1)
 
 
 # ---- Policy and losses
@@ -687,7 +682,7 @@ def iterate(env, make_mesh):
     def compiled(args):
         mesh = make_mesh(args.num_devices)
         state = sac.init_train_state(args, env, mesh, jax.random.key(0))
-        return sac.compile_iteration(args, env, mesh, state)[0]
+        return sac.train_iteration.lower(args, env, mesh, state).compile()
 
     def run(args, state, n: int):
         history = []
@@ -713,7 +708,6 @@ def start(env, make_mesh):
 
 
 TWO_DEVICES = dataclasses.replace(ARGS, num_devices=2)
-ON_HOST = dataclasses.replace(TWO_DEVICES, buffer_device="host")
 
 
 def long_before_learning(state):
@@ -770,27 +764,10 @@ def test_no_update_before_learning_starts(start, iterate):
     assert abs(actions.mean()) < 0.15
 
 
-@pytest.mark.slow
-def test_host_buffer_learns_the_same(start, iterate):
-    """A buffer in the host's memory gives the same networks, worlds and buffer on two devices."""
-    on_device, first = iterate(TWO_DEVICES, start(TWO_DEVICES), 2)
-    on_host, second = iterate(ON_HOST, start(ON_HOST), 2)
-    assert type(on_host.buffer.obs) is np.ndarray
-
-    def close(a, b):
-        np.testing.assert_allclose(as_numpy(a), as_numpy(b), rtol=1e-5, atol=1e-5)
-
-    for name in ("actor", "critics", "targets", "log_alpha"):
-        jax.tree.map(close, getattr(on_device.learner, name), getattr(on_host.learner, name))
-    similar = partial(np.testing.assert_allclose, atol=1e-4)
-    jax.tree.map(similar, on_device.buffer, on_host.buffer)
-    assert first[1].keys() == second[1].keys()
-
-
 def test_resumed_run_is_the_uninterrupted_run(start, iterate, tmp_path):
     """Two iterations, a checkpoint, and two more: every bit is that of four, the buffer's too.
 
-    tests/test_sac_run.py does the same on two devices, with both kinds of buffers.
+    tests/test_sac_run.py does the same on two devices.
     """
     half, _ = iterate(ARGS, start(ARGS), 2)
     sac.save(ARGS, tmp_path, half, {})
@@ -987,7 +964,6 @@ BAD_CALLS = """
 --buffer-size 5
 --buffer-size 100000000000
 --buffer-size 999999999
---buffer-device disk
 --learning-starts -1
 --policy-lr -1
 --q-lr nan
@@ -1019,8 +995,7 @@ stray
 def test_bad_call_ends_with_one_line(tmp_path, monkeypatch, capsys, call):
     """What cannot run is refused by code 2 and a line that names the culprit, without a trace."""
     if call == "--buffer-size 999999999":  # 36 GB, which some machines have
-        monkeypatch.setattr(sac.os, "sysconf", lambda name: 2**16)
-        call += " --buffer-device host"
+        monkeypatch.setattr(sac, "host_memory", lambda: 2**32)
     monkeypatch.chdir(tmp_path)
     Path("a_file").touch()
     for folder in ("broken", "garbage", "started"):

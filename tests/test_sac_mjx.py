@@ -5,13 +5,13 @@ A check is a function of the script, so that the mutations at the end can fail i
 
 import ast
 import dataclasses
+import itertools
 import json
 import math
 import re
 import tomllib
 import types
 from functools import cache, partial
-from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -142,7 +142,10 @@ def start_program(sac, env, args, mesh):
 
 def start(sac, args, env, mesh=None):
     """The state before the first iteration."""
-    return start_program(sac, env, args, mesh or one_device())(jax.random.key(args.seed))
+    state = start_program(sac, env, args, mesh or one_device())(jax.random.key(args.seed))
+    if args.buffer_device == "host":
+        state = state.replace(buffer=sac.init_buffer(args, env, np))
+    return state
 
 
 @cache
@@ -214,13 +217,13 @@ def check_n_step_by_hand(sac) -> None:
 def check_n_step_is_a_loop(sac) -> None:
     """Random sequences, against the definition step by step, for n of 1, 2 and 5."""
     random = np.random.default_rng(0)
-    for n in (1, 2, 5):
+    for n, xp in itertools.product((1, 2, 5), (jnp, np)):
         reward = np.float32(random.normal(size=(n, 300)))
         terminated, truncated = random.random((2, n, 300)) < 0.2
         valid = random.random((n, 300)) < 0.8
         valid[0] = True
         args = make_args(sac, n_step=n)
-        found = sac.n_step_return(args, reward, terminated, terminated | truncated, valid)
+        found = sac.n_step_return(args, reward, terminated, terminated | truncated, valid, xp)
         for b in range(300):
             total = 0.0
             discount = 1.0
@@ -258,12 +261,22 @@ def numbered_steps(sac, args, first: int):
     )
 
 
-def filled(sac, args, rollouts: int):
-    buffer = sac.init_buffer(args, shared_env(sac))
+def filled(sac, args, rollouts: int, xp=jnp):
+    buffer = sac.init_buffer(args, shared_env(sac), xp)
     for i in range(rollouts):
-        first = i * args.num_steps
-        buffer = sac.insert(args, buffer, jnp.int32(first), numbered_steps(sac, args, first))
+        first = xp.int32(i * args.num_steps)
+        new = sac.record(numbered_steps(sac, args, i * args.num_steps))
+        if xp is np:
+            new = jax.device_get(new)
+        buffer = sac.insert(args, buffer, first, new)
     return buffer
+
+
+def draw_minibatches(sac, args, learner, buffer):
+    """The minibatches [U, B, ...] of an iteration on one device."""
+    draw = partial(sac.draw, args, num_worlds=args.num_envs)
+    sample = sac.gather(args, buffer, on_mesh(one_device(), draw, learner))
+    return on_mesh(one_device(), partial(sac.make_batch, args), learner, sample)
 
 
 def check_buffer_keeps_the_last_steps(sac) -> None:
@@ -302,7 +315,7 @@ def check_draws(sac, rollouts: int = 2) -> None:
         obs_stats=wide,
         return_stats=sac.RunningStats(jnp.float32(9), jnp.zeros(()), jnp.float32(4)),
     )
-    mbs = on_mesh(one_device(), partial(sac.draw, args), learner, buffer)
+    mbs = draw_minibatches(sac, args, learner, buffer)
     assert mbs.noise.shape == (2, 2048, 1)
     for noise in (mbs.noise, mbs.next_noise):
         assert noise.mean() == pytest.approx(0.0, abs=0.08)
@@ -312,7 +325,7 @@ def check_draws(sac, rollouts: int = 2) -> None:
     mb = jax.tree.map(lambda x: x.reshape(4096, *x.shape[2:]), mbs)
 
     later = learner.replace(iteration=learner.iteration + 1)
-    others = on_mesh(one_device(), partial(sac.draw, args), later, buffer)
+    others = draw_minibatches(sac, args, later, buffer)
     assert differs(mbs.obs, others.obs)
 
     oldest = max(0, steps - 6)
@@ -644,7 +657,7 @@ def check_update(sac) -> None:
     wide = sac.RunningStats(count=jnp.float32(1), mean=jnp.zeros(1), var=jnp.full(1, 1e6))
     learner = make_learner(sac, args).replace(steps=jnp.int32(12), obs_stats=wide)
     learner = learner.replace(largest_return=jnp.float32(3000))
-    mbs = on_mesh(one_device(), partial(sac.draw, args), learner, buffer)
+    mbs = draw_minibatches(sac, args, learner, buffer)
     mbs = jax.tree.map(lambda x: x[:2], mbs)
 
     learners = [learner]
@@ -652,7 +665,7 @@ def check_update(sac) -> None:
         mb = jax.tree.map(lambda x, i=i: x[i], mbs)
         after, _ = update_program(sac, args, "update_critics")(learners[-1], mb)
         learners.append(after)
-    for before, after in pairwise(learners):
+    for before, after in itertools.pairwise(learners):
         expected = jax.tree.map(
             lambda new, old: 0.05 * new + 0.95 * old, after.params["critics"], before.targets
         )
@@ -803,7 +816,19 @@ def test_invalid_transitions_are_not_learnt_from():
 @cache
 def iterate_program(args, env, devices: int):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("devices",))
-    return mesh, partial(sac_mjx.train_iteration, args, env, mesh)
+    if args.buffer_device == "device":
+        return mesh, partial(sac_mjx.train_iteration, args, env, mesh)
+
+    def shape(sharding, tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    shardings = jax.tree.map(partial(NamedSharding, mesh), sac_mjx.STATE_SPEC)
+    init = partial(sac_mjx.init_train_state, args, env)
+    shapes = jax.tree.map(shape, shardings, jax.eval_shape(init, jax.random.key(0)))
+    programs = [low.compile() for low in sac_mjx.lower_iteration(args, env, mesh, shapes)]
+    return mesh, partial(sac_mjx.host_iteration, args, mesh, *programs)
 
 
 def iterate(args, env, iterations: int, state=None):
@@ -880,9 +905,26 @@ def test_broken_world_is_reset_and_not_learnt_from():
     assert all(np.isfinite(as_numpy(leaf)).all() for leaf in jax.tree.leaves(state.learner))
 
 
-def test_resume_is_bit_equal(tmp_path):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_host_buffer_learns_the_same(devices):
+    """A buffer in the host's memory gives the same networks, worlds and buffer."""
+    if len(jax.devices()) < devices:
+        pytest.skip("needs two devices")
+    args = make_args(num_devices=devices, buffer_size=8 * 12, n_step=3, learning_starts=40)
+    env = constant(sac_mjx, truncates=True, shows_time=True)
+    on_device, first = iterate(args, env, 4)
+    on_host, second = iterate(dataclasses.replace(args, buffer_device="host"), env, 4)
+    assert type(on_host.buffer.obs) is np.ndarray
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda a, b: close(as_numpy(a), as_numpy(b)), on_device, on_host)
+    for ours, theirs in zip(first, second, strict=True):
+        jax.tree.map(close, ours, theirs)
+
+
+@pytest.mark.parametrize("buffer_device", ["device", "host"])
+def test_resume_is_bit_equal(tmp_path, buffer_device):
     """Two iterations, a checkpoint and two more end as four do, buffer and all."""
-    args = make_args(buffer_size=8 * 12)
+    args = make_args(buffer_size=8 * 12, buffer_device=buffer_device)
     env = constant(sac_mjx, truncates=True)
     half, _ = iterate(args, env, 2)
     sac_mjx.save(args, tmp_path, half, {})

@@ -162,14 +162,13 @@ def as_numpy(leaf) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("buffer_device", ["device", "host"])
-def test_resume_on_two_devices_is_bit_equal(tmp_path, make_mesh, without_judge, buffer_device):
+def test_resume_on_two_devices_is_bit_equal(tmp_path, make_mesh, without_judge):
     """Four iterations, and the last two once more from the checkpoint after two, end the same.
 
     The same state to the bit, buffer included, and the same policy, by the command line.
     """
     mesh = make_mesh(2)
-    flags = [*SMALL, "--num-devices", "2", "--buffer-device", buffer_device]
+    flags = [*SMALL, "--num-devices", "2"]
     flags += ["--total-timesteps", str(4 * STEPS), "--checkpoint-every", "2"]
     sac.main([*flags, "--runs-dir", str(tmp_path / "runs")])
     (run_dir,) = (tmp_path / "runs").iterdir()
