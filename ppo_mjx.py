@@ -214,6 +214,8 @@ class Args:
     """gradients are scaled down to this norm"""
     target_kl: Annotated[float | None, Range(0, 1e9)] = None
     """end an update after the epoch whose mean KL divergence exceeds this; later ones do nothing"""
+    see_all: bool = False
+    """show the networks all of the observation, the contact wrenches of Ant and the humanoids too"""
     norm_obs: bool = True
     """normalise observations by running mean and variance; they are clipped to 10 in any case"""
     norm_reward: bool = True
@@ -312,6 +314,7 @@ class Task:
     first_observed: int = 1  # index of z, the first coordinate after x, or after x and y in space
     position: tuple[str | int, ...] = ("qpos", 0)  # MuJoCo's field and index that tell x
     sensed: tuple[tuple[str, int], ...] = ()  # MuJoCo's fields, each from this row on
+    unseen: tuple[str, ...] = ()  # those of them that networks do not see, unless by --see-all
     contact_clip: float = math.inf  # bound of the sensed contact wrenches
     velocity_clip: float = math.inf  # bound of the observed velocities
 
@@ -545,6 +548,7 @@ TASKS = {
         first_observed=2,
         position=("xpos", 1, 0),
         sensed=(("cfrc_ext", 1),),
+        unseen=("cfrc_ext",),
         contact_clip=1.0,
         reset_noise=0.1,
         gaussian_velocity=True,
@@ -561,6 +565,7 @@ TASKS = {
         first_observed=2,
         position=("subtree_com", 0, 0),
         sensed=HUMANOID_SENSES,
+        unseen=("cfrc_ext",),
         reset_noise=0.01,
     ),
     "HumanoidStandup": HumanoidStandup(
@@ -571,6 +576,7 @@ TASKS = {
         contact_cost=5e-7,
         first_observed=2,
         sensed=HUMANOID_SENSES,
+        unseen=("cfrc_ext",),
         reset_noise=0.01,
     ),
     "Swimmer": Task(
@@ -791,8 +797,12 @@ class Env:
             mocap_quat=jnp.asarray(start.mocap_quat),
         )
 
-        start = jax.eval_shape(kernel(self.reset), jax.random.key(0))
-        self.observation_size = start.obs.size
+        x, senses = self.task.sense(partial(getattr, start), np)
+        if not args.see_all:
+            senses |= {name: np.full_like(senses[name], np.nan) for name in self.task.unseen}
+        now = Snapshot(qpos=start.qpos, qvel=start.qvel, x=x, senses=senses)
+        self.seen = ~np.isnan(self.task.observe(now, np))  # bool [O]
+        self.observation_size = len(self.seen)
 
     def measure(self, data: Physics, full: mjx.Data) -> Snapshot:
         """What the task's formulas need; full: the data that were computed last."""
@@ -938,6 +948,19 @@ def update_stats(stats: RunningStats, batch: jax.Array, valid: jax.Array) -> Run
 def normalize(stats: RunningStats, obs: jax.Array) -> jax.Array:
     """Observations [..., O] with mean 0 and variance 1, clipped to 10 standard deviations."""
     return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+
+
+# end shared
+
+
+# shared: sight
+def see(env: Env, stats: RunningStats, obs: jax.Array) -> jax.Array:
+    """What the networks see of observations [..., O]: normalised, with 0 for what is unseen.
+
+    Contact wrenches are 0 most of the time, so that normalising makes a touch the largest of all
+    inputs. Policies learn faster without.
+    """
+    return jnp.where(env.seen, normalize(stats, obs), 0.0)
 
 
 # end shared
@@ -1244,7 +1267,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
         key, action_key, reset_key = split_keys(worlds.key, 3)
         start = worlds.env_state
 
-        obs = normalize(learner.obs_stats, start.obs)
+        obs = see(env, learner.obs_stats, start.obs)
         memory, policy = apply_policy(args, env, learner.params, worlds.memory, obs)
         action = policy.sample(action_key)
         state = jax.vmap(kernel(env.step))(start, scale_action(env, action))
@@ -1489,8 +1512,8 @@ def make_batch(
     Returns with it the critic's explained variance: 1 if it foresaw all value targets.
     """
     _, critic = make_networks(args, env)
-    obs = normalize(learner.obs_stats, steps.obs)
-    next_obs = normalize(learner.obs_stats, steps.end.env_state.obs)
+    obs = see(env, learner.obs_stats, steps.obs)
+    next_obs = see(env, learner.obs_stats, steps.end.env_state.obs)
     observations = jnp.stack([obs, next_obs])  # [2, T, N, O], for one call of the critic
     value, next_value = critic.apply(learner.params["critic"], observations)[..., 0]
     advantage, target = compute_gae(
@@ -1611,7 +1634,7 @@ def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
         "action_scale": np.float32(env.action_scale),
         "action_bias": np.float32(env.action_bias),
         "obs_mean": learner.obs_stats.mean,
-        "obs_var": learner.obs_stats.var,
+        "obs_var": jnp.where(env.seen, learner.obs_stats.var, jnp.inf),  # what is unseen becomes 0
     }
     for name, layer in learner.params["actor"]["params"].items():  # Dense_0, Dense_1, ...
         number = name.removeprefix("Dense_")
@@ -2532,6 +2555,7 @@ def misfits(task: Task, model: mujoco.MjModel) -> list[str]:
     faults += [f"position, sensed: MuJoCo's data have no field {field}" for field in unknown]
     if task.contact_cost and "cfrc_ext" not in dict(task.sensed):
         faults.append("contact_cost: the forces that it is for, cfrc_ext, are not in sensed")
+    faults += [f"unseen: {name} is not in sensed" for name in {*task.unseen} - {*dict(task.sensed)}]
 
     source, *index = task.position
     shape = np.shape(getattr(data, source, ()))

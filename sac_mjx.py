@@ -230,6 +230,8 @@ class Args:
     """the temperature, the weight of the entropy, at the start; for good with --no-autotune"""
     target_std: Annotated[float | None, Range(1e-3, 1e3)] = 0.15
     """target entropy: of normal actions with this standard deviation; None: -1 nat per dimension"""
+    see_all: bool = False
+    """show the networks all of the observation, the contact wrenches of Ant and the humanoids too"""
     norm_obs: bool = True
     """normalise observations by running mean and variance; they are clipped to 10 in any case"""
     norm_reward: bool = True
@@ -352,6 +354,7 @@ class Task:
     first_observed: int = 1  # index of z, the first coordinate after x, or after x and y in space
     position: tuple[str | int, ...] = ("qpos", 0)  # MuJoCo's field and index that tell x
     sensed: tuple[tuple[str, int], ...] = ()  # MuJoCo's fields, each from this row on
+    unseen: tuple[str, ...] = ()  # those of them that networks do not see, unless by --see-all
     contact_clip: float = math.inf  # bound of the sensed contact wrenches
     velocity_clip: float = math.inf  # bound of the observed velocities
 
@@ -585,6 +588,7 @@ TASKS = {
         first_observed=2,
         position=("xpos", 1, 0),
         sensed=(("cfrc_ext", 1),),
+        unseen=("cfrc_ext",),
         contact_clip=1.0,
         reset_noise=0.1,
         gaussian_velocity=True,
@@ -601,6 +605,7 @@ TASKS = {
         first_observed=2,
         position=("subtree_com", 0, 0),
         sensed=HUMANOID_SENSES,
+        unseen=("cfrc_ext",),
         reset_noise=0.01,
     ),
     "HumanoidStandup": HumanoidStandup(
@@ -611,6 +616,7 @@ TASKS = {
         contact_cost=5e-7,
         first_observed=2,
         sensed=HUMANOID_SENSES,
+        unseen=("cfrc_ext",),
         reset_noise=0.01,
     ),
     "Swimmer": Task(
@@ -831,8 +837,12 @@ class Env:
             mocap_quat=jnp.asarray(start.mocap_quat),
         )
 
-        start = jax.eval_shape(kernel(self.reset), jax.random.key(0))
-        self.observation_size = start.obs.size
+        x, senses = self.task.sense(partial(getattr, start), np)
+        if not args.see_all:
+            senses |= {name: np.full_like(senses[name], np.nan) for name in self.task.unseen}
+        now = Snapshot(qpos=start.qpos, qvel=start.qvel, x=x, senses=senses)
+        self.seen = ~np.isnan(self.task.observe(now, np))  # bool [O]
+        self.observation_size = len(self.seen)
 
     def measure(self, data: Physics, full: mjx.Data) -> Snapshot:
         """What the task's formulas need; full: the data that were computed last."""
@@ -978,6 +988,19 @@ def update_stats(stats: RunningStats, batch: jax.Array, valid: jax.Array) -> Run
 def normalize(stats: RunningStats, obs: jax.Array) -> jax.Array:
     """Observations [..., O] with mean 0 and variance 1, clipped to 10 standard deviations."""
     return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+
+
+# end shared
+
+
+# shared: sight
+def see(env: Env, stats: RunningStats, obs: jax.Array) -> jax.Array:
+    """What the networks see of observations [..., O]: normalised, with 0 for what is unseen.
+
+    Contact wrenches are 0 most of the time, so that normalising makes a touch the largest of all
+    inputs. Policies learn faster without.
+    """
+    return jnp.where(env.seen, normalize(stats, obs), 0.0)
 
 
 # end shared
@@ -1359,7 +1382,7 @@ def rollout(args: Args, env: Env, learner: Learner, worlds: Worlds) -> tuple[Wor
         key, action_key, reset_key = split_keys(worlds.key, 3)
         start = worlds.env_state
 
-        obs = normalize(learner.obs_stats, start.obs)
+        obs = see(env, learner.obs_stats, start.obs)
         memory, policy = apply_policy(args, env, learner.params["actor"], worlds.memory, obs)
         noise = jax.vmap(partial(jax.random.normal, shape=(env.action_size,)))(action_key)
         action, _ = policy.sample(noise)
@@ -1550,16 +1573,16 @@ def reward_scale(args: Args, learner: Learner) -> jax.Array:
     return jnp.maximum(deviation, learner.largest_return / args.v_max)
 
 
-def make_batch(args: Args, learner: Learner, sample: Sample) -> Batch:
+def make_batch(args: Args, env: Env, learner: Learner, sample: Sample) -> Batch:
     """What to learn from, of the sample [U, B, ...], by today's statistics."""
     *_, noise_key = minibatch_keys(learner)
     noise = jax.random.normal(noise_key, (2, *sample.action.shape))
     return Batch(
-        obs=normalize(learner.obs_stats, sample.obs),
+        obs=see(env, learner.obs_stats, sample.obs),
         action=sample.action,
         reward=sample.reward / reward_scale(args, learner),
         discount=sample.discount,
-        next_obs=normalize(learner.obs_stats, sample.next_obs),
+        next_obs=see(env, learner.obs_stats, sample.next_obs),
         valid=sample.valid,
         noise=noise[0],
         next_noise=noise[1],
@@ -1878,7 +1901,7 @@ def learn(
     def run_updates(learner: Learner, sample: Sample):
         groups = jax.tree.map(
             lambda x: x.reshape(-1, args.policy_frequency, *x.shape[1:]),
-            make_batch(args, learner, sample),
+            make_batch(args, env, learner, sample),
         )
         return jax.lax.scan(partial(update, args, env), learner, groups)
 
@@ -2021,7 +2044,7 @@ def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
         "action_scale": np.float32(env.action_scale),
         "action_bias": np.float32(env.action_bias),
         "obs_mean": learner.obs_stats.mean,
-        "obs_var": learner.obs_stats.var,
+        "obs_var": jnp.where(env.seen, learner.obs_stats.var, jnp.inf),  # what is unseen becomes 0
     }
     layers = dict(learner.params["actor"]["params"])
     out = layers.pop("out")
@@ -2967,6 +2990,7 @@ def misfits(task: Task, model: mujoco.MjModel) -> list[str]:
     faults += [f"position, sensed: MuJoCo's data have no field {field}" for field in unknown]
     if task.contact_cost and "cfrc_ext" not in dict(task.sensed):
         faults.append("contact_cost: the forces that it is for, cfrc_ext, are not in sensed")
+    faults += [f"unseen: {name} is not in sensed" for name in {*task.unseen} - {*dict(task.sensed)}]
 
     source, *index = task.position
     shape = np.shape(getattr(data, source, ()))

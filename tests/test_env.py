@@ -1,7 +1,9 @@
 """Models, physics, environment and C MuJoCo's counterpart, held against the installed Gymnasium."""
 
+import dataclasses
 import functools
 import operator
+import types
 
 import gymnasium
 import jax
@@ -292,6 +294,35 @@ def test_reset_observation_equals_gymnasium(task_id):
             state.obs.shape == theirs.observation_space.shape
             and abs(float(state.info["x"]) - original.now.x) < 1e-6
         )
+
+
+@pytest.mark.parametrize(("task_id", "wrenches"), [("Ant", 78), ("Humanoid", 78), ("Hopper", 0)])
+def test_networks_do_not_see_contact_wrenches(task_id, wrenches):
+    """These are the last ones of the observation; the policy neither sees nor exports them."""
+    args = ppo_mjx.default_args(task_id)
+    env = ppo_mjx.Env(args)
+    size = gymnasium.make(task_id + "-v5").observation_space.shape[0]
+    assert env.observation_size == size
+    assert env.seen.tolist() == [True] * (size - wrenches) + [False] * wrenches
+    assert ppo_mjx.Env(dataclasses.replace(args, see_all=True)).seen.all()
+
+    rng = np.random.default_rng(0)
+    stats = ppo_mjx.RunningStats(1.0, rng.normal(size=size), rng.uniform(0.5, 2, size))
+    obs = rng.normal(size=(5, size))
+    seen = ppo_mjx.see(env, stats, jnp.asarray(obs))
+    assert not seen[:, ~env.seen].any()
+    normalized = ppo_mjx.normalize(stats, jnp.asarray(obs))
+    np.testing.assert_array_equal(seen[:, env.seen], normalized[:, env.seen])
+
+    weights = rng.normal(size=(size, env.action_size))
+    params = {"actor": {"params": {"Dense_0": {"kernel": weights, "bias": np.zeros(1)}}}}
+    learner = types.SimpleNamespace(params=params, obs_stats=stats)
+    policy = ppo_mjx.export_policy(env, learner)
+    _, action = ppo_mjx.act(policy, (), obs)
+    expected = np.clip(np.asarray(seen, np.float64) @ weights, -1, 1)
+    np.testing.assert_allclose(
+        action, env.action_scale * expected + env.action_bias, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_c_mujoco_env_truncates_and_repeats():

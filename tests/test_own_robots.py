@@ -380,6 +380,7 @@ def test_row_that_does_not_fit_its_model_is_refused(capsys):
     assert "keyframe fra" in refusal(row("quad_pos", keyframe="fra"), capsys)
     assert "first_observed 1" in refusal(row("no_camera", first_observed=1), capsys)
     assert "no field xpso" in refusal(row("imu", sensed=(("xpso", 0),)), capsys)
+    assert "unseen: cfrc_ext" in refusal(row("imu", unseen=("cfrc_ext",)), capsys)
     assert "has the shape (3, 3)" in refusal(row("imu", position=("xpos", 3, 0)), capsys)
     accelerometer = ARM.replace(
         "<actuator>",

@@ -57,6 +57,7 @@ class Probe:
 
     action_size = 1
     observation_size = 1
+    seen = np.array([True])
     action_scale = 1.0
     action_bias = 0.0
 
@@ -276,7 +277,8 @@ def draw_minibatches(sac, args, learner, buffer):
     """The minibatches [U, B, ...] of an iteration on one device."""
     draw = partial(sac.draw, args, num_worlds=args.num_envs)
     sample = sac.gather(args, buffer, on_mesh(one_device(), draw, learner))
-    return on_mesh(one_device(), partial(sac.make_batch, args), learner, sample)
+    make_batch = partial(sac.make_batch, args, shared_env(sac))
+    return on_mesh(one_device(), make_batch, learner, sample)
 
 
 def check_buffer_keeps_the_last_steps(sac) -> None:
