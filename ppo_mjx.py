@@ -31,8 +31,9 @@ The algorithm comes first; the loop around it is train_loop in section 14.
 After these come 11 evaluation, 12 log and files, 13 command line, 14 main.
 
 Shapes: T = num_steps, N = worlds on this device, B = T * N, M = num_minibatches, D = devices, O =
-observation size, A = action size, E = episodes. A record describes one world; its fields are
-[T, N, ...] in a rollout, [B, ...] in a batch and [B / M, ...] in a minibatch.
+observation size, S = the part of it that networks see, A = action size, E = episodes. A record
+describes one world; its fields are [T, N, ...] in a rollout, [B, ...] in a batch and [B / M, ...]
+in a minibatch.
 
 Names follow CleanRL's ppo_continuous_action.py. docs/ppo_mjx.md lists where the algorithm differs,
 and explains all metrics and flags. The tasks are those of Gymnasium 1.4.0.
@@ -314,7 +315,7 @@ class Task:
     first_observed: int = 1  # index of z, the first coordinate after x, or after x and y in space
     position: tuple[str | int, ...] = ("qpos", 0)  # MuJoCo's field and index that tell x
     sensed: tuple[tuple[str, int], ...] = ()  # MuJoCo's fields, each from this row on
-    unseen: tuple[str, ...] = ()  # those of them that networks do not see, unless by --see-all
+    unseen: tuple[str, ...] = ()  # those of them that networks see with --see-all only
     contact_clip: float = math.inf  # bound of the sensed contact wrenches
     velocity_clip: float = math.inf  # bound of the observed velocities
 
@@ -798,11 +799,13 @@ class Env:
         )
 
         x, senses = self.task.sense(partial(getattr, start), np)
-        if not args.see_all:
-            senses |= {name: np.full_like(senses[name], np.nan) for name in self.task.unseen}
         now = Snapshot(qpos=start.qpos, qvel=start.qvel, x=x, senses=senses)
-        self.seen = ~np.isnan(self.task.observe(now, np))  # bool [O]
-        self.observation_size = len(self.seen)
+        obs = self.task.observe(now, np)
+        self.observation_size = len(obs)
+        unseen = () if args.see_all else self.task.unseen
+        hidden = {name: np.full(senses[name].shape, np.nan) for name in unseen}
+        probe = self.task.observe(now.replace(senses=senses | hidden), np)
+        self.seen = np.flatnonzero(np.isnan(obs) | ~np.isnan(probe))  # indices [S] of what is seen
 
     def measure(self, data: Physics, full: mjx.Data) -> Snapshot:
         """What the task's formulas need; full: the data that were computed last."""
@@ -955,12 +958,14 @@ def normalize(stats: RunningStats, obs: jax.Array) -> jax.Array:
 
 # shared: sight
 def see(env: Env, stats: RunningStats, obs: jax.Array) -> jax.Array:
-    """What the networks see of observations [..., O]: normalised, with 0 for what is unseen.
+    """What the networks see of observations [..., O], normalised: [..., S].
 
-    Contact wrenches are 0 most of the time, so that normalising makes a touch the largest of all
-    inputs. Policies learn faster without.
+    They do not see contact wrenches, which are 0 most of the time, so that normalising makes a
+    touch the largest of all inputs. Ant learns faster without (docs/changelog.md).
     """
-    return jnp.where(env.seen, normalize(stats, obs), 0.0)
+    normalized = normalize(stats, obs)
+    sees_all = len(env.seen) == env.observation_size
+    return normalized if sees_all else normalized[..., env.seen]
 
 
 # end shared
@@ -1186,10 +1191,10 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     actor_key, critic_key, shuffle_key, reset_key, clock_key, world_key = keys
 
     actor, critic = make_networks(args, env)
-    obs = jnp.zeros(env.observation_size)
+    seen = jnp.zeros(len(env.seen))
     params = {
-        "actor": actor.init(actor_key, obs),
-        "critic": critic.init(critic_key, obs),
+        "actor": actor.init(actor_key, seen),
+        "critic": critic.init(critic_key, seen),
         # With a type, as a checkpoint has it.
         "log_std": jnp.full(env.action_size, args.init_log_std, jnp.float32),
     }
@@ -1197,7 +1202,7 @@ def init_train_state(args: Args, env: Env, key: jax.Array) -> TrainState:
     learner = Learner(
         params=params,
         opt_state=make_optimizer(args).init(vector),
-        obs_stats=start_stats(obs.shape),
+        obs_stats=start_stats((env.observation_size,)),
         return_stats=start_stats(()),
         key=shuffle_key,
         iteration=jnp.zeros((), jnp.int32),
@@ -1350,7 +1355,7 @@ def compute_gae(
 class Batch:
     """What the loss needs of each transition."""
 
-    obs: jax.Array  # [O], normalised
+    obs: jax.Array  # normalised, what the networks see
     action: jax.Array  # [A]
     logprob: jax.Array  # under the policy that acted
     value: jax.Array  # by the critic before the update
@@ -1634,13 +1639,18 @@ def export_policy(env: Env, learner: Learner) -> dict[str, np.ndarray]:
         "action_scale": np.float32(env.action_scale),
         "action_bias": np.float32(env.action_bias),
         "obs_mean": learner.obs_stats.mean,
-        "obs_var": jnp.where(env.seen, learner.obs_stats.var, jnp.inf),  # what is unseen becomes 0
+        "obs_var": learner.obs_stats.var,
     }
     for name, layer in learner.params["actor"]["params"].items():  # Dense_0, Dense_1, ...
         number = name.removeprefix("Dense_")
         policy["w" + number] = layer["kernel"]
         policy["b" + number] = layer["bias"]
-    return jax.device_get(policy)
+    policy = jax.device_get(policy)
+    # With rows of 0 for what is unseen, so that the policy takes whole observations.
+    seen = policy["w0"]
+    policy["w0"] = np.zeros((env.observation_size, seen.shape[1]), seen.dtype)
+    policy["w0"][env.seen] = seen
+    return policy
 
 
 def act(policy: dict, memory: tuple, obs, xp=np) -> tuple[tuple, Any]:
@@ -2126,6 +2136,7 @@ def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
         return state
     file, saved, theirs = newest
     ours = json.loads(json.dumps(dataclasses.asdict(args)))  # with lists for tuples, as theirs
+    theirs = json.loads(json.dumps(dataclasses.asdict(Args()))) | theirs  # for flags that are newer
     names = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
     refused = [name for name in names if name not in RESUME_FLAGS]
     require(not refused, f"--resume: {file} differs from run.json in {', '.join(refused):.200}")

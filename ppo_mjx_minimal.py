@@ -538,7 +538,7 @@ def compute_gae(
 class Batch:
     """What the loss needs of each transition."""
 
-    obs: jax.Array  # [O], normalised
+    obs: jax.Array  # normalised, what the networks see
     action: jax.Array  # [A]
     logprob: jax.Array  # under the policy that acted
     value: jax.Array  # by the critic before the update

@@ -3324,6 +3324,7 @@ def restore(args: Args, run_dir: Path, state: TrainState) -> TrainState:
         return state
     file, saved, theirs = newest
     ours = json.loads(json.dumps(dataclasses.asdict(args)))  # with lists for tuples, as theirs
+    theirs = json.loads(json.dumps(dataclasses.asdict(Args()))) | theirs  # for flags that are newer
     names = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
     refused = [name for name in names if name not in RESUME_FLAGS]
     require(not refused, f"--resume: {file} differs from run.json in {', '.join(refused):.200}")

@@ -331,7 +331,7 @@ class Probe:
     """An environment of one number: `reward_of` maps (elapsed, action) to the reward, episodes last `length` steps."""
 
     action_size, observation_size, action_scale, action_bias = 1, 1, 1.0, 0.0
-    seen = np.array([True])
+    seen = np.array([0])
 
     def __init__(self, reward_of, length: int, truncates: bool = False, shows_time: bool = False):
         self.reward_of, self.length, self.truncates, self.shows_time = (

@@ -199,6 +199,17 @@ def refused(capsys, call) -> str:
     return error
 
 
+def test_checkpoint_that_is_older_than_a_flag_is_taken(copy):
+    """The flag has its default there."""
+    args, start = start_of(copy)
+    newest = sac.checkpoints(copy)[0]
+    arrays = dict(np.load(newest))
+    settings = json.loads(str(arrays["args"]))
+    assert settings.pop("autotune") is sac.Args().autotune
+    sac.write_npz(newest, arrays | {"args": json.dumps(settings)})
+    assert int(sac.restore(args, copy, start).learner.iteration) == int(newest.stem)
+
+
 def test_checkpoints_that_do_not_fit_are_refused(copy, capsys):
     """Other settings, other shapes, another script, none that is whole: one line that tells."""
     args, start = start_of(copy)

@@ -57,7 +57,7 @@ class Probe:
 
     action_size = 1
     observation_size = 1
-    seen = np.array([True])
+    seen = np.array([0])
     action_scale = 1.0
     action_bias = 0.0
 
@@ -266,7 +266,7 @@ def filled(sac, args, rollouts: int, xp=jnp):
     buffer = sac.init_buffer(args, shared_env(sac), xp)
     for i in range(rollouts):
         first = xp.int32(i * args.num_steps)
-        new = sac.record(numbered_steps(sac, args, i * args.num_steps))
+        new = sac.to_experience(numbered_steps(sac, args, i * args.num_steps))
         if xp is np:
             new = jax.device_get(new)
         buffer = sac.insert(args, buffer, first, new)
