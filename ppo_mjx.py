@@ -802,6 +802,7 @@ class Env:
         now = Snapshot(qpos=start.qpos, qvel=start.qvel, x=x, senses=senses)
         obs = self.task.observe(now, np)
         self.observation_size = len(obs)
+        # What becomes NaN along with the unseen senses is theirs, wherever `observe` puts it.
         unseen = () if args.see_all else self.task.unseen
         hidden = {name: np.full(senses[name].shape, np.nan) for name in unseen}
         probe = self.task.observe(now.replace(senses=senses | hidden), np)

@@ -842,6 +842,7 @@ class Env:
         now = Snapshot(qpos=start.qpos, qvel=start.qvel, x=x, senses=senses)
         obs = self.task.observe(now, np)
         self.observation_size = len(obs)
+        # What becomes NaN along with the unseen senses is theirs, wherever `observe` puts it.
         unseen = () if args.see_all else self.task.unseen
         hidden = {name: np.full(senses[name].shape, np.nan) for name in unseen}
         probe = self.task.observe(now.replace(senses=senses | hidden), np)
@@ -2010,7 +2011,7 @@ def train_iteration(
     return state, metrics | {"black_box": box}
 
 
-# How minibatches lie on the devices, which share B, and their places, where some arrays are [n, U, B].
+# How the devices share B: in minibatches [U, B, ...], and in their places, [U, B] and [n, U, B].
 SAMPLE_SPEC = P(None, "devices")
 PLACES_SPEC = Places(
     rows=P(None, None, "devices"), written=P(None, None, "devices"), world=P(None, "devices")

@@ -284,13 +284,15 @@ def draw_minibatches(sac, args, learner, buffer):
 def check_buffer_keeps_the_last_steps(sac) -> None:
     """Step t lies in row t % C, also where a rollout goes round the ring's end."""
     args = make_args(sac, buffer_size=8 * 6)
-    buffer = filled(sac, args, 2)  # steps 0 to 7 in 6 rows
     steps = np.array([6, 7, 2, 3, 4, 5])
     expected = 100 * steps[:, None] + np.arange(8)
-    np.testing.assert_array_equal(buffer.reward, expected)
-    np.testing.assert_array_equal(buffer.obs[..., 0], expected)
-    np.testing.assert_array_equal(buffer.next_obs[..., 0], expected + 100)
-    np.testing.assert_array_equal(buffer.done[:, 3], steps % 7 == 6)
+    for xp, kind in ((jnp, jax.Array), (np, np.ndarray)):
+        buffer = filled(sac, args, 2, xp)  # steps 0 to 7 in 6 rows
+        assert isinstance(buffer.obs, kind)
+        np.testing.assert_array_equal(buffer.reward, expected)
+        np.testing.assert_array_equal(buffer.obs[..., 0], expected)
+        np.testing.assert_array_equal(buffer.next_obs[..., 0], expected + 100)
+        np.testing.assert_array_equal(buffer.done[:, 3], steps % 7 == 6)
     assert not filled(sac, args, 1).valid[4:].any()
 
 
