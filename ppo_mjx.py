@@ -183,18 +183,18 @@ class Args:
     """episodes of each evaluation"""
 
     # The algorithm, with CleanRL's names
-    total_timesteps: Annotated[int, Range(1, 2**62)] = 1_000_000
+    total_timesteps: Annotated[int, Range(1, 2**62)] = 10_000_000
     """environment steps, over all worlds; the default depends on the task, see SETTINGS"""
     learning_rate: NonNegative = 1e-3
     """Adam's step size at the start; the default depends on the task, see SETTINGS"""
-    num_envs: Count = 256
+    num_envs: Count = 512
     """worlds, over all devices; the default depends on the task, see SETTINGS"""
     num_steps: Count = 16
     """steps of each world in one rollout; the default depends on the task, see SETTINGS"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0"""
     gamma: Fraction = 0.99
-    """discount factor"""
+    """discount factor; the default depends on the task, see SETTINGS"""
     gae_lambda: Fraction = 0.95
     """lambda of the generalised advantage estimate"""
     num_minibatches: Count = 32
@@ -207,7 +207,7 @@ class Args:
     """clipping range of the probability ratio"""
     clip_vloss: bool = False
     """clip the value loss as well"""
-    ent_coef: NonNegative = 0.0
+    ent_coef: NonNegative = 0.002
     """weight of the entropy bonus"""
     vf_coef: NonNegative = 0.5
     """weight of the value loss"""
@@ -239,12 +239,20 @@ class Args:
         return max(1, round(every if every >= 1 else every * self.num_iterations))
 
 
-# Defaults of flags that depend on the task; those of Args are HalfCheetah's.
-OTHER_TASKS = {"num_envs": 128, "num_steps": 32}
+# Defaults of flags that depend on the task; those of Args are HalfCheetah's. With many worlds all
+# seeds of a robot that can fall learn alike; few learn from fewer steps.
+OTHER_TASKS = {"num_envs": 128, "num_steps": 32, "total_timesteps": 2_000_000}
+MANY_WORLDS = {"num_envs": 512, "num_steps": 32, "total_timesteps": 8_000_000}
 SETTINGS = {
     "HalfCheetah": {},
-    "Ant": OTHER_TASKS | {"learning_rate": 2e-4, "total_timesteps": 3_000_000},
-    "Humanoid": OTHER_TASKS | {"learning_rate": 5e-4, "total_timesteps": 2_000_000},
+    "Hopper": MANY_WORLDS,
+    "Walker2d": MANY_WORLDS,
+    "Ant": MANY_WORLDS | {"learning_rate": 3e-4, "total_timesteps": 10_000_000},
+    "Humanoid": MANY_WORLDS | {"learning_rate": 5e-4, "total_timesteps": 4_000_000},
+    "HumanoidStandup": OTHER_TASKS | {"total_timesteps": 1_000_000},
+    "Swimmer": OTHER_TASKS | {"gamma": 0.999},
+    "InvertedPendulum": OTHER_TASKS | {"total_timesteps": 500_000},
+    "InvertedDoublePendulum": MANY_WORLDS | {"learning_rate": 3e-4, "total_timesteps": 700_000},
 }
 
 

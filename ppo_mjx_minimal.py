@@ -1,6 +1,6 @@
 """PPO on HalfCheetah, on MuJoCo XLA (MJX): the file to read first.
 
-    python ppo_mjx_minimal.py --num-envs 256    to watch: tensorboard --logdir runs
+    python ppo_mjx_minimal.py --num-envs 512    to watch: tensorboard --logdir runs
 
 It learns by the same mathematics as ppo_mjx.py, on one device; an iteration is one call of one
 jitted function. ppo_mjx.py has in addition: ten other tasks; all GPUs, all cores of a CPU, or
@@ -50,11 +50,11 @@ class Args:
     """seed of all random numbers"""
     runs_dir: str = "runs"
     """folder for the run folders"""
-    total_timesteps: int = 1_000_000
+    total_timesteps: int = 10_000_000
     """environment steps, over all worlds"""
     learning_rate: float = 1e-3
     """Adam's step size at the start"""
-    num_envs: int = 256
+    num_envs: int = 512
     """worlds"""
     num_steps: int = 16
     """steps of each world in one rollout"""
@@ -72,7 +72,7 @@ class Args:
     """clipping range of the probability ratio"""
     clip_vloss: bool = False
     """clip the value loss as well"""
-    ent_coef: float = 0.0
+    ent_coef: float = 0.002
     """weight of the entropy bonus"""
     vf_coef: float = 0.5
     """weight of the value loss"""

@@ -1,7 +1,8 @@
 """Learning curves of ppo_mjx.py, or sac_mjx.py, over tasks and seeds, each task with flags of its own.
 
-    python benchmarks/curves.py --flags "Hopper=--num-envs 128 --num-steps 32" "Walker2d=--num-steps 32"
+    python benchmarks/curves.py                     all tasks with the script's own settings, five seeds
     python benchmarks/curves.py --resume            go on after an interruption, with the same flags
+    python benchmarks/curves.py --name trial --flags "Hopper=--num-envs 128" "Walker2d=--gamma 0.995"
     python benchmarks/curves.py --script sac_mjx --env-ids HalfCheetah --total-timesteps 250000 --at-once 2 \
         --checkpoint-every 195
 
@@ -27,7 +28,7 @@ import tyro
 
 DEVICES = "import jax, json; print(json.dumps([device.device_kind for device in jax.devices()]))"
 PEERS = {  # mean returns in Gymnasium, and the steps after which they were reached
-    # CleanRL (v4) and Tianshou (v3) on a CPU, mjlab (v5) on a GPU
+    # CleanRL (v4), Tianshou (v3), RL-Zoo (v3) and SLM-Lab (v5) on a CPU, mjlab (v5) on a GPU
     "ppo_mjx": {
         "HalfCheetah": {
             "CleanRL, 1M": 1443,
@@ -58,6 +59,39 @@ PEERS = {  # mean returns in Gymnasium, and the steps after which they were reac
             "Tianshou, 1M": 787,
             "Tianshou, 3M": 1360,
             "mjlab, 628M": 12049,
+        },
+        "HumanoidStandup": {
+            "CleanRL, 8M": 109326,
+            "SLM-Lab, 4M": 150105,
+            "mjlab, 246M": 395345,
+        },
+        "Swimmer": {
+            "CleanRL, 8M": 125,
+            "Tianshou, 1M": 67,
+            "RL-Zoo, 1M": 282,
+            "mjlab, 145M": 342,
+        },
+        "InvertedPendulum": {
+            "CleanRL, 1M": 963,
+            "Tianshou, 1M": 1000,
+            "mjlab, 30M": 1000,
+        },
+        "InvertedDoublePendulum": {
+            "CleanRL, 8M": 5626,
+            "SLM-Lab, 4-10M": 8384,
+            "Tianshou, 1M": 9231,
+            "mjlab, 49M": 9295,
+        },
+        "Reacher": {
+            "SLM-Lab, 4-10M": -5.0,
+            "Tianshou, 1M": -4.1,
+            "Tianshou, 3M": -3.7,
+            "mjlab, 92M": -3.47,
+        },
+        "Pusher": {
+            "CleanRL, 1M": -40,
+            "SLM-Lab, 4-10M": -50,
+            "mjlab, 210M": -28.9,
         },
     },
     # FlashSAC and XQC (v4), arXiv:2604.04539's repository
@@ -99,10 +133,12 @@ PEERS = {  # mean returns in Gymnasium, and the steps after which they were reac
 @dataclasses.dataclass
 class Args:
     script: Literal["ppo_mjx", "sac_mjx"] = "ppo_mjx"
-    env_ids: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d")  # tasks
-    seeds: tuple[int, ...] = (1, 2, 3)  # one training of each task for each
-    total_timesteps: int = 1_000_000  # of each training
-    checkpoint_every: int = 10  # iterations between two policies
+    env_ids: tuple[str, ...] = tuple(PEERS["ppo_mjx"])  # tasks
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one training of each task for each
+    total_timesteps: int | None = None  # of each training; by default the script's for the task
+    checkpoint_every: float = (
+        0.04  # between two policies: share of a training, from 1 on iterations
+    )
     episodes: int = 20  # by which a policy is judged
     flags: tuple[str, ...] = ()  # further flags of the script for a task, as TASK=FLAGS
     at_once: int = 1  # trainings at the same time

@@ -2,14 +2,15 @@
 
     python benchmarks/plot.py
 
-curves.png, curves_3d.png of Ant and Humanoid, and curves_sac.png of sac_mjx.py: return in Gymnasium against steps, mean
-and range over the seeds, and against seconds, seed by seed, with the peers' marks (JSON files of the same names).
+curves.png and further ones of ppo_mjx.py, curves_sac.png of sac_mjx.py: return in Gymnasium against steps, mean and
+range over the seeds, and against seconds, seed by seed, with the peers' marks (curves.json, curves_sac.json).
 walk_curves.png: what the robots' tests say of the later policies of their trainings (time_to_walk_ROBOT.json).
 validate_curves.png: training on MJX and on C MuJoCo (validate.json). A figure whose JSON is missing is left out.
 """
 
 import dataclasses
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
+MOST_COLUMNS = 4  # tasks in a figure of learning curves
 WALK_MARKS = {"error": ("velocity error, m/s", 0.15), "yaw": ("yaw error, rad/s", 0.2),
               "drift": ("standing drift, m", 0.1), "falls": ("falls in all starts", 0.0)}  # fmt: skip
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -93,9 +95,17 @@ def thousands(axis) -> None:
 
 
 def plot_learning(args: Args, name: str = "curves", script: str = "ppo_mjx.py") -> None:
+    """Return in Gymnasium against steps and seconds: a figure for some of the tasks each, a column for each task."""
     result = json.loads((args.results / f"{name}.json").read_text())
+    tasks = list(dict.fromkeys(row["env_id"] for row in result["rows"]))
+    figures = math.ceil(len(tasks) / MOST_COLUMNS)
+    for number, some in enumerate(np.array_split(tasks, figures), start=1):
+        output = args.output / (f"{name}.png" if number == 1 else f"{name}_{number}.png")
+        plot_tasks(result, list(some), script, output)
+
+
+def plot_tasks(result: dict, tasks: list[str], script: str, output: Path) -> None:
     rows, peers = result["rows"], result["peers"]
-    tasks = list(dict.fromkeys(row["env_id"] for row in rows))
     figure, axes = plt.subplots(2, len(tasks), figsize=(max(4.5 * len(tasks), 6), 7), squeeze=False)
     for column, task in enumerate(tasks):
         mine = [row["curve"] for row in rows if row["env_id"] == task]
@@ -115,10 +125,10 @@ def plot_learning(args: Args, name: str = "curves", script: str = "ppo_mjx.py") 
                         *curve, color=BLUE, linewidth=1, label=None if i else f"{script}: {seeds}"
                     )
             for (peer, mark), color in zip(
-                peers[task].items(), (ORANGE, PURPLE, VERMILION, GREEN), strict=True
+                peers[task].items(), (ORANGE, PURPLE, VERMILION, GREEN), strict=False
             ):
                 axis.axhline(
-                    mark, color=color, linestyle=":", linewidth=1.8, label=f"{peer} steps: {mark}"
+                    mark, color=color, linestyle=":", linewidth=1.8, label=f"{peer} steps: {mark:g}"
                 )
             axis.set(xlabel=label, ylabel=f"return in {task}-v5", xlim=(0, None))
             axis.grid(alpha=0.3)
@@ -126,7 +136,7 @@ def plot_learning(args: Args, name: str = "curves", script: str = "ppo_mjx.py") 
         axes[1][column].legend(
             loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize=9
         )
-    save(figure, args.output / f"{name}.png")
+    save(figure, output)
 
 
 def plot_validation(args: Args) -> None:
@@ -159,7 +169,7 @@ def binned(curve: list[dict], width: float) -> tuple[list, list]:
     return x, y
 
 
-FIGURES = {"curves.json": plot_learning, "curves_3d.json": partial(plot_learning, name="curves_3d"),
+FIGURES = {"curves.json": plot_learning,
            "curves_sac.json": partial(plot_learning, name="curves_sac", script="sac_mjx.py"),
            "time_to_walk_g1.json": plot_walking, "validate.json": plot_validation}  # fmt: skip
 

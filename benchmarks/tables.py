@@ -169,27 +169,42 @@ def sources(names: list[str], earlier: str | None = None) -> str:
 
 # ---- Learning curves ----------------------------------------------------------------------------
 
-CURVES = ["curves", "curves_3d"]
-CURVES_AVX2 = ["curves_avx2", "curves_3d_avx2"]  # the same on a processor without AVX-512
+MOMENTS = (30, 60, 120)  # s since the start of the process
 
 
-def curve_rows(names: list[str] = CURVES) -> dict[str, list[dict]]:
+def curve_rows(name: str = "curves") -> dict[str, list[dict]]:
     """By task: its trainings, a row for each seed."""
     tasks = {}
-    for name in names:
-        for row in load(name)["rows"]:
-            tasks.setdefault(row["env_id"], []).append(row)
+    for row in load(name)["rows"]:
+        tasks.setdefault(row["env_id"], []).append(row)
     return tasks
 
 
 def peers_of(task: str) -> dict[str, float]:
     """Peers' mean returns, such as {"CleanRL, 1M": 1443}; the number tells after how many steps."""
-    return load(CURVES[0])["peers"][task]
+    return load("curves")["peers"][task]
+
+
+def return_text(value: float) -> str:
+    """A return: whole, but for the small ones of Reacher and Pusher."""
+    return f"{value:.1f}" if abs(value) < 50 else f"{value:.0f}"
 
 
 def reached(row: dict, goal: float) -> dict | None:
     """The first point of a training's curve with this return or a higher one."""
     return next((point for point in row["curve"] if point["mean"] >= goal), None)
+
+
+def returns_at(rows: list[dict], seconds: float) -> list[float] | None:
+    """Each training's return by the last policy of the first so many seconds.
+
+    A training that has ended by then keeps its last policy. None if one has no policy yet, or if all
+    had ended in half of the time, so that the figure would say nothing new.
+    """
+    if all(row["final"]["seconds"] <= seconds / 2 for row in rows):
+        return None
+    points = [[p for p in row["curve"] if p["seconds"] <= seconds] for row in rows]
+    return [early[-1]["mean"] for early in points] if all(points) else None
 
 
 def passing(rows: list[dict], goal: float, key: str, text: Callable) -> str:
@@ -201,68 +216,56 @@ def passing(rows: list[dict], goal: float, key: str, text: Callable) -> str:
     if len(values) < len(points):
         each = ", ".join(text(point[key]) if point else "never" for point in points)
         return f"{len(values)} of {len(points)} seeds ({each})"
-    return with_each(values, text)
+    return with_range(values, text)
 
 
 def readme_results() -> str:
-    tasks = curve_rows()
-    cleanrl = {}
-    for task in tasks:
-        cleanrl[task] = next(x for x in peers_of(task).items() if x[0].startswith("CleanRL"))
-
-    def line(label: str, cell: Callable) -> list[str]:
-        return [label, *(cell(task, rows) for task, rows in tasks.items())]
-
-    def passed(key: str, text: Callable) -> Callable:
-        def cell(task: str, rows: list[dict]) -> str:
-            points = [reached(row, cleanrl[task][1]) for row in rows]
-            if None in points:
-                return "not by all seeds"
-            return text(statistics.median(point[key] for point in points))
-
-        return cell
-
-    def final(key: str) -> Callable:
-        return lambda task, rows: whole(statistics.median(row["final"][key] for row in rows))
-
-    return markdown(
-        ["medians", *tasks],
-        [
-            line("seeds", lambda task, rows: str(len(rows))),
-            line(
-                "CleanRL's return (after so many steps)",
-                lambda task, rows: f"{cleanrl[task][1]} ({cleanrl[task][0].split(', ')[1]})",
-            ),
-            line("seconds until ours passes it", passed("seconds", whole)),
-            line("steps until then", passed("steps", steps_text)),
-            line("return at the end", final("mean")),
-            line("steps at the end", lambda task, rows: steps_text(rows[0]["final"]["steps"])),
-            line("seconds at the end", final("seconds")),
-        ],
-    )
-
-
-def ppo_final(names: list[str] = CURVES) -> str:
+    """For each task: medians of the returns after so many seconds, and what others have published."""
     rows = []
-    for task, seeds in curve_rows(names).items():
+    for task, seeds in curve_rows().items():
+        early = [returns_at(seeds, moment) for moment in MOMENTS]
         final = [row["final"] for row in seeds]
+        peers = ", ".join(
+            f"{name.replace(', ', ' ')}: {mark:g}" for name, mark in peers_of(task).items()
+        )
+        rows.append(
+            [
+                task,
+                *(return_text(statistics.median(values)) if values else "" for values in early),
+                with_range([point["mean"] for point in final], return_text),
+                whole(statistics.median(point["seconds"] for point in final)),
+                steps_text(final[0]["steps"]),
+                peers,
+            ]
+        )
+    header = ["", *(f"{moment} s" for moment in MOMENTS), "at the end", "seconds then"]
+    header += ["steps then", "published by others, after so many steps"]
+    return markdown(header, rows)
+
+
+def ppo_final() -> str:
+    rows = []
+    for task, seeds in curve_rows().items():
+        final = [row["final"] for row in seeds]
+        args = seeds[0]["run"]["args"]
+        evaluations = [row["evaluation"] for row in seeds]
+        transfer = [e["C MuJoCo"]["mean"] / e["MJX"]["mean"] for e in evaluations]
         rows.append(
             [
                 f"{task}-v5",
-                with_each([row["first_update_s"] for row in seeds], whole),
+                f"{args['num_envs']} x {args['num_steps']}",
+                with_range([row["first_update_s"] for row in seeds], whole),
                 steps_text(final[0]["steps"]),
-                with_each([point["mean"] for point in final], whole),
-                with_each([point["std"] for point in final], whole),
-                with_each([point["seconds"] for point in final], whole),
+                with_each([point["mean"] for point in final], return_text),
+                with_each([point["std"] for point in final], return_text),
+                with_range([point["seconds"] for point in final], whole),
+                with_range(transfer),
             ]
         )
-    header = ["", "seconds until the first iteration is done", "steps in all", "return at the end"]
-    header += ["standard deviation of the episodes", "seconds until the last policy"]
-    return markdown(header, rows) + sources(names, SIMPLIFIED)
-
-
-def ppo_final_avx2() -> str:
-    return ppo_final(CURVES_AVX2)
+    header = ["", "worlds x steps", "seconds until the first iteration is done", "steps in all"]
+    header += ["return at the end", "standard deviation of the episodes"]
+    header += ["seconds until the last policy", "return in C MuJoCo / in MJX"]
+    return markdown(header, rows) + sources(["curves"])
 
 
 def ppo_peers() -> str:
@@ -271,7 +274,7 @@ def ppo_peers() -> str:
         for peer, goal in peers_of(task).items():
             seconds = passing(seeds, goal, "seconds", whole)
             steps = passing(seeds, goal, "steps", steps_text)
-            rows.append([f"{task}-v5", peer, str(goal), seconds, steps])
+            rows.append([f"{task}-v5", peer, f"{goal:g}", seconds, steps])
     header = ["", "peer, steps", "its return", "ours passes it after seconds", "and after steps"]
     return markdown(header, rows)
 
@@ -742,7 +745,7 @@ def sac_curves() -> str:
     """Returns of sac_mjx.py after so many steps, beside what others have published."""
     result = load("curves_sac")
     rows = []
-    for task, seeds in curve_rows(["curves_sac"]).items():
+    for task, seeds in curve_rows("curves_sac").items():
 
         def after(steps: float, key: str = "mean", seeds: list[dict] = seeds) -> list[float]:
             points = [
@@ -996,7 +999,6 @@ TABLES = {
         readme_results,
         readme_onekernel,
         ppo_final,
-        ppo_final_avx2,
         ppo_peers,
         training_speed,
         start,

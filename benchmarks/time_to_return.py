@@ -28,12 +28,18 @@ import common
 import numpy as np
 import tyro
 
-THRESHOLDS = {  # CleanRL's means after 1M steps; mjlab's best on a GPU (RTX PRO 5000)
+THRESHOLDS = {  # of the tasks without a comment: CleanRL's mean after 1M steps; mjlab's best on a GPU
     "HalfCheetah": (1443, 6490),
     "Hopper": (2383, 3100),
     "Walker2d": (2288, 7046),
     "Ant": (1824, 6294),  # after 8M steps; 1M is not told
     "Humanoid": (716, 12049),
+    "HumanoidStandup": (109326, 150105),  # after 8M; SLM-Lab's after 4M
+    "Swimmer": (125, 342),  # after 8M
+    "InvertedPendulum": (963, 1000),
+    "InvertedDoublePendulum": (5626, 9295),  # after 8M
+    "Reacher": (-5.0, -3.47),  # SLM-Lab's after 4 to 10M
+    "Pusher": (-40, -28.9),
 }
 
 
@@ -42,8 +48,10 @@ class Args:
     script: Literal["ppo_mjx", "sac_mjx"] = "ppo_mjx"
     env_ids: tuple[str, ...] = ("HalfCheetah", "Hopper", "Walker2d")
     seeds: tuple[int, ...] = (1, 2, 3)
-    total_timesteps: int = 1_000_000
-    checkpoint_every: int = 10  # iterations between two policies
+    total_timesteps: int | None = None  # by default the script's for the task
+    checkpoint_every: float = (
+        10  # between two policies: iterations, below 1 a share of the training
+    )
     episodes: int = 20
     name: str = "time_to_return"  # of the JSON file
     flags: str = ""  # further flags for the script
@@ -124,8 +132,10 @@ def watch(
 def train(args: Args, env_id: str, seed: int, folder: Path) -> tuple[list[dict], dict, float]:
     """What `watch` returns of one training."""
     command = [sys.executable, f"{args.script}.py", "--env-id", env_id, "--seed", str(seed)]
-    command += ["--runs-dir", str(folder / "runs"), "--total-timesteps", str(args.total_timesteps)]
-    command += ["--checkpoint-every", str(args.checkpoint_every), "--eval-every", "0"]
+    command += ["--runs-dir", str(folder / "runs"), "--eval-every", "0"]
+    command += ["--checkpoint-every", str(args.checkpoint_every)]
+    if args.total_timesteps is not None:
+        command += ["--total-timesteps", str(args.total_timesteps)]
     command += [
         "--compile-cache" if args.compile_cache else "--no-compile-cache",
         *args.flags.split(),
