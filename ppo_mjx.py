@@ -250,7 +250,7 @@ SETTINGS = {
     "Ant": MANY_WORLDS | {"learning_rate": 3e-4, "total_timesteps": 10_000_000},
     "Humanoid": MANY_WORLDS | {"learning_rate": 5e-4, "total_timesteps": 4_000_000},
     "HumanoidStandup": OTHER_TASKS | {"total_timesteps": 1_000_000},
-    "Swimmer": OTHER_TASKS | {"gamma": 0.999},
+    "Swimmer": OTHER_TASKS | {"gamma": 0.999, "total_timesteps": 4_000_000},
     "InvertedPendulum": OTHER_TASKS | {"total_timesteps": 500_000},
     "InvertedDoublePendulum": MANY_WORLDS | {"learning_rate": 3e-4, "total_timesteps": 700_000},
 }
