@@ -130,7 +130,7 @@ def plot_tasks(result: dict, tasks: list[str], script: str, output: Path) -> Non
                 axis.axhline(
                     mark, color=color, linestyle=":", linewidth=1.8, label=f"{peer} steps: {mark:g}"
                 )
-            axis.set(xlabel=label, ylabel=f"return in {task}-v5", xlim=(0, None))
+            axis.set(xlabel=label, ylabel="return", title=f"{task}-v5", xlim=(0, None))
             axis.grid(alpha=0.3)
         thousands(axes[0][column])
         axes[1][column].legend(

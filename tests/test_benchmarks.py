@@ -226,6 +226,18 @@ def test_summary_of_curves_has_median_and_range():
     )
 
 
+def test_returns_after_so_many_seconds_are_of_the_policy_that_was_there():
+    def row(*points):
+        curve = [{"seconds": seconds, "mean": mean} for seconds, mean in points]
+        return {"curve": curve, "final": curve[-1]}
+
+    rows = [row((12, 5), (29, 9), (31, 7)), row((14, 6), (40, 8))]
+    assert tables.returns_at(rows, 30) == [9, 6]
+    assert tables.returns_at(rows, 60) == [7, 8]  # both have ended by then
+    assert tables.returns_at(rows, 13) is None  # the second has no policy yet
+    assert tables.returns_at(rows, 80) is None  # both had ended after half of that
+
+
 def test_gpu_script_knows_its_pieces():
     """A wrong piece is refused; each piece starts a script, which is there and has the flags that it is given."""
     text = (BENCHMARKS / "gpu.sh").read_text().replace("\\\n", " ")
