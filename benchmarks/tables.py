@@ -741,11 +741,13 @@ def g1_ablations() -> str:
 # ---- SAC ----------------------------------------------------------------------------------------
 
 
-def sac_curves() -> str:
+def sac_curves(name: str = "curves_sac") -> str:
     """Returns of sac_mjx.py after so many steps, beside what others have published."""
-    result = load("curves_sac")
+    tasks = curve_rows(name)
+    end = max(row["final"]["steps"] for rows in tasks.values() for row in rows)
+    moments = [steps for steps in (100e3, 200e3) if steps < 0.9 * end] + [math.inf]
     rows = []
-    for task, seeds in curve_rows("curves_sac").items():
+    for task, seeds in tasks.items():
 
         def after(steps: float, key: str = "mean", seeds: list[dict] = seeds) -> list[float]:
             points = [
@@ -753,19 +755,22 @@ def sac_curves() -> str:
             ]
             return [point[key] for point in points]
 
-        peers = result["peers"][task]
+        peers = load(name)["peers"][task]
         rows.append(
             [
                 f"{task}-v5",
-                *(with_each(after(steps), whole) for steps in (100e3, 200e3, math.inf)),
+                *(with_each(after(steps), whole) for steps in moments),
                 with_each([seconds / 60 for seconds in after(math.inf, "seconds")]),
-                *(whole(peers[name]) for name in ("FlashSAC, 100k", "XQC, 200k", "FlashSAC, 200k")),
+                *(whole(peers[peer]) for peer in ("FlashSAC, 100k", "XQC, 200k", "FlashSAC, 200k")),
             ]
         )
-    end = steps_text(seeds[0]["final"]["steps"])
-    header = ["", "100k steps", "200k steps", f"{end} steps", "minutes until then"]
-    header += ["FlashSAC, 100k", "XQC, 200k", "FlashSAC, 200k"]
-    return markdown(header, rows) + sources(["curves_sac"])
+    header = ["", *(f"{steps_text(min(steps, end))} steps" for steps in moments)]
+    header += ["minutes until then", "FlashSAC, 100k", "XQC, 200k", "FlashSAC, 200k"]
+    return markdown(header, rows) + sources([name])
+
+
+def sac_curves_200k() -> str:
+    return sac_curves("curves_sac_200k")
 
 
 def sac_peers() -> str:
@@ -1021,6 +1026,7 @@ TABLES = {
         rough_speed,
         g1_ablations,
         sac_curves,
+        sac_curves_200k,
         sac_peers,
         sac_throughput,
         sac_upright,
