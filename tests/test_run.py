@@ -371,11 +371,11 @@ def test_tasks_have_defaults_of_their_own(monkeypatch):
     for call in (
         "--seed 2",
         "--env-id Hopper",
-        "--env-id Hopper --num-envs 256",
-        "--env-id Walker2d --num-steps 16",
+        "--env-id Swimmer --num-envs 256",
+        "--env-id Reacher --num-steps 16",
     ):
         ppo_mjx.main(call.split())
-    assert seen == [(256, 16), (128, 32), (256, 32), (128, 16)]
+    assert seen == [(512, 16), (512, 32), (256, 32), (128, 16)]
 
 
 def test_track_needs_wandb(monkeypatch, capsys):

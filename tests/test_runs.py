@@ -392,7 +392,7 @@ def test_evaluation_has_the_physics_of_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "flags", "defaults"),
     [
-        (ppo_mjx, "--env-id Ant --help", {"learning-rate": "0.0002", "num-steps": "32"}),
+        (ppo_mjx, "--env-id Ant --help", {"learning-rate": "0.0003", "num-steps": "32"}),
         (ppo_mjx, "-h", {"learning-rate": "0.001", "num-steps": "16"}),
         (sac, "--help --env-id PointMass", {"gravity": "9.81", "max-torque": "4.0"}),
         (unitree, "--help", {"command-x": "-0.6 1.0"}),
