@@ -239,8 +239,8 @@ class Args:
         return max(1, round(every if every >= 1 else every * self.num_iterations))
 
 
-# Defaults of flags that depend on the task; those of Args are HalfCheetah's. With many worlds all
-# seeds of a robot that can fall learn alike; few learn from fewer steps.
+# Defaults of flags that depend on the task; those of Args are HalfCheetah's. With many worlds the
+# seeds of a robot that can fall differ less; few worlds learn from fewer steps.
 OTHER_TASKS = {"num_envs": 128, "num_steps": 32, "total_timesteps": 2_000_000}
 MANY_WORLDS = {"num_envs": 512, "num_steps": 32, "total_timesteps": 8_000_000}
 SETTINGS = {

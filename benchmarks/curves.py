@@ -133,12 +133,10 @@ PEERS = {  # mean returns in Gymnasium, and the steps after which they were reac
 @dataclasses.dataclass
 class Args:
     script: Literal["ppo_mjx", "sac_mjx"] = "ppo_mjx"
-    env_ids: tuple[str, ...] = tuple(PEERS["ppo_mjx"])  # tasks
+    env_ids: tuple[str, ...] | None = None  # tasks; by default all for which peers have published
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one training of each task for each
     total_timesteps: int | None = None  # of each training; by default the script's for the task
-    checkpoint_every: float = (
-        0.04  # between two policies: share of a training, from 1 on iterations
-    )
+    checkpoint_every: float = 0.04  # share of a training between policies; from 1 on iterations
     episodes: int = 20  # by which a policy is judged
     flags: tuple[str, ...] = ()  # further flags of the script for a task, as TASK=FLAGS
     at_once: int = 1  # trainings at the same time
@@ -193,6 +191,7 @@ def summarize(rows: list[dict], peers: dict[str, dict]) -> dict:
 
 def main(args: Args) -> None:
     args.name = args.name or {"ppo_mjx": "curves", "sac_mjx": "curves_sac"}[args.script]
+    args.env_ids = args.env_ids or tuple(PEERS[args.script])
     if args.smoke:
         args = dataclasses.replace(
             args, env_ids=("Hopper",), seeds=(1,), total_timesteps=60_000, episodes=2

@@ -226,6 +226,18 @@ def test_summary_of_curves_has_median_and_range():
     )
 
 
+@pytest.mark.parametrize("script", curves.PEERS)
+def test_curves_are_of_the_tasks_that_the_scripts_peers_have(script, monkeypatch):
+    def fail(settings, env_id, seed):
+        raise SystemExit("not trained")
+
+    monkeypatch.setattr(common, "run_child", lambda command: ["cpu"])
+    monkeypatch.setattr(time_to_return, "measure", fail)
+    with pytest.raises(SystemExit) as ended:
+        curves.main(curves.Args(script=script, seeds=(1,)))
+    assert str(ended.value) == "failed: " + ", ".join(f"{task} 1" for task in curves.PEERS[script])
+
+
 def test_returns_after_so_many_seconds_are_of_the_policy_that_was_there():
     def row(*points):
         curve = [{"seconds": seconds, "mean": mean} for seconds, mean in points]
